@@ -1,0 +1,50 @@
+"""An image-classification trainer on Hugging Face Accelerate.
+
+`import pipeline` makes timm know our own models (`simple_mlp`, `<name>_small_stem`), so that timm alone rebuilds a
+saved folder. timm takes seconds to import: where nobody has yet, they are registered as soon as somebody does.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import ModuleType
+from typing import cast
+
+__version__ = "0.1.0"
+
+
+class _TimmLoader(SourceFileLoader):
+    """Loads timm, then our models."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        hides_wandb = "wandb" not in sys.modules
+        if hides_wandb:  # timm would import it (0.4 s) for a logger that we do not use
+            sys.modules["wandb"] = cast(ModuleType, None)
+        try:
+            super().exec_module(module)
+        finally:
+            if hides_wandb:
+                del sys.modules["wandb"]
+        import_module("pipeline.models")
+
+
+class _TimmFinder:
+    """Finds timm where Python would, and has our models loaded after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _TimmLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("pipeline.models")
+else:
+    sys.meta_path.insert(0, _TimmFinder())

@@ -1,0 +1,214 @@
+"""From settings to the things of a run: checks, accelerator, dataset, preprocessing, loaders, model."""
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import nn
+
+from pipeline.config import Config, ignored_settings
+from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
+from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source
+from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
+from pipeline.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
+from pipeline.randomness import address
+from pipeline.schedule import check_scheduler_name
+from pipeline.tracking import tracker_names
+from pipeline.transforms import BatchTransform, Preprocessing
+from pipeline.weights import LoadReport
+
+INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
+
+
+def check_settings(config: Config) -> None:
+    """Everything that can be known wrong before data is loaded or a device taken. Raises ValueError."""
+    check_scheduler_name(config.scheduler)
+    check_optimizer_name(config.optimizer)
+    check_dataset_name(config.dataset)
+    check_model_name(config.model_name)
+    tracker_names(config)
+
+
+def warnings_of(config: Config) -> list[str]:
+    return ignored_settings(config) + ignored_optimizer_settings(config)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Device, precision and processes as the launcher and the settings say. Raises ValueError for fp16 without a GPU."""
+    # BatchNorm statistics are averaged over ranks before they are used, see training.average_buffers.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+    return accelerator
+
+
+def name_run(config: Config, accelerator: Accelerator) -> Config:
+    """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
+
+    A checkpoint to resume from brings the name and folder of its run.
+    """
+    if config.run_name is not None:
+        return config
+    if config.resume not in ("auto", "never"):
+        run_dir = Path(config.resume).resolve().parent.parent
+        return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))
+    words = [os.path.basename(os.path.normpath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
+    base = "-".join("".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word) for word in words)
+    name, number = base, 2
+    while (config.run_dir.parent / name).exists():
+        name, number = f"{base}-{number}", number + 1
+    names = broadcast_object_list([name]) if accelerator.num_processes > 1 else [name]
+    return dataclasses.replace(config, run_name=names[0])
+
+
+def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
+    """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache."""
+    with accelerator.local_main_process_first():
+        return load_image_dataset(
+            config.dataset,
+            label_column=config.label_column,
+            hub_config=config.hub_config,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            max_train_samples=config.max_train_samples,
+        )
+
+
+def choose_image_size(config: Config, dataset: ImageDataset) -> int:
+    """image_size, else the set's own when its images are small and the model is not pretrained, else the model's."""
+    if config.image_size is not None:
+        return config.image_size
+    if dataset.image_size is not None and not config.pretrained:
+        return dataset.image_size
+    return default_image_size(config.model_name, config.pretrained)
+
+
+def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[nn.Module, LoadReport | None]:
+    """The model with initial weights that depend on the seed only, on the CPU."""
+    torch.manual_seed(address(config.seed, INITIAL_WEIGHTS))
+    return create_model(
+        config.model_name,
+        num_classes=len(dataset.class_names),
+        in_chans=input_channels(config, dataset),
+        image_size=image_size,
+        pretrained=config.pretrained,
+        stem=config.stem,
+        init_from=config.init_from,
+        drop_rate=config.drop_rate,
+        drop_path_rate=config.drop_path_rate,
+    )
+
+
+def input_channels(config: Config, dataset: ImageDataset) -> int:
+    """Three for pretrained models, else as many as the set's images have."""
+    return 3 if config.pretrained else dataset.channels
+
+
+def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
+    """How images become input: as the published weights want it when pretrained, else by the set's own statistics."""
+    theirs: InputSettings = input_settings(model)
+    channels = input_channels(config, dataset)
+    mean, std = (theirs.mean, theirs.std) if config.pretrained else (dataset.mean, dataset.std)
+    small = dataset.image_size is not None
+    return Preprocessing(
+        image_size=image_size,
+        channels=channels,
+        mean=mean if len(mean) == channels else mean * channels,
+        std=std if len(std) == channels else std * channels,
+        interpolation=theirs.interpolation,
+        crop_pct=1.0 if small else theirs.crop_pct,
+        source_size=dataset.image_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is put together from. loaders: of the train, val and test splits, for this rank."""
+
+    dataset: ImageDataset
+    preprocessing: Preprocessing
+    model: nn.Module
+    load_report: LoadReport | None
+    optimizer: torch.optim.Optimizer
+    loaders: dict[str, Loader]
+
+
+def assemble(config: Config, accelerator: Accelerator) -> Parts:
+    """Loads the data and builds model, optimizer and loaders. Raises ValueError for what does not fit together."""
+    dataset = load_data(config, accelerator)
+    image_size = choose_image_size(config, dataset)
+    with accelerator.local_main_process_first():  # pretrained weights are fetched once
+        model, load_report = make_model(config, dataset, image_size)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    preprocessing = make_preprocessing(config, dataset, image_size, model)
+    loaders = {
+        "train": make_loader(config, dataset.train, dataset, preprocessing, accelerator, training=True),
+        "val": make_loader(config, dataset.val, dataset, preprocessing, accelerator, training=False),
+    }
+    if dataset.test is dataset.val:
+        loaders["test"] = loaders["val"]
+    else:
+        loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
+    return Parts(dataset, preprocessing, model, load_report, create_optimizer(model, config), loaders)
+
+
+def make_loader(
+    config: Config,
+    split: Split,
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    training: bool,
+) -> Loader:
+    """The loader of one split for this rank."""
+    device = accelerator.device
+    augment = config.augment if training else "none"
+    num_workers = choose_num_workers(config.num_workers, accelerator.num_processes, device)
+    kind = choose_loader(split, preprocessing, config.loader, device)
+    transform = BatchTransform(
+        preprocessing,
+        device=device,
+        augment=augment,
+        flip=dataset.flip,
+        random_erasing=config.random_erasing if training else 0.0,
+        seed=config.seed,
+        channels_last=config.channels_last,
+    )
+    return Loader(
+        split,
+        make_source(FittedImages(split, preprocessing, augment, config.seed), kind, num_workers, device),
+        transform,
+        device=device,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        seed=config.seed,
+        mixup=config.mixup if training else 0.0,
+        cutmix=config.cutmix if training else 0.0,
+        num_classes=len(dataset.class_names),
+        eval_batch_size=config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes),
+    )
+
+
+def system_facts(accelerator: Accelerator) -> dict[str, Any]:
+    """Device, number of processes and the versions that figures depend on."""
+    import platform
+    from importlib.metadata import version
+
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("torch", "torchvision", "timm", "accelerate", "datasets")
+    return {
+        "device": f"{device.type} ({name})",
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }

@@ -1,0 +1,383 @@
+"""The settings: one flat frozen dataclass, read from defaults, a YAML file and the command line, in that order."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Iterable, Literal, NoReturn, Sequence
+
+import yaml
+
+
+def setting(default: Any, help: str, **limits: float) -> Any:
+    """A field with its sentence for --help and its limits: any of above, at_least, at_most, below."""
+    metadata = {"help": help, "limits": limits}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# The section of a field in --help is the last one whose first field stands at or before it.
+SECTIONS = {
+    "dataset": "Data",
+    "augment": "Augmentation and loss",
+    "model_name": "Model",
+    "optimizer": "Optimizer",
+    "scheduler": "Schedule",
+    "mixed_precision": "Precision and speed",
+    "output_dir": "Run",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. A null default stands for a choice that the sentence explains."""
+
+    dataset: str = setting(
+        "digits",
+        "digits (embedded), mnist, fashion_mnist, cifar10, cifar100, oxford_iiit_pet, a Hub id owner/name, "
+        "or a folder of class folders, Parquet or Arrow files",
+    )
+    hub_config: str | None = setting(None, "configuration of a Hub set that has several; null takes its default")
+    label_column: str | None = setting(
+        None, "column of the labels, coarse_label for cifar100's 20 for example; null finds it"
+    )
+    image_size: int | None = setting(
+        None, "side of the model's input in pixels; null takes the set's own when small, else the model's", at_least=1
+    )
+    val_fraction: float = setting(
+        0.1,
+        "fraction of the training split kept for validation, stratified; 0 validates on the test split",
+        at_least=0,
+        below=1,
+    )
+    loader: Literal["auto", "device", "workers"] = setting(
+        "auto",
+        "device keeps the decoded set in device memory, workers decode as they go; auto takes device when it fits",
+    )
+    num_workers: int | None = setting(
+        None, "worker processes per training process that decode images; null decides from the machine", at_least=0
+    )
+    max_train_samples: int | None = setting(
+        None, "use at most so many images of the training split, stratified, validation included", at_least=2
+    )
+    drop_last: bool = setting(True, "leave out an epoch's last batch when it is short")
+
+    augment: Literal["none", "light", "randaugment", "trivialaugment"] = setting(
+        "light", "light is crop and flip as fits the set; the others add arXiv 1909.13719 or 2103.10158 to it"
+    )
+    random_erasing: float = setting(
+        0.0, "probability to erase a random rectangle, arXiv 1708.04896", at_least=0, at_most=1
+    )
+    mixup: float = setting(0.0, "alpha of mixup's Beta distribution, arXiv 1710.09412; 0 is off", at_least=0)
+    cutmix: float = setting(0.0, "alpha of cutmix's Beta distribution, arXiv 1905.04899; 0 is off", at_least=0)
+    label_smoothing: float = setting(
+        0.0, "share of each training label spread over all classes, arXiv 1512.00567", at_least=0, below=1
+    )
+
+    model_name: str = setting(
+        "resnet18", "simple_mlp or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
+    )
+    pretrained: bool = setting(False, "start from the model's published weights")
+    stem: Literal["auto", "imagenet", "small"] = setting(
+        "auto",
+        "small keeps the resolution of small images (stride 1, no pooling); auto takes it up to 64 pixels unless pretrained",
+    )
+    init_from: str | None = setting(None, "a run, a timm folder or a safetensors file whose weights to start from")
+    drop_rate: float = setting(0.0, "dropout before the classifier, a probability", at_least=0, below=1)
+    drop_path_rate: float = setting(0.0, "stochastic depth, arXiv 1603.09382, a probability", at_least=0, below=1)
+
+    optimizer: str = setting("sgd", "sgd, adam or adamw")
+    lr: float | None = setting(None, "peak learning rate; null takes the optimizer's own", above=0)
+    weight_decay: float | None = setting(
+        None, "decay of weights other than norms and biases; null takes the optimizer's own", at_least=0
+    )
+    momentum: float = setting(0.9, "momentum of sgd", at_least=0, below=1)
+    nesterov: bool = setting(True, "Nesterov's form of the momentum of sgd")
+    clip_grad_norm: float | None = setting(None, "largest L2 norm of the gradient; null does not clip", above=0)
+
+    scheduler: str = setting("cosine", "constant, step, plateau, cosine or linear")
+    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly from 0", at_least=0)
+    step_epochs: float | list[float] | None = setting(
+        None,
+        "step: a number lowers the rate every so many epochs, a list at these epochs; null is every third of the run",
+    )
+    gamma: float = setting(0.1, "step and plateau: factor by which they lower the learning rate", above=0, below=1)
+    plateau_patience: int = setting(
+        5, "plateau: epochs without a better monitored value before it lowers the rate", at_least=1
+    )
+    min_lr_scale: float = setting(0.0, "plateau, cosine, linear: lowest fraction of lr", at_least=0, at_most=1)
+    epochs: int = setting(12, "passes over the training split", at_least=1)
+    batch_size: int = setting(128, "images per optimizer step, over all processes together", at_least=1)
+    batch_size_schedule: dict[int, int] = setting(
+        {}, "new batch sizes by the epoch (from 0) they begin at, {5: 256, 10: 512}"
+    )
+    batch_lr_scaling: Literal["none", "sqrt", "linear"] = setting(
+        "none", "how the learning rate follows batch_size_schedule: times the ratio's root, the ratio, or not at all"
+    )
+    micro_batch_size: int | None = setting(
+        None,
+        "most images in memory at once per process, a limit that does not change the result; null is no limit",
+        at_least=1,
+    )
+    early_stopping_patience: int | None = setting(
+        None, "epochs without a better monitored value before the run stops; null never stops", at_least=1
+    )
+    monitor: Literal["accuracy", "loss"] = setting(
+        "accuracy", "validation figure that decides best, plateau and early stopping"
+    )
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "null takes what `accelerate launch` says, else no"
+    )
+    channels_last: bool = setting(False, "keep images and convolutions in channels-last order")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes together")
+
+    output_dir: str = setting("runs", "folder that holds the runs")
+    run_name: str | None = setting(
+        None, "folder of this run below output_dir; null makes a new one from set, model and time"
+    )
+    seed: int = setting(0, "seed of the data order, augmentation, initial weights and dropout", at_least=0)
+    resume: str = setting(
+        "auto",
+        "auto goes on with run_name's newest checkpoint if there is one, never refuses to, or a checkpoint's path",
+    )
+    checkpoint_every_steps: int | None = setting(
+        None, "steps between checkpoints besides those at each epoch's end", at_least=1
+    )
+    keep_checkpoints: int = setting(1, "newest checkpoints to keep; the best one is kept besides", at_least=1)
+    log_with: str | list[str] | None = setting(
+        None,
+        "trackers by Accelerate's names, tensorboard or [wandb, tensorboard]; wandb is on by itself under `wandb agent`",
+    )
+    project: str = setting("image-classification", "project name for the trackers")
+    log_every: int = setting(20, "steps between training lines in metrics.jsonl and the trackers", at_least=1)
+    dry_run: bool = setting(False, "print the plan and stop")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / str(self.run_name)
+
+
+DEFAULTS = Config()
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+TYPES: dict[str, Any] = typing.get_type_hints(Config)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that names the close matches, or an empty string when nothing is close."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML whose plain words mean what people and `wandb agent` write: None, 1e-05; and whose no and off are words."""
+
+
+SettingsLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+SettingsLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), ["N"])
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def make_parser() -> Any:
+    """A jsonargparse parser with one option for each field of Config, in Config's sections."""
+    import jsonargparse
+
+    def load(text: str) -> Any:
+        return yaml.load(text, SettingsLoader)
+
+    jsonargparse.set_loader("settings", load, exceptions=(yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py",
+        description="Train an image classifier. Without arguments: ResNet-18 on the embedded handwritten digits.",
+        epilog="Settings are read from the defaults, then --config FILE.yaml, then --field value or --field=value.",
+        parser_mode="settings",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it")
+    group = parser
+    for name, field in FIELDS.items():
+        if name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[name])
+        default = getattr(DEFAULTS, name)
+        text = field.metadata["help"] + limits_in_words(field.metadata["limits"])
+        group.add_argument(f"--{name}", type=TYPES[name], default=default, metavar=name.upper(), help=text)
+    return parser
+
+
+def limits_in_words(limits: dict[str, float]) -> str:
+    if not limits:
+        return ""
+    return "; " + ", ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in limits.items())
+
+
+def type_in_words(hint: Any) -> str:
+    """`float | None` as 'a number or null', for messages."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words |= {
+        list[str]: "a list of texts",
+        list[float]: "a list of numbers",
+        dict[int, int]: "a map such as {5: 256, 10: 512}",
+    }
+    return words[hint]
+
+
+def choices(hint: Any) -> list[str]:
+    """The words that a Literal admits, also within a union."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    return [word for part in typing.get_args(hint) for word in choices(part)]
+
+
+def explain(message: str) -> str:
+    """jsonargparse's complaint as one line that names the setting, what it received and what would do."""
+    unknown = re.search(r"Option '(.+?)' is not accepted|unrecognized arguments: (.*)", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).split()[0].split("=")[0].lstrip("-")
+        if not name or (unknown[2] and not unknown[2].startswith("-")):
+            return f"Unexpected argument {unknown[2]!r}: settings are given as --field value."
+        return f"Unknown setting '{name}'.{did_you_mean(name, FIELDS)} All of them: python train.py --help"
+    key = re.search(r'Parser key "(\w+)"', message)
+    if key and key[1] in TYPES:
+        hint = TYPES[key[1]]
+        value = re.search(r"(?:Given value|Got value): (.*)", message)
+        received = f" {value[1].strip()!r}" if value else ""
+        suggestion = did_you_mean(value[1].strip(), choices(hint)) if value else ""
+        return f"Setting {key[1]}{received} is not {type_in_words(hint)}.{suggestion}"
+    return " ".join(message.split())
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """The settings of a command line; exits with status 2 and one line on standard error when they are wrong.
+
+    argv: the arguments without the program's name; None reads sys.argv.
+    """
+    import argparse
+    import sys
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A W&B agent adds this argument of its own to a run that it starts again.
+    arguments = [argument for argument in arguments if not argument.startswith("--_wandb")]
+    try:
+        return read_config(arguments)
+    except (argparse.ArgumentError, ValueError) as error:
+        fail(str(error))
+
+
+def read_config(arguments: list[str]) -> Config:
+    """The settings that the arguments give. Raises ValueError with one line that says what is wrong."""
+    import argparse
+
+    try:
+        values = vars(make_parser().parse_args(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error))) from error
+    values = {name: values[name] for name in FIELDS}
+    config = Config(**{name: as_declared(name, value) for name, value in values.items()})
+    check_limits(config)
+    return config
+
+
+def as_declared(name: str, value: Any) -> Any:
+    """A whole number where a float is declared, as a float; the rest as it is."""
+    return float(value) if TYPES[name] in (float, float | None) and value is not None else value
+
+
+def check_limits(config: Config) -> None:
+    """Raises ValueError when a number is outside the limits of its field, or settings contradict one another."""
+    holds = {
+        "above": lambda value, bound: value > bound,
+        "at_least": lambda value, bound: value >= bound,
+        "at_most": lambda value, bound: value <= bound,
+        "below": lambda value, bound: value < bound,
+    }
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        for word, bound in field.metadata["limits"].items():
+            if value is not None and not holds[word](value, bound):
+                raise ValueError(f"Setting {name} is {value}; it must be {word.replace('_', ' ')} {bound}.")
+    for wrong, message in contradictions(config):
+        if wrong:
+            raise ValueError(message)
+
+
+def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
+    schedule = config.batch_size_schedule
+    steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
+    yield config.pretrained and config.init_from is not None, (
+        "pretrained and init_from both say where the weights start from; leave one of them out."
+    )
+    yield config.warmup_epochs >= config.epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
+        f"warmup_epochs {config.warmup_epochs} must be below epochs {config.epochs}, or the learning rate never reaches lr."
+    )
+    yield any(epoch < 1 or size < 1 for epoch, size in schedule.items()), (
+        f"batch_size_schedule {schedule} must map epochs from 1 on to batch sizes from 1 on; batch_size is that of epoch 0."
+    )
+    yield any(epoch >= config.epochs for epoch in schedule), (
+        f"batch_size_schedule {schedule} begins a size at or after the run's end, epochs {config.epochs}."
+    )
+    yield any(step <= 0 for step in steps) or steps != sorted(steps), (
+        f"step_epochs {config.step_epochs} must be above 0, and rising when it is a list."
+    )
+    yield config.nesterov and config.momentum == 0 and config.nesterov != DEFAULTS.nesterov, (
+        "nesterov needs a momentum above 0."
+    )
+    yield config.run_name is not None and Path(config.run_name).name != config.run_name, (
+        f"run_name {config.run_name!r} must be a plain folder name; output_dir holds the path."
+    )
+
+
+def ignored_settings(config: Config) -> list[str]:
+    """A sentence for each setting that was changed and that another one leaves without effect."""
+    needs = {
+        "gamma": ("scheduler step or plateau", config.scheduler in ("step", "plateau")),
+        "step_epochs": ("scheduler step", config.scheduler == "step"),
+        "plateau_patience": ("scheduler plateau", config.scheduler == "plateau"),
+        "min_lr_scale": ("scheduler plateau, cosine or linear", config.scheduler in ("plateau", "cosine", "linear")),
+        "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
+        "num_workers": ("loader workers", config.loader != "device"),
+        "checkpoint_every_steps": ("dry_run false", not config.dry_run),
+    }
+    return [
+        f"{name} {getattr(config, name)} has no effect: it needs {need}."
+        for name, (need, met) in needs.items()
+        if not met and getattr(config, name) != getattr(DEFAULTS, name)
+    ]
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with status 2 and the message on standard error."""
+    import sys
+
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def to_yaml(config: Config) -> str:
+    """The effective settings as YAML text that --config reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(path: Path) -> Config:
+    """The settings of a run's config.yaml. Raises ValueError when it is missing or not one of ours."""
+    return read_config(["--config", str(path)])

@@ -1,0 +1,58 @@
+"""What a person sees in the terminal: warnings, a bar and a line per epoch, the closing table."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def progress_bar(total: int, initial: int, description: str, shown: bool) -> Any:
+    """A tqdm bar that counts steps; silent when standard error is not a terminal or this is not the first rank."""
+    from tqdm import tqdm
+
+    hidden = not shown or not sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit="step",
+        leave=False,
+        disable=hidden,
+        delay=ESTIMATE_AFTER_SECONDS,
+    )
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 41 s, 3 min 05 s, 2 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def epoch_line(number: int, epochs: int, entry: dict[str, Any], lr: float, batch_size: int, is_best: bool) -> str:
+    train, val = entry["train"], entry["val"]
+    width = len(str(epochs))
+    return (
+        f"epoch {number:>{width}}/{epochs}  train loss {train['loss']:.4f} accuracy {percent(train['accuracy']):>8}"
+        f"  val loss {val['loss']:.4f} accuracy {percent(val['accuracy']):>8}"
+        f"  lr {lr:.2g}  batch {batch_size}  {entry['images_per_second']:,.0f} images/s{'  best' if is_best else ''}"
+    )
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns, the first as wide as its longest entry."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,226 @@
+"""Image sets: a name from DATASETS, a folder or a Hub id becomes an `ImageDataset` of train, val and test splits."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
+from pipeline.folders import read_class_folders
+from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
+from pipeline.images import GREY_MODES, BadImage, decode_image, image_header
+from pipeline.splits import Split, stratified_rows
+
+__all__ = [
+    "DATASETS",
+    "BadImage",
+    "DatasetRow",
+    "ImageDataset",
+    "Split",
+    "check_dataset_name",
+    "decode_image",
+    "load_image_dataset",
+    "stratified_rows",
+]
+
+BEFORE_TRAINING = -1  # the epoch in the address of the draws below; no epoch of training has it
+VALIDATION, SUBSET, HELD_OUT_TEST = 0, 1, 2  # purposes in those addresses
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over the channels
+LARGEST_SMALL_IMAGE = 96
+HELD_OUT_FRACTION = 0.2
+HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+DIGITS = Path(__file__).parent / "digits"
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """An image set ready for training.
+
+    source says in words where it came from. mean and std are per channel, in units of 0..1. image_size is the side of
+    small images that are all square and alike, None for others. flip says that a mirrored image keeps its label.
+    notes are what the user must be told.
+    """
+
+    name: str
+    source: str
+    train: Split
+    val: Split
+    test: Split
+    class_names: list[str]
+    image_size: int | None
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    notes: list[str]
+
+
+def check_dataset_name(name: str) -> None:
+    """Raises ValueError, before anything is loaded, unless name is in DATASETS, a folder, or shaped like a Hub id."""
+    path = Path(name).expanduser()
+    if name in DATASETS or (name and path.is_dir()):
+        return
+    if path.is_file():
+        raise ValueError(f"Dataset {name!r} is a file. Give the folder that holds the images, Parquet or Arrow files.")
+    if name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1 or path.is_absolute():
+        raise ValueError(f"No folder {name!r}. Check the path (the working folder is {Path.cwd()}).")
+    if HUB_ID.fullmatch(name):
+        return
+    close = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    known = ", ".join(DATASETS)
+    raise ValueError(f"Unknown dataset {name!r}.{hint} Known: {known}; or a folder, or a Hub id (owner/name).")
+
+
+def load_image_dataset(
+    name: str,
+    *,
+    label_column: str | None = None,
+    hub_config: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    max_train_samples: int | None = None,
+) -> ImageDataset:
+    """The image set of that name, with its training split cut to max_train_samples and its validation split carved.
+
+    The set's own validation split is used where there is one beside a test split; else `val_fraction` of the training
+    split, stratified, chosen by the seed; with 0, the test split. A set without a test split holds out a stratified
+    fifth, the same for every seed. Raises ValueError for what the set or a setting cannot give.
+    """
+    check_dataset_name(name)
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}.")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"max_train_samples must be 1 or more, got {max_train_samples}.")
+    row = _find_row(name)
+    source, splits, class_names, notes = _read(name, row, label_column, hub_config)
+    notes = list(notes)
+    for split_name, split in splits.items():
+        if not len(split):
+            raise ValueError(f"The {split_name} split of {source} is empty.")
+    if name in DATASETS and Path(name).is_dir():
+        notes.append(f"The known set {name} is used, not the folder of that name; write ./{name} for the folder.")
+
+    image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"])
+    train, own_val, test = _with_test(splits, notes)
+    if max_train_samples is not None and max_train_samples < len(train):
+        train = train.select(stratified_rows(train.labels, max_train_samples, seed, BEFORE_TRAINING, SUBSET))
+    train, val = _with_validation(train, own_val, test, val_fraction, seed, notes)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN, GREY_STD)
+    return ImageDataset(
+        name=name,
+        source=source,
+        train=train,
+        val=val,
+        test=test,
+        class_names=class_names,
+        image_size=image_size,
+        channels=channels,
+        mean=row.mean if row else mean,
+        std=row.std if row else std,
+        flip=row.flip if row else True,
+        notes=notes,
+    )
+
+
+def _find_row(name: str) -> DatasetRow | None:
+    """The row of a known name or, where there is no folder of that name, of a known Hub id."""
+    if name in DATASETS or Path(name).expanduser().is_dir():
+        return DATASETS.get(name)
+    return next((row for row in DATASETS.values() if row.hub_id == name), None)
+
+
+def _read(
+    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None
+) -> tuple[str, dict[str, Split], list[str], list[str]]:
+    """The source in words, the splits that are there, the class names and notes."""
+    if row and label_column is not None and label_column not in row.label_columns:
+        known = ", ".join(row.label_columns)
+        raise ValueError(f"{name} has no label column {label_column!r}. Its label columns: {known}.")
+    folder = Path(name).expanduser()
+    hub_id = row.hub_id if row else None if folder.is_dir() else name
+    if hub_id is not None:
+        column = label_column or (row.label_column if row else None)
+        return f"Hub set {hub_id}", *read_hub_set(hub_id, hub_config or (row.config if row else None), row, column)
+    if hub_config is not None:
+        raise ValueError(f"--hub_config {hub_config} has no meaning for {name!r}, which is no Hub set. Leave it out.")
+    if row:
+        return "scikit-learn's digits, in this package", *_read_digits(row)
+    if is_table_folder(folder):
+        return f"folder {folder}", *read_table_folder(folder, label_column)
+    if label_column is not None:
+        raise ValueError(
+            f"--label_column {label_column} has no meaning for {name!r}, whose folders name the classes. Leave it out."
+        )
+    return f"folder {folder}", *read_class_folders(folder)
+
+
+def _read_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str]]:
+    """The embedded set, read without `datasets` (1.4 s to import), pq.read_table and to_numpy (pandas: 0.4 s)."""
+    import pyarrow.parquet as pq
+
+    splits = {}
+    for name, file in row.splits.items():
+        table = pq.ParquetFile(DIGITS / f"{file}.parquet").read()
+        labels = np.array(table.column(row.label_column).to_pylist(), np.int64)
+        splits[name] = Split(name, table, row.image_column, labels)
+    return splits, list(row.class_names), []
+
+
+def _with_test(splits: dict[str, Split], notes: list[str]) -> tuple[Split, Split | None, Split]:
+    """Train, the set's own validation split if it stands beside a test split, and test."""
+    train, val, test = splits["train"], splits.get("val"), splits.get("test")
+    if test is not None:
+        return train, val, test
+    if val is not None:
+        notes.append(f"There is no labelled test split: {val.origin} serves as test.")
+        return train, None, val.select(np.arange(len(val)), "test")
+    held_out = stratified_rows(train.labels, round(len(train) * HELD_OUT_FRACTION), 0, BEFORE_TRAINING, HELD_OUT_TEST)
+    if not len(held_out):
+        raise ValueError(f"There is no test split, and {len(train)} images are too few to hold one out of.")
+    notes.append(
+        f"There is no test split: {len(held_out)} of {len(train)} images are held out as test, the same for every seed."
+    )
+    return _without(train, held_out), None, train.select(held_out, "test")
+
+
+def _with_validation(
+    train: Split, own_val: Split | None, test: Split, val_fraction: float, seed: int, notes: list[str]
+) -> tuple[Split, Split]:
+    """Train without what validation takes of it, and val."""
+    if own_val is not None:
+        notes.append(f"The set's own validation split is used ({len(own_val)} images); val_fraction has no effect.")
+        return train, own_val
+    if val_fraction == 0:
+        notes.append("val_fraction 0: the test split serves as validation, so the best epoch is chosen on it.")
+        return train, test.select(np.arange(len(test)), "val")
+    size = round(len(train) * val_fraction)
+    if not 0 < size < len(train):
+        raise ValueError(
+            f"val_fraction {val_fraction} of {len(train)} training images gives {size} for validation and leaves "
+            f"{len(train) - size} to train on; each needs at least one. Change val_fraction, or take more images."
+        )
+    rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION)
+    return _without(train, rows), train.select(rows, "val")
+
+
+def _without(split: Split, rows: np.ndarray) -> Split:
+    return split.select(np.delete(np.arange(len(split)), rows))
+
+
+def _peek(split: Split) -> tuple[int | None, int]:
+    """image_size and channels from the headers of up to 32 images spread over the split."""
+    headers = []
+    for row in np.unique(np.linspace(0, len(split) - 1, 32).astype(np.int64)):
+        try:
+            headers.append(image_header(split.encoded(row)))
+        except BadImage as error:
+            raise BadImage(f"{split.where(row)}: {error}") from error
+    sizes = {(width, height) for width, height, _ in headers}
+    width, height = next(iter(sizes))
+    is_small = len(sizes) == 1 and width == height <= LARGEST_SMALL_IMAGE
+    return width if is_small else None, 1 if all(mode in GREY_MODES for *_, mode in headers) else 3

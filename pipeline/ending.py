@@ -1,0 +1,118 @@
+"""How a run ends: the best weights tested once and kept as a timm folder, summary.json, the closing table."""
+
+import math
+import resource
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline import console
+from pipeline.assembly import Parts
+from pipeline.checkpoint import read_tensors
+from pipeline.config import Config
+from pipeline.evaluate import evaluate
+from pipeline.metrics import per_class_accuracy
+from pipeline.model_card import model_card
+from pipeline.run import Run
+from pipeline.schedule import best_epoch
+from pipeline.state import TrainState
+from pipeline.weights import save_model
+
+
+def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, Any]:
+    """Tests the best weights, writes model/ and summary.json, and returns the summary. Every rank calls it."""
+    accelerator = run.accelerator
+    best = run.best_checkpoint(state)
+    assert best is not None, "a run has at least one epoch"
+    model = accelerator.unwrap_model(state.model)
+    model.load_state_dict(read_tensors(best, "model"))
+    test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
+    run.read_clock(state)
+    summary = make_summary(state, run, status)
+    summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
+    run.log("test", state, summary["best"]["epoch"], test_figures)
+    per_class = per_class_accuracy(confusion)
+    summary["test"]["per_class_accuracy"] = dict(zip(parts.dataset.class_names, per_class))
+    summary["test"]["confusion_matrix"] = confusion.tolist()
+    if accelerator.is_main_process:
+        save_model(
+            model,
+            run.config.run_dir / "model",
+            label_names=parts.dataset.class_names,
+            image_size=parts.preprocessing.image_size,
+            in_chans=parts.preprocessing.channels,
+            mean=parts.preprocessing.mean,
+            std=parts.preprocessing.std,
+            interpolation=parts.preprocessing.interpolation,
+            crop_pct=parts.preprocessing.crop_pct,
+            readme=model_card(run.config, parts, summary),
+        )
+    run.end(summary)
+    return summary
+
+
+def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
+    """Ends a run before its time: saves where it stands if that is sound, and says how to go on. Every rank calls it."""
+    if status == "interrupted" and run.last_saved != state.step:
+        run.save(state)
+    summary = make_summary(state, run, status) | {"reason": reason}
+    run.end(summary)
+    if run.accelerator.is_main_process:
+        saved = f"Saved at step {run.last_saved}" if run.last_saved >= 0 else "Nothing was saved yet"
+        print(f"\n{saved}. To go on: python train.py --config {run.config.run_dir / 'config.yaml'}", flush=True)
+
+
+def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
+    """How the run ended; the object of summary.json but for the test figures."""
+    best = best_epoch(state.history, run.config)
+    entry = None if best is None else state.history[best]
+    return {
+        "status": status,
+        "epochs": state.epoch,
+        "steps": state.step,
+        "samples": state.samples,
+        "best": None if entry is None else {"epoch": entry["epoch"], **entry["val"]},
+        "test": None,
+        "seconds": round(state.seconds, 3),
+        "images_per_second": round(state.samples / state.train_seconds, 1) if state.train_seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator),
+        "num_parameters": sum(
+            parameter.numel() for parameter in run.accelerator.unwrap_model(state.model).parameters()
+        ),
+        **run.facts,
+    }
+
+
+def peak_memory_bytes(accelerator: Accelerator) -> int:
+    """The most GPU memory that tensors took on rank 0's device, or the process's peak resident size on a CPU."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def closing_table(summary: dict[str, Any], config: Config) -> str:
+    """What was reached and where it lies."""
+    best, test, run_dir = summary["best"], summary["test"], config.run_dir
+    margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
+    return "\n" + console.table(
+        [
+            (
+                "test accuracy",
+                f"{console.percent(test['accuracy'])} +- {100 * margin:.2f} of {test['num_samples']:,} images",
+            ),
+            ("test top-5, loss", f"{console.percent(test['top5_accuracy'])}, {test['loss']:.4f}"),
+            (
+                "best epoch",
+                f"{best['epoch']} of {summary['epochs']} (validation accuracy {console.percent(best['accuracy'])})",
+            ),
+            (
+                "time",
+                f"{console.duration(summary['seconds'])}, {summary['images_per_second']:,.0f} images/s in training",
+            ),
+            ("model", f'{run_dir}/model  (timm.create_model("local-dir:{run_dir}/model", pretrained=True))'),
+            ("figures", f"{run_dir}/metrics.jsonl, summary.json"),
+        ]
+    )

@@ -1,0 +1,28 @@
+"""Evaluation: exact sums and counts over a split, whatever the number of processes."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.loaders import Loader
+from pipeline.metrics import add_batch, add_confusion, figures, zero_sums
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> tuple[dict[str, float | int], Tensor]:
+    """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
+
+    Every rank calls it, with the unwrapped model.
+    """
+    sums = zero_sums(accelerator.device)
+    confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    for images, labels in loader.eval_epoch():
+        with accelerator.autocast():
+            logits = model(images).float()
+        add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
+        add_confusion(confusion, logits, labels)
+    model.train(was_training)
+    return figures(accelerator.reduce(sums)), accelerator.reduce(confusion)

@@ -1,0 +1,102 @@
+"""Folders of class folders: images found by a walk, read when they are used, nothing copied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.splits import Split, find_splits, is_split_name
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LAYOUTS = (
+    "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), or FOLDER/CLASS/*.jpg, or a folder of "
+    f"Parquet or Arrow files. Images end in {' '.join(EXTENSIONS)}."
+)
+
+
+def read_class_folders(folder: Path) -> tuple[dict[str, Split], list[str], list[str]]:
+    """The splits under our names, the class names (train's folder names, sorted) and notes for the user.
+
+    With split folders (train/, val/, test/) inside, each holds class folders; else the folder's own subfolders are the
+    classes of one split. Raises ValueError where there is no image, a class is empty, or val or test has a class that
+    train has not.
+    """
+    folder = Path(os.path.abspath(folder))
+    split_folders, notes = _split_folders(folder)
+    files = {
+        split: {class_folder.name: images_below(class_folder) for class_folder in _subfolders(root)}
+        for split, root in split_folders.items()
+    }
+    _check_classes(files, split_folders)
+    class_names = list(files["train"])
+    for root in split_folders.values():
+        loose = _image_count(root)
+        if loose:
+            notes.append(f"{loose} images in {root} lie beside the class folders and are not used.")
+    splits = {split: _to_split(split, classes, class_names) for split, classes in files.items()}
+    return splits, class_names, notes
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """The paths of all images below a folder, recursively, sorted by name; hidden files and folders are left out."""
+    paths: list[str] = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            paths += images_below(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            paths.append(entry.path)
+    return paths
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _subfolders(folder: str | Path) -> list[Path]:
+    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+
+
+def _image_count(folder: Path) -> int:
+    return sum(entry.name.lower().endswith(EXTENSIONS) and entry.is_file() for entry in _entries(folder))
+
+
+def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Our split names to folders, and notes. A folder called train that holds no folders is a class, not a split."""
+    children = [path.name for path in _subfolders(folder)]
+    splits = [name for name in children if is_split_name(name) and _subfolders(folder / name)]
+    if not splits:
+        return {"train": folder}, []
+    found = find_splits(splits, f"The folder {folder}")
+    unused = [name for name in children if name not in found.values()]
+    notes = [f"Not used, because they are not splits with class folders: {', '.join(unused)}."] if unused else []
+    return {split: folder / name for split, name in found.items()}, notes
+
+
+def _check_classes(files: dict[str, dict[str, list[str]]], roots: dict[str, Path]) -> None:
+    """Raises ValueError for a split without classes, a class without images, or a class that train does not have."""
+    for split, classes in files.items():
+        if not any(classes.values()):
+            raise ValueError(f"Found no images in class folders in {roots[split]}. {LAYOUTS}")
+        empty = [name for name, paths in classes.items() if not paths]
+        if empty:
+            listed = ", ".join(empty)
+            raise ValueError(f"No image in the class folders {listed} of {roots[split]}. Fill or remove them.")
+        unknown = sorted(set(classes) - set(files["train"]))
+        if unknown:
+            raise ValueError(
+                f"{roots[split]} has classes that {roots['train']} has not: {', '.join(unknown)}. "
+                f"The training classes: {', '.join(files['train'])}."
+            )
+
+
+def _to_split(name: str, classes: dict[str, list[str]], class_names: list[str]) -> Split:
+    import pyarrow as pa
+
+    paths = pa.array([path for paths in classes.values() for path in paths], pa.large_string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], names=["bytes", "path"])
+    ids = [class_names.index(class_name) for class_name in classes]
+    labels = np.repeat(np.array(ids, np.int64), [len(paths) for paths in classes.values()])
+    return Split(name, pa.table({"image": images}), "image", labels)

@@ -1,0 +1,190 @@
+"""Image sets read through Hugging Face `datasets`: Hub ids and folders of Parquet or Arrow files, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.dataset_table import DatasetRow
+from pipeline.splits import Split, find_splits
+
+PREFERRED_IMAGES = ("image", "img")
+PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
+SAVED_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a DatasetDict, of a Dataset
+
+
+def read_hub_set(
+    hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None
+) -> tuple[dict[str, Split], list[str], list[str]]:
+    """The splits under our names, the class names and notes for the user; downloaded once, then from the cache.
+
+    Raises ValueError where the set cannot be had or has no usable image and label columns.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub_id, config)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        reason = str(error).rstrip(".")
+        raise ValueError(
+            f"Could not load the Hub set {hub_id!r} from {endpoint}: {reason}. Check the name (no folder has that "
+            "name either). --hub_config picks one of several configs; a private or gated set needs HF_TOKEN; "
+            "HF_ENDPOINT names another Hub; without a network only a set that is in the cache (HF_HOME) can be used."
+        ) from error
+    return _to_splits(loaded, f"The Hub set {hub_id}", row, label_column)
+
+
+def is_table_folder(folder: Path) -> bool:
+    """Whether Parquet or Arrow files lie in the folder or one level below."""
+    patterns = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def read_table_folder(folder: Path, label_column: str | None) -> tuple[dict[str, Split], list[str], list[str]]:
+    """As read_hub_set, for a folder of Parquet or Arrow files, or what `save_to_disk` wrote.
+
+    What save_to_disk wrote is memory-mapped in place; of other files `datasets` keeps an Arrow copy in its cache.
+    """
+    import datasets
+
+    path = os.path.abspath(folder)
+    saved = any((folder / mark).exists() for mark in SAVED_MARKS)
+    try:
+        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict({"train": loaded})
+    return _to_splits(loaded, f"The folder {path}", None, label_column)
+
+
+def find_image_column(features: Any, source: str) -> str:
+    """The column of images: of type Image, else struct<bytes, path> or binary. Raises ValueError if not exactly one."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = images or [name for name, feature in features.items() if _holds_encoded_images(feature)]
+    preferred = [name for name in PREFERRED_IMAGES if name in images]
+    if len(images) == 1 or preferred:
+        return (preferred or images)[0]
+    found = f"several image columns ({', '.join(images)})" if images else "no image column"
+    raise ValueError(
+        f"{source} has {found}. Its columns: {_describe(features)}. One must hold images: type Image, binary, or "
+        "a struct of bytes and path, and be called image where there are several."
+    )
+
+
+def find_label_column(features: Any, source: str, wanted: str | None) -> str:
+    """The column of labels: `wanted` if given, else the only or best-named ClassLabel, else integer or string column.
+
+    Raises ValueError that lists the columns where `wanted` cannot be one, or none or several can.
+    """
+    import datasets
+
+    class_labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    kinds = ("int", "uint", "string", "large_string")
+    values = [name for name, feature in features.items() if _is_value(feature, kinds)]
+    if wanted is not None:
+        if wanted not in class_labels + values:
+            raise ValueError(f"--label_column {wanted} is no column of labels. {source} has: {_describe(features)}.")
+        return wanted
+    candidates = class_labels or values
+    preferred = [name for name in PREFERRED_LABELS if name in candidates]
+    if len(candidates) == 1 or preferred:
+        return (preferred or candidates)[0]
+    found = f"several columns that may be the label ({', '.join(candidates)})" if candidates else "no column of labels"
+    raise ValueError(f"{source} has {found}. Its columns: {_describe(features)}. Name one with --label_column.")
+
+
+def _to_splits(
+    loaded: Any, source: str, row: DatasetRow | None, label_column: str | None
+) -> tuple[dict[str, Split], list[str], list[str]]:
+    import datasets
+
+    names = list(loaded)
+    found = row.splits if row else {"train": names[0]} if len(names) == 1 else find_splits(names, source)
+    found = {ours: theirs for ours, theirs in found.items() if theirs in names}
+    if "train" not in found:
+        raise ValueError(f"{source} has no training split. Its splits: {', '.join(names)}.")
+    features = loaded[found["train"]].features
+    image_column = find_image_column(features, source)
+    label_column = find_label_column(features, source, label_column)
+    known = row.label_columns.get(label_column) if row else None
+    classes, class_names = _classes(loaded[found["train"]], label_column, known, source)
+    splits, notes = {}, []
+    for ours, theirs in found.items():
+        dataset = loaded[theirs]
+        if dataset.features.get(label_column) != features[label_column]:
+            raise ValueError(f"{source}: column {label_column} differs between {found['train']} and {theirs}.")
+        if _is_unlabelled(dataset, label_column):
+            if ours == "train":
+                raise ValueError(f"{source}: column {label_column} of {theirs} holds no label, only -1 or null.")
+            notes.append(f"The split {theirs} has no labels and is not used.")
+            continue
+        if not isinstance(dataset.features[image_column], datasets.Image):
+            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        labels = _labels(dataset, label_column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
+        splits[ours] = Split(ours, dataset.data, image_column, labels, origin=theirs)
+    return splits, class_names, notes
+
+
+def _classes(train: Any, column: str, known: tuple[str, ...] | None, source: str) -> tuple[list[Any], list[str]]:
+    """The column's values in the order of their label ids, and the class names.
+
+    ClassLabel columns carry their names; integer columns of a known set have the table's; else the sorted distinct
+    values of the training split are the classes.
+    """
+    import pyarrow.compute as pc
+
+    feature = train.features[column]
+    names = getattr(feature, "names", None)
+    if names is None and known is not None and _is_value(feature, ("int", "uint")):
+        names = list(known)
+    if names is not None:
+        return list(range(len(names))), list(names)
+    values = sorted(value for value in pc.unique(train.data.column(column)).to_pylist() if value is not None)
+    if values and not isinstance(values[0], str):
+        values = [value for value in values if value >= 0]  # a negative label is refused when labels are read
+    return values, [str(value) for value in values]
+
+
+def _is_unlabelled(dataset: Any, column: str) -> bool:
+    import pyarrow.compute as pc
+
+    return set(pc.unique(dataset.data.column(column)).to_pylist()) <= {-1, None} and len(dataset) > 0
+
+
+def _labels(dataset: Any, column: str, classes: list[Any], where: str) -> np.ndarray:
+    """Label ids, int64 [N]. Raises ValueError naming the first row whose label is missing or no class."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = dataset.data.column(column)
+    ids = pc.fill_null(pc.index_in(values, value_set=pa.array(classes, values.type)), -1).to_numpy()
+    wrong = np.flatnonzero(ids < 0)
+    if len(wrong):
+        row = int(wrong[0])
+        expected = f"0..{len(classes) - 1}" if classes == list(range(len(classes))) else f"one of {classes[:20]}"
+        raise ValueError(
+            f"Row {row} of {where} has {column} {values[row].as_py()!r}, expected {expected} "
+            f"({len(wrong)} such rows). Mend or remove these rows, or name another column with --label_column."
+        )
+    return ids.astype(np.int64)
+
+
+def _is_value(feature: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether a feature is a plain column of one of the kinds; int stands for int8 to int64."""
+    return str(getattr(feature, "dtype", "")).rstrip("0123456789") in kinds and not hasattr(feature, "names")
+
+
+def _holds_encoded_images(feature: Any) -> bool:
+    return _is_value(feature, ("binary", "large_binary")) or isinstance(feature, dict) and "bytes" in feature
+
+
+def _describe(features: Any) -> str:
+    """The columns and their types, for messages."""
+    return ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())

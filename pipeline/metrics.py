@@ -1,0 +1,44 @@
+"""Loss, correct and count: summed on the device, divided once at the end."""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label of a sample that only fills a place; torch's cross_entropy leaves it out as well
+
+LOSS, CORRECT, TOP5, COUNT = range(4)
+
+
+def zero_sums(device: torch.device) -> Tensor:
+    """Sums of loss, correct, correct within five, and samples; float64 [4] (float32 where the device has no float64)."""
+    return torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+@torch.no_grad()
+def add_batch(sums: Tensor, logits: Tensor, labels: Tensor, loss_sum: Tensor) -> None:
+    """Adds a batch to the sums in place, without waiting for the device.
+
+    logits: float [B, num_classes]; labels: int64 [B]; loss_sum: float [], the samples' losses added up.
+    """
+    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    counts = torch.stack([top5[:, 0].sum(), top5.sum(), (labels != IGNORED).sum()])
+    sums += torch.cat([loss_sum.detach().reshape(1).to(sums.dtype), counts.to(sums.dtype)])
+
+
+def figures(sums: Tensor) -> dict[str, float | int]:
+    """loss, accuracy and top5_accuracy (fractions) over num_samples, from sums that hold at least one sample."""
+    loss, correct, top5, count = sums.tolist()
+    return {"loss": loss / count, "accuracy": correct / count, "top5_accuracy": top5 / count, "num_samples": int(count)}
+
+
+@torch.no_grad()
+def add_confusion(confusion: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Adds a batch to the confusion matrix in place; int64 [num_classes, num_classes], true class by predicted class."""
+    num_classes = confusion.shape[0]
+    cells = labels * num_classes + logits.argmax(dim=1)
+    confusion += torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def per_class_accuracy(confusion: Tensor) -> list[float | None]:
+    """The fraction of each class's samples that were classified right; None for a class without samples."""
+    totals = confusion.sum(dim=1).tolist()
+    return [right / total if total else None for right, total in zip(confusion.diagonal().tolist(), totals)]

@@ -1,0 +1,299 @@
+"""Models: any timm model, with a stem for small images if asked, or our SimpleMLP; named, built and described."""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    get_model_input_config,
+    parse_model_name,
+    register_model,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
+from torch import nn
+
+from pipeline.stems import SMALL_IMAGE_SIZE, SMALL_STEM_SUFFIX, is_small_stem, is_small_stem_possible, with_small_stem
+from pipeline.weights import (
+    CONFIG_FILE,
+    LoadReport,
+    check_model_folder,
+    classifier_names,
+    load_model,
+    load_weights,
+    read_config,
+    save_model,
+    weights_file,
+)
+
+__all__ = [
+    "InputSettings",
+    "LoadReport",
+    "SimpleMLP",
+    "check_model_name",
+    "create_model",
+    "default_image_size",
+    "input_settings",
+    "is_small_stem_possible",
+    "load_model",
+    "load_weights",
+    "save_model",
+]
+
+STEM_CHOICES = ("auto", "imagenet", "small")
+
+
+class SimpleMLP(nn.Module):
+    """Linear layers with ReLU on the flattened image, in timm's interface; nothing in it depends on the batch."""
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] = 32,
+        hidden_sizes: Sequence[int] = (512, 512),
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
+        self.num_features = self.head_hidden_size = hidden_sizes[-1]
+        sizes = [in_chans * height * width, *hidden_sizes]
+        layers = [[nn.Linear(inputs, outputs), nn.ReLU()] for inputs, outputs in zip(sizes, sizes[1:])]
+        self.hidden = nn.Sequential(*(module for layer in layers for module in layer))
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for so many classes; with 0, the features themselves. There is no pooling to choose."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """images: float [B, C, H, W]; returns features [B, num_features]."""
+        return self.hidden(images.flatten(1))
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """features: [B, num_features]; returns logits [B, num_classes], or with pre_logits what the classifier sees."""
+        features = self.head_drop(features)
+        return features if pre_logits else self.head(features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+# timm looks for this name in the module of a registered model
+default_cfgs = generate_default_cfgs(
+    {"simple_mlp": dict(input_size=(3, 32, 32), fixed_input_size=True, first_conv="hidden.0", classifier="head")}
+)
+
+
+@register_model
+def simple_mlp(pretrained: bool = False, **kwargs: Any) -> SimpleMLP:
+    """SimpleMLP for timm.create_model; two hidden layers of 512 unless `hidden_sizes` says otherwise."""
+    return build_model_with_cfg(SimpleMLP, "simple_mlp", pretrained, **kwargs)
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """How a model wants its images: mean and std of each channel in [0, 1], and input_size (C, H, W)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    input_size: tuple[int, int, int]
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    """' Did you mean ...?' with the closest known names, or nothing."""
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def check_model_name(name: str) -> None:
+    """Raises ValueError for a name that create_model cannot build; asks no network.
+
+    Good are timm's names, with a tag or without (`resnet18.a1_in1k`), ours, `hf-hub:owner/name` and `local-dir:PATH`.
+    """
+    source, location = parse_model_name(name)  # its ValueError tells unknown sources and bare paths
+    if source == "local-dir":
+        check_model_folder(location)
+    if source:
+        return
+    architecture, tag = split_model_name_tag(name)
+    if architecture in get_deprecated_models():
+        current = get_deprecated_models()[architecture]
+        raise ValueError(f"Model {name!r} is {f'now {current!r} in timm; use that' if current else 'gone from timm'}.")
+    if not timm.is_model(architecture):
+        known = [model for model in timm.list_models() if not is_small_stem(model)]
+        raise ValueError(
+            f"Unknown model {name!r}.{_close(architecture, known)} "
+            f"timm.list_models() names all {len(known)}; hf-hub:OWNER/NAME and local-dir:PATH work, too."
+        )
+    base = architecture.removesuffix(SMALL_STEM_SUFFIX)
+    tags = [split_model_name_tag(model)[1] for model in get_arch_pretrained_cfgs(base)]
+    if tag and tag not in tags:
+        known_tags = ", ".join(filter(None, tags)) or "none"
+        raise ValueError(f"Unknown tag {tag!r} of model {base!r}.{_close(tag, tags)} Known tags: {known_tags}.")
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what timm and the Hub raise while they fetch or build a model into a ValueError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Could not fetch {name!r} from the Hugging Face Hub ({type(error).__name__}: {cause}). Check the name and "
+            "the network; or fetch it once where there is one and copy the cache; or set pretrained to False, or "
+            "init_from to a file at hand."
+        ) from error
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused is None:
+            raise
+        raise ValueError(f"Model {name!r} does not take {refused[1]}. Leave it out, or take another model.") from error
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's description of the model and its weights, as a dict; a small stem has that of its base."""
+    with _explained(name):
+        return resolve_model_input_args(_base_name(name))["pretrained_cfg"]
+
+
+def _base_name(name: str) -> str:
+    """The name without the suffix of a small stem; names with a source stay as they are."""
+    return name if ":" in name else name.replace(SMALL_STEM_SUFFIX, "", 1)
+
+
+def _check_has_weights(name: str, pretrained_cfg: dict[str, Any]) -> None:
+    if ":" not in name and not any(pretrained_cfg.get(key) for key in ("url", "file", "hf_hub_id")):
+        with_weights = timm.list_models(pretrained=True)
+        raise ValueError(
+            f"timm has no pretrained weights for {name!r}.{_close(name, with_weights)} "
+            "timm.list_models(pretrained=True) names all that have; or set pretrained to False."
+        )
+
+
+def default_image_size(name: str, pretrained: bool) -> int:
+    """The height in pixels that the model, or its pretrained weights, is made for; nothing is built.
+
+    Raises ValueError for an unknown model, and with `pretrained` for one without weights.
+    """
+    check_model_name(name)
+    pretrained_cfg = _pretrained_cfg(name)
+    if pretrained:
+        _check_has_weights(name, pretrained_cfg)
+    return int(pretrained_cfg["input_size"][-1])
+
+
+def _with_stem(name: str, stem: str, image_size: int, pretrained: bool, init_from: str | Path | None) -> str:
+    """The name of the model to build: `name`, or its registered variant with a small stem."""
+    if stem not in STEM_CHOICES:
+        raise ValueError(f"Unknown stem {stem!r}.{_close(stem, STEM_CHOICES)} Known: {', '.join(STEM_CHOICES)}.")
+    if ":" in name:
+        if stem != "auto":
+            raise ValueError(f"stem {stem!r} does not apply to {name!r}: what was saved has its stem. Use stem 'auto'.")
+        return name
+    if is_small_stem(name):
+        if stem == "imagenet":
+            raise ValueError(f"Model {name!r} has a small stem; with stem 'imagenet' name it {_base_name(name)!r}.")
+        return name
+    if stem == "auto" and is_small_stem_possible(name):
+        saved = weights_file(init_from).with_name(CONFIG_FILE) if init_from else None
+        if saved and saved.exists():  # weights are continued on the stem they had
+            return with_small_stem(name) if is_small_stem(read_config(saved)["architecture"]) else name
+        stem = "small" if image_size <= SMALL_IMAGE_SIZE and not pretrained else "imagenet"
+    return with_small_stem(name) if stem == "small" else name
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    image_size: int,
+    pretrained: bool = False,
+    stem: str = "auto",
+    init_from: str | Path | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> tuple[nn.Module, LoadReport | None]:
+    """The model in training mode, on the CPU, and where its weights come from (None: from nowhere).
+
+    `stem` auto is small where the model can have it, for images of 64 pixels and less without pretrained weights; with
+    `init_from` it is that of the folder. Raises ValueError for whatever the model does not have, take or fit.
+    """
+    check_model_name(name)
+    if pretrained and init_from:
+        raise ValueError(f"pretrained and init_from {str(init_from)!r} both set the weights; take one of them.")
+    pretrained_cfg = _pretrained_cfg(name)
+    if pretrained:
+        _check_has_weights(name, pretrained_cfg)
+    name = _with_stem(name, stem, image_size, pretrained, init_from)
+    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if pretrained_cfg.get("fixed_input_size"):
+        arguments["img_size"] = image_size
+    # only what is asked for: not every model takes both
+    arguments |= {key: rate for key, rate in dict(drop_rate=drop_rate, drop_path_rate=drop_path_rate).items() if rate}
+    with _explained(name):
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+    _check_takes_images(model, name, num_classes, in_chans, image_size)
+    if init_from:
+        return model, load_weights(model, init_from)
+    return model, _pretrained_report(model, name) if pretrained else None
+
+
+def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans: int, image_size: int) -> None:
+    """Raises ValueError unless one black image of this size becomes [1, num_classes] logits."""
+    size = f"{in_chans}x{image_size}x{image_size}"
+    model.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(torch.zeros(1, in_chans, image_size, image_size)).shape)
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"Model {name!r} cannot take {size} images ({error}). Try another image_size.") from error
+    if shape != (1, num_classes):
+        raise ValueError(f"Model {name!r} makes {shape} of a {size} image, not logits of {num_classes} classes.")
+    model.train()
+
+
+def _pretrained_report(model: nn.Module, name: str) -> LoadReport:
+    """What timm did with the pretrained weights, told from the shapes of the model that they were made for."""
+    with torch.device("meta"):
+        source = timm.create_model(_base_name(name)).state_dict()
+    target, classifier = model.state_dict(), classifier_names(model)
+    changed = [key for key in target if key not in source or source[key].shape != target[key].shape]
+    return LoadReport(
+        source=f"the pretrained weights of {_base_name(name)}",
+        loaded=tuple(key for key in target if key not in changed),
+        adapted=tuple(key for key in changed if key not in classifier),
+        reinitialised=tuple(key for key in changed if key in classifier),
+    )
+
+
+def input_settings(model: nn.Module) -> InputSettings:
+    """How a timm model wants its images; mean and std are averaged where it does not have three channels."""
+    pretrained_cfg, input_size = vars(model)["pretrained_cfg"], get_model_input_config(model)["input_size"]
+    mean, std = (
+        values if len(values) == input_size[0] else (sum(values) / len(values),) * input_size[0]
+        for values in (tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]))
+    )
+    return InputSettings(mean, std, pretrained_cfg["interpolation"], pretrained_cfg["crop_pct"], input_size)

@@ -1,0 +1,74 @@
+"""The plan of a run, as a person reads it before it starts and --dry_run prints it."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline import console
+from pipeline.assembly import Parts, system_facts
+from pipeline.config import Config
+from pipeline.optimizers import peak_lr
+from pipeline.schedule import History, batch_size_at, lr_scale, steps_per_epoch
+
+
+def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:
+    """The learning rate of a step, read off the schedule at the step's middle."""
+    return peak_lr(config) * lr_scale(epoch + (batch + 0.5) / num_batches, history, config)
+
+
+def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
+    """Sizes, model, optimizer groups, device, precision and folder; with dry_run every epoch's batch and learning rate too."""
+    data, shape = parts.dataset, parts.preprocessing
+    facts = system_facts(accelerator)
+    sizes = ", ".join(
+        f"{len(split):,} {name}" for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+    )
+    num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    batch_size = batch_size_at(0, config)
+    num_steps = steps_per_epoch(len(data.train), batch_size, config.drop_last)
+    size = f"{shape.channels} x {shape.image_size} x {shape.image_size}"
+    rows = [
+        ("dataset", f"{config.dataset} ({data.source}): {sizes} images, {len(data.class_names)} classes"),
+        *(("", note) for note in data.notes),
+        ("input", f"{size}, loader {parts.loaders['train'].kind}, augment {config.augment}"),
+        ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
+        *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
+        ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
+        ("batch", f"{batch_size}, {num_steps} steps per epoch, {config.epochs} epochs"),
+        (
+            "device",
+            f"{facts['device']}, processes: {facts['num_processes']}, mixed precision {facts['mixed_precision']}",
+        ),
+        ("run", str(Path(config.run_dir))),
+    ]
+    text = console.table(rows)
+    return f"{text}\n\n{groups_text(parts)}\n\n{epochs_text(config, len(data.train))}" if config.dry_run else text
+
+
+def architecture(model: Any) -> str:
+    return str(model.pretrained_cfg["architecture"])
+
+
+def groups_text(parts: Parts) -> str:
+    """The optimizer's groups: how many tensors and numbers, with which learning-rate factor and weight decay."""
+    lines = [f"{'parameter group':<24} {'tensors':>8} {'parameters':>12} {'lr factor':>10} {'weight decay':>13}"]
+    for group in parts.optimizer.param_groups:
+        numel = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['name']:<24} {len(group['params']):>8} {numel:>12,} {group['lr_scale']:>10g} {group['weight_decay']:>13g}"
+        )
+    return "\n".join(lines)
+
+
+def epochs_text(config: Config, num_samples: int) -> str:
+    """A line for each epoch: batch size, steps, learning rate of its first and last step as far as they are known now."""
+    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'lr at its start':>16} {'and end':>10}"]
+    for epoch in range(config.epochs):
+        batch_size = batch_size_at(epoch, config)
+        steps = steps_per_epoch(num_samples, batch_size, config.drop_last)
+        first, last = (lr_of_step(epoch, batch, steps, [], config) for batch in (0, steps - 1))
+        lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g}")
+    if config.scheduler == "plateau":
+        lines.append("(a plateau of the monitored value lowers the rate further)")
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""Sharpness-aware minimisation: a context in which the weights stand at the worst point near by.
+
+SAM: https://arxiv.org/abs/2010.01412. ASAM, its scale-invariant form: https://arxiv.org/abs/2102.11600.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TINY = 1e-12  # keeps a gradient of zeros from becoming 0 / 0
+
+
+def weights_and_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The parameters that have a gradient, and the gradients."""
+    pairs = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    return [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def sharpness_norm(model: nn.Module, adaptive: bool) -> Tensor:
+    """The L2 norm that the perturbation is measured by, float32 []: of the gradient g, or of |w| g when adaptive."""
+    parameters, gradients = weights_and_gradients(model)
+    if adaptive:
+        gradients = list(torch._foreach_mul(gradients, [parameter.detach().abs() for parameter in parameters]))
+    return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
+
+
+@contextmanager
+def perturbed(model: nn.Module, rho: float, adaptive: bool, norm: Tensor) -> Iterator[None]:
+    """Inside, every weight w with a gradient g stands at w + e, e = rho g / norm, or rho w^2 g / norm when adaptive.
+
+    The gradients are used up: they are None inside. A loss scale drops out, since norm carries it as well. BatchNorm leaves its
+    running statistics alone inside, so that a step updates them once. On the way out, whatever happens, the weights are
+    the very ones from before, to the last bit.
+    """
+    parameters, gradients = weights_and_gradients(model)
+    weights = [parameter.data for parameter in parameters]
+    offsets = torch._foreach_mul(gradients, (rho / (norm + TINY)).to(weights[0].dtype))
+    if adaptive:
+        torch._foreach_mul_(offsets, weights)
+        torch._foreach_mul_(offsets, weights)
+    torch._foreach_add_(offsets, weights)
+    normalisations: list[Any] = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    try:
+        for parameter, neighbour in zip(parameters, offsets):
+            # the neighbour takes the weight's place, so that coming back copies nothing and rounds nothing
+            parameter.data, parameter.grad = neighbour, None
+        for module in normalisations:
+            module.track_running_stats = False
+        yield
+    finally:
+        for parameter, weight in zip(parameters, weights):
+            parameter.data = weight
+        for module in normalisations:
+            module.track_running_stats = True

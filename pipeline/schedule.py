@@ -1,0 +1,113 @@
+"""Learning-rate and batch-size schedules: pure functions of progress and history.
+
+Progress is measured in epochs, samples seen over samples in the set, so a change of the batch size does not bend a curve.
+The history is one dict per finished epoch, with the validation figures under "val".
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.config import Config, did_you_mean
+
+History = list[dict[str, Any]]
+
+
+def constant(progress: float, history: History, config: Config) -> float:
+    """1."""
+    return 1.0
+
+
+def step(progress: float, history: History, config: Config) -> float:
+    """gamma ** (number of steps passed), StepLR and MultiStepLR in one."""
+    every = config.epochs / 3 if config.step_epochs is None else config.step_epochs
+    passed = sum(progress >= epoch for epoch in every) if isinstance(every, list) else int(progress / every)
+    return config.gamma**passed
+
+
+def plateau(progress: float, history: History, config: Config) -> float:
+    """gamma ** (number of plateaus in the history): more than plateau_patience epochs in a row without a better value."""
+    best, bad_epochs, scale = -math.inf, 0, 1.0
+    for value in monitored(history, config):
+        bad_epochs = 0 if value > best else bad_epochs + 1
+        best = max(best, value)
+        if bad_epochs > config.plateau_patience:
+            scale, bad_epochs = max(scale * config.gamma, config.min_lr_scale), 0
+    return scale
+
+
+def cosine(progress: float, history: History, config: Config) -> float:
+    """min + (1 - min) (1 + cos(pi t)) / 2 with t from 0 to 1 after the warm-up (SGDR, https://arxiv.org/abs/1608.03983)."""
+    return (
+        config.min_lr_scale + (1 - config.min_lr_scale) * (1 + math.cos(math.pi * after_warmup(progress, config))) / 2
+    )
+
+
+def linear(progress: float, history: History, config: Config) -> float:
+    """1 - (1 - min) t with t from 0 to 1 after the warm-up."""
+    return 1 - (1 - config.min_lr_scale) * after_warmup(progress, config)
+
+
+SCHEDULES: dict[str, Callable[[float, History, Config], float]] = {
+    "constant": constant,
+    "step": step,
+    "plateau": plateau,
+    "cosine": cosine,
+    "linear": linear,
+}
+
+
+def check_scheduler_name(name: str) -> None:
+    """Raises ValueError when SCHEDULES has no such row."""
+    if name not in SCHEDULES:
+        raise ValueError(f"Unknown scheduler '{name}'.{did_you_mean(name, SCHEDULES)} Known: {', '.join(SCHEDULES)}.")
+
+
+def after_warmup(progress: float, config: Config) -> float:
+    """The part of the run after the warm-up that has passed, from 0 to 1."""
+    warmup = warmup_length(config)
+    return min(max((progress - warmup) / max(config.epochs - warmup, 1e-9), 0.0), 1.0)
+
+
+def warmup_length(config: Config) -> float:
+    """Epochs of warm-up: warmup_epochs, or half of a run that is too short for it."""
+    return min(config.warmup_epochs, config.epochs / 2)
+
+
+def lr_scale(progress: float, history: History, config: Config) -> float:
+    """The factor on every group's learning rate at a progress in epochs: schedule times warm-up times batch-size scaling."""
+    warmup = min(progress / warmup_length(config), 1.0) if config.warmup_epochs else 1.0
+    growth = batch_size_at(int(progress), config) / config.batch_size
+    scaling = {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[config.batch_lr_scaling]
+    return SCHEDULES[config.scheduler](progress, history, config) * warmup * scaling
+
+
+def batch_size_at(epoch: int, config: Config) -> int:
+    """The global batch size of an epoch: the newest entry of batch_size_schedule that has begun, else batch_size."""
+    begun = [start for start in config.batch_size_schedule if start <= epoch]
+    return config.batch_size_schedule[max(begun)] if begun else config.batch_size
+
+
+def steps_per_epoch(num_samples: int, batch_size: int, drop_last: bool) -> int:
+    """Optimizer steps in an epoch; a set smaller than one batch is one step."""
+    return max(num_samples // batch_size, 1) if drop_last else math.ceil(num_samples / batch_size)
+
+
+def monitored(history: History, config: Config) -> list[float]:
+    """The monitored validation value of each epoch, signed so that larger is better."""
+    sign = 1.0 if config.monitor == "accuracy" else -1.0
+    return [sign * epoch["val"][config.monitor] for epoch in history]
+
+
+def best_epoch(history: History, config: Config) -> int | None:
+    """The number of the epoch with the best monitored value, the first of equals; None before the first."""
+    values = monitored(history, config)
+    return values.index(max(values)) if values else None
+
+
+def should_stop_early(history: History, config: Config) -> bool:
+    """Whether early_stopping_patience epochs have passed since the best one."""
+    best = best_epoch(history, config)
+    if best is None or config.early_stopping_patience is None:
+        return False
+    return len(history) - 1 - best >= config.early_stopping_patience

@@ -1,0 +1,123 @@
+"""Splits of an image set: encoded images and labels by row, and stratified choices of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.images import BadImage
+from pipeline.randomness import permutation
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+def find_splits(names: list[str], source: str) -> dict[str, str]:
+    """Our names (train, val, test) to the set's own names, for those it has.
+
+    Raises ValueError where no name means train, or two names mean the same.
+    """
+    found = {}
+    for ours, theirs in SPLIT_NAMES.items():
+        matching = [name for name in names if name.lower() in theirs]
+        if len(matching) > 1:
+            raise ValueError(f"{source} has {' and '.join(matching)}, which both mean {ours}. Keep one of them.")
+        if matching:
+            found[ours] = matching[0]
+    if "train" not in found:
+        raise ValueError(f"{source} has no training split. Its splits: {', '.join(sorted(names))}. Name one 'train'.")
+    return found
+
+
+def is_split_name(name: str) -> bool:
+    return any(name.lower() in theirs for theirs in SPLIT_NAMES.values())
+
+
+class Split:
+    """One split: encoded images and labels, addressed by row.
+
+    labels: int64 [N]. The images stay where they are: in an Arrow table (memory-mapped, except for the small embedded
+    set) as struct<bytes, path>, or in the files that the paths name. A choice of rows shares the table. Pickled for a
+    worker process, a memory-mapped table is its file name, not its images.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: Any,
+        column: str,
+        labels: np.ndarray,
+        rows: np.ndarray | None = None,
+        origin: str | None = None,
+    ) -> None:
+        """table: a pyarrow.Table or datasets.table.Table; rows: int64 [N], its rows that belong to this split."""
+        self.name = name
+        self.origin = origin or name
+        self.labels = labels.astype(np.int64, copy=False)
+        self._table = table
+        self._column = column
+        self._rows = np.arange(len(labels)) if rows is None else rows
+        self._fields: tuple[pa.ChunkedArray, pa.ChunkedArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fields": None}  # Arrow would copy the images into the pickle
+
+    def encoded(self, row: int) -> bytes:
+        """The file bytes of the encoded image. Raises BadImage where there are none."""
+        data, path = self._image(row)
+        if data is not None:
+            return data
+        if path is None:
+            raise BadImage(f"{self.where(row)} holds no image: neither bytes nor a path.")
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"Cannot read {path}: {error.strerror}.") from error
+
+    def where(self, row: int) -> str:
+        """The image's file path, or words such as "row 17 of train", for messages."""
+        _, path = self._image(row)
+        return path or f"row {self._rows[row]} of {self.origin}"
+
+    def select(self, rows: np.ndarray, name: str | None = None) -> Split:
+        """The given rows of this split, in that order, under the same or another name."""
+        return Split(name or self.name, self._table, self._column, self.labels[rows], self._rows[rows], self.origin)
+
+    def _image(self, row: int) -> tuple[bytes | None, str | None]:
+        """The bytes of an image that lies in the table, else the path of its file."""
+        if self._fields is None:
+            images = getattr(self._table, "table", self._table).column(self._column)
+            names = [field.name for field in images.type]
+            fields = images.flatten()
+            self._fields = fields[names.index("bytes")], fields[names.index("path")]
+        index = int(self._rows[row])
+        data, path = self._fields
+        encoded = data[index].as_py()
+        return (encoded, None) if encoded is not None else (None, path[index].as_py())
+
+
+def stratified_rows(labels: np.ndarray, size: int, *place: int) -> np.ndarray:
+    """`size` rows, each class in its share; sorted int64 [size]. The place (seed, ...) decides which.
+
+    Shares are apportioned by largest remainder (https://en.wikipedia.org/wiki/Quota_method), so the total is exact;
+    what is left over goes first to classes of two or more samples that would get none, and last to classes of one.
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    take, remainders = np.divmod(counts * size, len(labels))
+    order = np.lexsort((-remainders, take > 0, (counts == 1) | (remainders == 0)))
+    take[order[: size - take.sum()]] += 1
+    shuffled = permutation(len(labels), *place)
+    by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(by_class[rank < np.repeat(take, counts)])

@@ -1,0 +1,91 @@
+"""TrainState: where a run stands, and its way into a checkpoint and back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
+from pipeline.optimizers import load_state_tensors, state_tensors
+from pipeline.schedule import History
+
+COUNTERS = ("epoch", "batch", "step", "samples", "history", "logged", "last_loss", "seconds", "train_seconds")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: exactly what a checkpoint holds.
+
+    model, optimizer: as Accelerate prepared them. epoch: finished ones; batch: finished ones of the epoch under way;
+    step and samples: over the whole run. sums: this rank's metrics.zero_sums of the epoch under way; logged: what of them,
+    over all ranks, training lines have told already; last_loss: the loss they told last.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    sums: Tensor
+    bad_step: Tensor  # int64 [], the step of the first loss that was not finite; -1 while there is none
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    history: History = field(default_factory=list)
+    logged: list[float] = field(default_factory=lambda: [0.0] * 4)
+    last_loss: float | None = None
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+
+    def place(self, epoch: int) -> dict[str, Any]:
+        """What every line of metrics.jsonl tells besides its split; epoch: the one it is about, from 1."""
+        return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
+
+
+def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Makes BatchNorm's running statistics the mean over all ranks. Every rank calls it, before evaluating and saving."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """The tensors by file and the facts that save_checkpoint writes. Every rank calls it."""
+    model = accelerator.unwrap_model(state.model)
+    average_buffers(model, accelerator)
+    tensors = {"model": model.state_dict(), "optimizer": state_tensors(state.optimizer.optimizer, model)}
+    facts = {name: getattr(state, name) for name in COUNTERS}
+    return tensors, facts | {"sums": accelerator.reduce(state.sums).tolist()}
+
+
+def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """Puts the state where the checkpoint stands, and returns the checkpoint's facts. Raises BadCheckpoint.
+
+    Every rank calls it; nothing is changed before everything was read and found to fit.
+    """
+    facts = read_facts(folder)
+    model = accelerator.unwrap_model(state.model)
+    weights, moments = read_tensors(folder, "model"), read_tensors(folder, "optimizer")
+    try:
+        values = {name: facts[name] for name in COUNTERS}
+        sums = torch.tensor(facts["sums"] if accelerator.is_main_process else [0.0] * 4, dtype=torch.float64)
+        check_shapes(model, weights)
+        load_state_tensors(state.optimizer.optimizer, model, moments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{folder} does not fit this run: {error}") from error
+    model.load_state_dict(weights)
+    state.sums.copy_(sums)
+    for name, value in values.items():
+        setattr(state, name, value)
+    return facts
+
+
+def check_shapes(model: nn.Module, weights: Tensors) -> None:
+    """Raises ValueError unless the weights have the model's names and shapes."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors differ in name or shape, {', '.join(wrong[:3])} for example.")

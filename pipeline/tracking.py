@@ -1,0 +1,128 @@
+"""Tracking: metrics.jsonl always; Weights & Biases, TensorBoard and the rest through Accelerate's trackers."""
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, did_you_mean
+
+WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
+
+
+def tracker_names(config: Config) -> list[str]:
+    """The trackers that log_with asks for, and wandb under `wandb agent`.
+
+    Raises ValueError for a name that Accelerate does not know or whose package is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    names = [config.log_with] if isinstance(config.log_with, str) else list(config.log_with or [])
+    if "WANDB_SWEEP_ID" in os.environ and "wandb" not in names:
+        names.append("wandb")
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ValueError(
+                f"Unknown tracker '{name}' in log_with.{did_you_mean(name, LOGGER_TYPE_TO_CLASS)} Known: {known}."
+            )
+        if name not in [str(available) for available in get_available_trackers()]:
+            raise ValueError(f"log_with {name} needs a package that is not installed: pip install {name}")
+    return names
+
+
+class Tracker:
+    """A run's metrics.jsonl and its outside trackers. Made and called on rank 0 only.
+
+    num_bytes: how much of metrics.jsonl belongs to the state that the run goes on from; the rest is cut off.
+    run_ids: the outside trackers' ids of the run that goes on; empty for a new one.
+    """
+
+    def __init__(
+        self, config: Config, facts: dict[str, Any], num_bytes: int = 0, run_ids: dict[str, str] | None = None
+    ):
+        self.run_ids = dict(run_ids or {})
+        self.file = open(metrics_path(config.run_dir), "ab")
+        self.file.truncate(num_bytes)
+        self.outside: dict[str, Any] = {}
+        for name in tracker_names(config):
+            self.attempt(name, "start", lambda: self.start(name, config, facts))
+
+    def start(self, name: str, config: Config, facts: dict[str, Any]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        settings = {**dataclasses.asdict(config), **{f"system/{key}": value for key, value in facts.items()}}
+        if name == "wandb":
+            tracker = kind(config.project, **self.wandb_options(config))
+        else:
+            # outside W&B a setting is a number, a text or a truth value
+            settings = {
+                key: value if isinstance(value, (int, float, str, bool)) else str(value)
+                for key, value in settings.items()
+            }
+            folder = {"logging_dir": str(config.run_dir)} if kind.requires_logging_directory else {}
+            tracker = kind(name if folder else config.project, **folder)
+        tracker.start()
+        tracker.store_init_configuration(settings)
+        self.outside[name] = tracker
+        if name == "wandb":
+            self.run_ids["wandb"] = tracker.run.id
+
+    def wandb_options(self, config: Config) -> dict[str, Any]:
+        import wandb
+
+        options = {"name": config.run_name, "dir": str(config.run_dir)}
+        if "wandb" in self.run_ids:
+            options |= {"id": self.run_ids["wandb"], "resume": "allow"}
+        return {**options, "settings": wandb.Settings(init_timeout=WANDB_START_SECONDS)}
+
+    def attempt(self, name: str, verb: str, action: Callable[[], Any]) -> None:
+        """Does something with an outside tracker; when it fails, the tracker is let go with a warning and training goes on."""
+        try:
+            action()
+        except Exception as error:  # an outside service may raise anything, and none of it is worth a run
+            self.outside.pop(name, None)
+            warnings.warn(
+                f"{name} could not {verb} and is left out from here on; metrics.jsonl has everything. {error}",
+                stacklevel=2,
+            )
+
+    def num_bytes(self) -> int:
+        """Bytes in metrics.jsonl, all of them on disk; a checkpoint keeps the number."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def log(self, split: str, place: dict[str, Any], values: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl, and its numbers to the outside trackers under the names split/key.
+
+        place: epoch, step, samples and seconds.
+        """
+        self.file.write((json.dumps({"split": split, **place, **values}) + "\n").encode())
+        self.file.flush()
+        numbers = {f"{split}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
+        for name, tracker in list(self.outside.items()):
+            self.attempt(name, "log", lambda: tracker.log(numbers, step=place["step"]))
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Ends the outside trackers; W&B gets the final figures, where it can sort runs by them."""
+        self.file.close()
+        figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
+        for part in ("best", "test"):
+            figures |= {
+                f"{part}/{key}": value
+                for key, value in (summary.get(part) or {}).items()
+                if isinstance(value, (int, float))
+            }
+        for name, tracker in list(self.outside.items()):
+            if name == "wandb":
+                self.attempt(name, "take the summary", lambda: tracker.run.summary.update(figures))
+            self.attempt(name, "finish", tracker.finish)
+
+
+def metrics_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"

@@ -1,0 +1,212 @@
+"""Weights of models on disk: the timm folder (config.json, model.safetensors, README.md) saved, loaded, continued."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
+
+WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Which tensors of a model came from where.
+
+    loaded: as they were; adapted: from the source, cut or resampled to the model's shapes; reinitialised: in the model
+    only, or of another shape in the classifier; unused: in the source only.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    adapted: tuple[str, ...] = ()
+    reinitialised: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        found = len(self.loaded) + len(self.adapted)
+        lines = [f"{found} of {found + len(self.reinitialised)} tensors from {self.source}"]
+        for what in ("adapted", "reinitialised", "unused"):
+            names = getattr(self, what)
+            if names:
+                more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+                lines.append(f"  {what}: {', '.join(names[:6])}{more}")
+        return "\n".join(lines)
+
+
+def classifier_names(model: nn.Module) -> set[str]:
+    """The names of the weights and biases of a timm model's classifier, or of its classifiers."""
+    classifiers = vars(model)["pretrained_cfg"].get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    return {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
+
+
+def weights_file(source: str | Path) -> Path:
+    """The safetensors file of a run folder, a timm folder or a path to itself; ValueError where there is none."""
+    source = Path(source)
+    if source.is_file() and source.suffix == ".safetensors":
+        return source
+    for folder in (source / "model", source):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder / WEIGHTS_FILE
+    raise ValueError(
+        f"No weights in {str(source)!r}. It must be a run folder (with model/{WEIGHTS_FILE}), a folder with "
+        f"{WEIGHTS_FILE}, or a .safetensors file; pickled weights (.pt, .pth, .bin) are not read."
+    )
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.json of a timm folder; ValueError naming the file where it is none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}). Copy the model folder anew.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{file} names no architecture, so it is not that of a timm model.")
+    return config
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Raises ValueError, naming the file, unless the folder holds a whole config.json and model.safetensors.
+
+    Of the weights only the header is read; it knows how long the file must be.
+    """
+    folder = Path(folder)
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"{str(folder)!r} is not a model folder: {' and '.join(missing)} missing.")
+    architecture = read_config(folder / CONFIG_FILE)["architecture"]
+    if not timm.is_model(architecture):
+        raise ValueError(f"{folder / CONFIG_FILE} names {architecture!r}, an architecture that timm does not know.")
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(folder / WEIGHTS_FILE, error) from error
+
+
+def _not_whole(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is not a whole safetensors file ({error}). Copy it anew, or take another.")
+
+
+def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
+    """Copies weights into a timm model by name; what came, and what did not.
+
+    The classifier stays as it is where its shape differs (another number of classes). Raises ValueError for any other
+    difference in shape, a file that shares nothing with the model, and one that is not whole.
+    """
+    file = weights_file(source)
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _not_whole(file, error) from error
+    target, classifier = model.state_dict(), classifier_names(model)
+    differing = {name for name in found if name in target and found[name].shape != target[name].shape}
+    wrong = [
+        f"{name} {tuple(found[name].shape)}, the model has {tuple(target[name].shape)}"
+        for name in sorted(differing - classifier)
+    ]
+    loaded = tuple(name for name in target if name in found and name not in differing)
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{file} is of another model: {'; '.join(wrong[:5])}{more}. Set model_name, stem, image_size and the "
+            "number of channels to those of the file."
+        )
+    if not loaded:
+        raise ValueError(f"{file} shares no tensor with the model; its first is {next(iter(found), None)!r}.")
+    model.load_state_dict({name: found[name] for name in loaded}, strict=False)
+    return LoadReport(
+        source=str(file),
+        loaded=loaded,
+        reinitialised=tuple(name for name in target if name not in loaded),
+        unused=tuple(name for name in found if name not in target),
+    )
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model of a folder as save_model wrote it, in training mode on the CPU; ValueError naming what is broken."""
+    check_model_folder(folder)
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except RuntimeError as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    label_names: Sequence[str],
+    image_size: int,
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str,
+    crop_pct: float,
+    readme: str,
+) -> None:
+    """Writes the folder from which timm, after `import pipeline`, rebuilds the model: bit for bit the same logits.
+
+    The folder is written aside, synced and renamed; one that is there is replaced. Only rank 0 may call this, with the
+    unwrapped model. Raises ValueError where the names, the size or the channels are not those of the model.
+    """
+    if len(label_names) != model.num_classes:
+        raise ValueError(f"{len(label_names)} label names for a model of {model.num_classes} classes.")
+    plain = copy.deepcopy(model).cpu()
+    for tensor in [*plain.parameters(), *plain.buffers()]:
+        tensor.data = tensor.data.contiguous()  # safetensors refuses channels_last
+    aside, replaced = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    _remove_leftovers(folder)
+    try:
+        save_for_hf(
+            plain,
+            str(aside),
+            model_config={"label_names": list(label_names)},
+            data_config={
+                "input_size": (in_chans, image_size, image_size),
+                "mean": tuple(mean),
+                "std": tuple(std),
+                "interpolation": interpolation,
+                "crop_pct": crop_pct,
+            },
+            safe_serialization=True,
+        )
+        (aside / README_FILE).write_text(readme, encoding="utf-8")
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        if folder.exists():
+            folder.rename(replaced)
+        aside.rename(folder)
+        _sync(folder.parent)
+    finally:
+        _remove_leftovers(folder)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the list of names in the folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what this or a killed process wrote aside; a replaced folder only if its successor is in place."""
+    for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    for replaced in folder.parent.glob(f".{folder.name}.old-*"):
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)

@@ -1,0 +1,103 @@
+"""What tests share: small runs in this process, real processes, a clean slate for Accelerate."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A run of a second: 5 steps of 16 images an epoch on the embedded set.
+SMALL_RUN: dict[str, Any] = {
+    "model_name": "simple_mlp",
+    "max_train_samples": 100,
+    "val_fraction": 0.2,
+    "epochs": 2,
+    "batch_size": 16,
+    "log_every": 2,
+    "augment": "light",
+    "run_name": "run",
+    "lr": 0.05,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the whole process; each test begins without them."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Trains in this process with SMALL_RUN's settings and the given ones; returns the summary and the run's folder."""
+
+    def run(**settings: Any) -> tuple[dict[str, Any], Path]:
+        from accelerate.state import AcceleratorState
+
+        from pipeline.config import Config
+        from pipeline.training import train
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = Config(**{"output_dir": str(tmp_path), **SMALL_RUN, **settings})
+        return train(config), config.run_dir
+
+    return run
+
+
+def flags(**settings: Any) -> list[str]:
+    return [f"--{name}={value}" for name, value in {**SMALL_RUN, **settings}.items()]
+
+
+def start_process(*arguments: str, **environment: str) -> subprocess.Popen:
+    """Starts a Python program in the project's folder, with one thread, on the CPU."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+
+def run_process(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python program to its end."""
+    process = start_process(*arguments, **environment)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"{arguments} took more than {timeout} s.\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def torchrun(num_processes: int, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
+    """Runs train.py in several gloo processes on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
+    return run_process(*launcher, "train.py", *arguments, timeout=timeout)
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what depends on the clock."""
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")} for line in lines
+    ]
+
+
+def weights_of(run_dir: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "model" / "model.safetensors")

@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Train an image classifier: `python train.py`, `accelerate launch train.py`, `torchrun train.py` or `wandb agent`."""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.config import parse_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 130 or 143 stopped by a signal."""
+    config = parse_config(argv)
+    from pipeline.run import Interrupted, TrainingFailed  # after the settings: a misspelt one costs no import of torch
+    from pipeline.training import train
+
+    try:
+        train(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as interruption:
+        return 128 + interruption.signal_number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
