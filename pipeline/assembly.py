@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
+from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
-from pipeline.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
+from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name
 from pipeline.tracking import tracker_names
@@ -41,8 +43,10 @@ def warnings_of(config: Config) -> list[str]:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and processes as the launcher and the settings say. Raises ValueError for fp16 without a GPU."""
-    # BatchNorm statistics are averaged over ranks before they are used, see training.average_buffers.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
+    # A backbone that is frozen at first has no gradients to wait for.
+    unused = config.freeze_epochs > 0
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
@@ -138,6 +142,7 @@ class Parts:
     load_report: LoadReport | None
     optimizer: torch.optim.Optimizer
     loaders: dict[str, Loader]
+    ema: ModelEmaV3 | None
 
 
 def assemble(config: Config, accelerator: Accelerator) -> Parts:
@@ -146,9 +151,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     image_size = choose_image_size(config, dataset)
     with accelerator.local_main_process_first():  # pretrained weights are fetched once
         model, load_report = make_model(config, dataset, image_size)
-    model.to(accelerator.device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model = fit_to_machine(model, config, accelerator)
     preprocessing = make_preprocessing(config, dataset, image_size, model)
     loaders = {
         "train": make_loader(config, dataset.train, dataset, preprocessing, accelerator, training=True),
@@ -158,7 +161,42 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
         loaders["test"] = loaders["val"]
     else:
         loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
-    return Parts(dataset, preprocessing, model, load_report, create_optimizer(model, config), loaders)
+    optimizer = create_optimizer(model, config, accelerator.mixed_precision)
+    return Parts(dataset, preprocessing, model, load_report, optimizer, loaders, create_ema(model, config))
+
+
+def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
+    """The model on its device as the settings about precision and speed want it. Raises ValueError where it cannot be."""
+    timm_model: Any = model
+    if config.gradient_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(
+                f"Model {config.model_name} has no gradient checkpointing. Leave it out, or lower micro_batch_size."
+            )
+        timm_model.set_grad_checkpointing()
+    if config.sync_batchnorm and accelerator.num_processes > 1:
+        if accelerator.device.type == "cpu":
+            raise ValueError("sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU form. Leave it out.")
+        from timm.layers import convert_sync_batchnorm
+
+        model = convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.compile:
+        model.compile()  # in place: the names in checkpoints stay as they are
+    return model
+
+
+def freeze_backbone(model: nn.Module, frozen: bool) -> None:
+    """Leaves only the classifier to train, running statistics included, or lets everything train again."""
+    heads = classifier_names(model)
+    for name, module in model.named_modules():
+        if not name.startswith(heads):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
+            if frozen and getattr(module, "track_running_stats", False):
+                module.eval()
 
 
 def make_loader(

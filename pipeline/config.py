@@ -88,14 +88,44 @@ class Config:
     init_from: str | None = setting(None, "a run, a timm folder or a safetensors file whose weights to start from")
     drop_rate: float = setting(0.0, "dropout before the classifier, a probability", at_least=0, below=1)
     drop_path_rate: float = setting(0.0, "stochastic depth, arXiv 1603.09382, a probability", at_least=0, below=1)
+    freeze_epochs: int = setting(0, "epochs at the start in which only the classifier is trained", at_least=0)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
 
-    optimizer: str = setting("sgd", "sgd, adam or adamw")
+    optimizer: str = setting("sgd", "sgd, adam, adamw, muon, or sam, which is sgd with sam_rho 0.05")
     lr: float | None = setting(None, "peak learning rate; null takes the optimizer's own", above=0)
     weight_decay: float | None = setting(
         None, "decay of weights other than norms and biases; null takes the optimizer's own", at_least=0
     )
-    momentum: float = setting(0.9, "momentum of sgd", at_least=0, below=1)
-    nesterov: bool = setting(True, "Nesterov's form of the momentum of sgd")
+    layer_decay: float | None = setting(
+        None, "factor on the learning rate from each layer to the one before it, arXiv 2106.08254", above=0, at_most=1
+    )
+    momentum: float = setting(0.9, "momentum of sgd and sam", at_least=0, below=1)
+    nesterov: bool = setting(True, "Nesterov's form of the momentum of sgd, sam and muon")
+    muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, below=1)
+    ns_steps: int = setting(5, "Newton-Schulz steps of muon", at_least=1, at_most=20)
+    muon_lr_scaling: Literal["match_rms_adamw", "original"] = setting(
+        "match_rms_adamw", "how muon scales an update by its shape; original wants an lr of 0.02 and more"
+    )
+    adamw_lr_scale: float = setting(1.0, "factor on the learning rate of muon's AdamW groups", above=0)
+    adamw_weight_decay: float | None = setting(
+        None, "weight decay of muon's AdamW groups; null is weight_decay", at_least=0
+    )
+    sam_rho: float | None = setting(
+        None,
+        "radius of SAM's perturbation, arXiv 2010.01412, around any optimizer; null is 0.05 for sam, else 0",
+        at_least=0,
+    )
+    sam_adaptive: bool = setting(
+        False, "ASAM, arXiv 2102.11600: the perturbation scales with the weights; wants a rho near 2"
+    )
+    sam_every: int = setting(1, "a perturbed step every so many steps, plain ones between", at_least=1)
+    sam_sync: bool = setting(True, "one perturbation for all processes; false is the paper's, each process its own")
+    ema_decay: float | None = setting(
+        None,
+        "share of the weights' moving average that an epoch leaves of it, 0.5 for example; null keeps none",
+        above=0,
+        below=1,
+    )
     clip_grad_norm: float | None = setting(None, "largest L2 norm of the gradient; null does not clip", above=0)
 
     scheduler: str = setting("cosine", "constant, step, plateau, cosine or linear")
@@ -119,7 +149,7 @@ class Config:
     )
     micro_batch_size: int | None = setting(
         None,
-        "most images in memory at once per process, a limit that does not change the result; null is no limit",
+        "most images in memory at once per process; it changes nothing but what BatchNorm sees; null is no limit",
         at_least=1,
     )
     early_stopping_patience: int | None = setting(
@@ -339,9 +369,6 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     yield any(step <= 0 for step in steps) or steps != sorted(steps), (
         f"step_epochs {config.step_epochs} must be above 0, and rising when it is a list."
     )
-    yield config.nesterov and config.momentum == 0 and config.nesterov != DEFAULTS.nesterov, (
-        "nesterov needs a momentum above 0."
-    )
     yield config.run_name is not None and Path(config.run_name).name != config.run_name, (
         f"run_name {config.run_name!r} must be a plain folder name; output_dir holds the path."
     )
@@ -356,7 +383,6 @@ def ignored_settings(config: Config) -> list[str]:
         "min_lr_scale": ("scheduler plateau, cosine or linear", config.scheduler in ("plateau", "cosine", "linear")),
         "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
         "num_workers": ("loader workers", config.loader != "device"),
-        "checkpoint_every_steps": ("dry_run false", not config.dry_run),
     }
     return [
         f"{name} {getattr(config, name)} has no effect: it needs {need}."

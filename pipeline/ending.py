@@ -16,9 +16,11 @@ from pipeline.evaluate import evaluate
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.run import Run
-from pipeline.schedule import best_epoch
+from pipeline.schedule import best_epoch, best_kind
 from pipeline.state import TrainState
 from pipeline.weights import save_model
+
+WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file of the weights that were validated
 
 
 def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     best = run.best_checkpoint(state)
     assert best is not None, "a run has at least one epoch"
     model = accelerator.unwrap_model(state.model)
-    model.load_state_dict(read_tensors(best, "model"))
+    entry = state.history[best_epoch(state.history, run.config) or 0]
+    model.load_state_dict(read_tensors(best, WEIGHTS[best_kind(entry, run.config)]))
     test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
     run.read_clock(state)
     summary = make_summary(state, run, status)
@@ -68,12 +71,14 @@ def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
     """How the run ended; the object of summary.json but for the test figures."""
     best = best_epoch(state.history, run.config)
     entry = None if best is None else state.history[best]
+    kind = "val" if entry is None else best_kind(entry, run.config)
     return {
         "status": status,
         "epochs": state.epoch,
         "steps": state.step,
         "samples": state.samples,
-        "best": None if entry is None else {"epoch": entry["epoch"], **entry["val"]},
+        "skipped_steps": state.skipped_steps,
+        "best": None if entry is None else {"epoch": entry["epoch"], "weights": WEIGHTS[kind], **entry[kind]},
         "test": None,
         "seconds": round(state.seconds, 3),
         "images_per_second": round(state.samples / state.train_seconds, 1) if state.train_seconds else None,

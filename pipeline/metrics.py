@@ -25,9 +25,15 @@ def add_batch(sums: Tensor, logits: Tensor, labels: Tensor, loss_sum: Tensor) ->
 
 
 def figures(sums: Tensor) -> dict[str, float | int]:
-    """loss, accuracy and top5_accuracy (fractions) over num_samples, from sums that hold at least one sample."""
-    loss, correct, top5, count = sums.tolist()
-    return {"loss": loss / count, "accuracy": correct / count, "top5_accuracy": top5 / count, "num_samples": int(count)}
+    """loss, accuracy and top5_accuracy (fractions) over num_samples; zeros for no samples, an epoch of skipped steps only."""
+    loss, correct, top5, num_samples = sums.tolist()
+    count = num_samples or 1
+    return {
+        "loss": loss / count,
+        "accuracy": correct / count,
+        "top5_accuracy": top5 / count,
+        "num_samples": int(num_samples),
+    }
 
 
 @torch.no_grad()

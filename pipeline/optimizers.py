@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, and one row of OPTIMIZERS each."""
+"""Optimizers: which parameter goes where, and one row of OPTIMIZERS each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,46 +8,97 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import DEFAULTS, Config, did_you_mean
+from pipeline.muon import Muon
 
-Groups = list[dict[str, Any]]
+# What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
+MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING, VECTOR = (
+    "matrices",
+    "stem",
+    "head",
+    "depthwise",
+    "embeddings",
+    "norms and biases",
+)
+
+Group = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """An optimizer: how it is built from parameter groups, its own defaults, and the settings that it alone reads."""
+    """An optimizer: how it is built, its own defaults, the settings that it alone reads, where its parameters go.
 
-    build: Callable[[Groups, Config, bool], torch.optim.Optimizer]
+    build: from groups, settings and whether fused kernels may be used; route: from a parameter's role and the settings to
+    the options of its group, `name` among them. sam_rho: 0 but for an optimizer whose name promises SAM.
+    """
+
+    build: Callable[[list[Group], Config, bool], torch.optim.Optimizer]
+    route: Callable[[str, Config], Group]
     lr: float
     weight_decay: float
     settings: tuple[str, ...] = ()
+    sam_rho: float = 0.0
 
 
-def build_sgd(groups: Groups, config: Config, fused: bool) -> torch.optim.Optimizer:
+def decayed_or_not(role: str, config: Config) -> Group:
+    """Two groups: everything but norms and biases is decayed."""
+    if role == VECTOR:
+        return {"name": VECTOR, "weight_decay": 0.0}
+    return {"name": "weights", "weight_decay": weight_decay(config)}
+
+
+def muon_or_adamw(role: str, config: Config) -> Group:
+    """Matrices to Muon; stem, head, depthwise filters, embeddings, norms and biases to AdamW, as Muon's author does."""
+    if role == MATRIX:
+        return {"name": "muon: matrices", "use_muon": True, "weight_decay": weight_decay(config)}
+    decay = weight_decay(config) if config.adamw_weight_decay is None else config.adamw_weight_decay
+    return {
+        "name": f"adamw: {role}",
+        "use_muon": False,
+        "weight_decay": 0.0 if role in (VECTOR, EMBEDDING) else decay,
+        "lr_scale": config.adamw_lr_scale,
+    }
+
+
+def build_sgd(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(groups, lr=1.0, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 
-def build_adam(groups: Groups, config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_adam(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=1.0, fused=fused)
 
 
-def build_adamw(groups: Groups, config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_adamw(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1.0, fused=fused)
 
 
+def build_muon(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
+    return Muon(
+        groups,
+        momentum=config.muon_momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        lr_scaling=config.muon_lr_scaling,
+    )
+
+
+SGD_SETTINGS = ("momentum", "nesterov")
+MUON_SETTINGS = ("muon_momentum", "nesterov", "ns_steps", "muon_lr_scaling", "adamw_lr_scale", "adamw_weight_decay")
+
 OPTIMIZERS = {
-    "sgd": OptimizerRow(build_sgd, lr=0.1, weight_decay=5e-4, settings=("momentum", "nesterov")),
-    "adam": OptimizerRow(build_adam, lr=1e-3, weight_decay=0.0),
-    "adamw": OptimizerRow(build_adamw, lr=1e-3, weight_decay=0.05),
+    "sgd": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, weight_decay=5e-4, settings=SGD_SETTINGS),
+    "adam": OptimizerRow(build_adam, decayed_or_not, lr=1e-3, weight_decay=0.0),
+    "adamw": OptimizerRow(build_adamw, decayed_or_not, lr=1e-3, weight_decay=0.05),
+    "sam": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, weight_decay=5e-4, settings=SGD_SETTINGS, sam_rho=0.05),
+    "muon": OptimizerRow(build_muon, muon_or_adamw, lr=2e-3, weight_decay=0.1, settings=MUON_SETTINGS),
 }
 
 
 def check_optimizer_name(name: str) -> None:
     """Raises ValueError when OPTIMIZERS has no such row."""
     if name not in OPTIMIZERS:
-        raise ValueError(
-            f"Unknown optimizer '{name}'.{did_you_mean(name, OPTIMIZERS)} Known: {', '.join(sorted(OPTIMIZERS))}."
-        )
+        known = ", ".join(sorted(OPTIMIZERS))
+        raise ValueError(f"Unknown optimizer '{name}'.{did_you_mean(name, OPTIMIZERS)} Known: {known}.")
 
 
 def peak_lr(config: Config) -> float:
@@ -58,42 +109,101 @@ def weight_decay(config: Config) -> float:
     return OPTIMIZERS[config.optimizer].weight_decay if config.weight_decay is None else config.weight_decay
 
 
+def sam_rho(config: Config) -> float:
+    """The radius of SAM's perturbation; 0 is no SAM."""
+    return OPTIMIZERS[config.optimizer].sam_rho if config.sam_rho is None else config.sam_rho
+
+
 def ignored_optimizer_settings(config: Config) -> list[str]:
     """A sentence for each setting that was changed and that this optimizer does not read."""
     own = {name for row in OPTIMIZERS.values() for name in row.settings}
-    unread = own - set(OPTIMIZERS[config.optimizer].settings)
+    reasons = {name: f"with optimizer {config.optimizer}" for name in own - set(OPTIMIZERS[config.optimizer].settings)}
+    if sam_rho(config) == 0:
+        reasons |= {name: "without sam_rho" for name in ("sam_adaptive", "sam_every", "sam_sync")}
     return [
-        f"{name} {getattr(config, name)} has no effect with optimizer {config.optimizer}."
-        for name in sorted(unread)
+        f"{name} {getattr(config, name)} has no effect {reason}."
+        for name, reason in sorted(reasons.items())
         if getattr(config, name) != getattr(DEFAULTS, name)
     ]
 
 
-def parameter_groups(model: nn.Module, config: Config) -> Groups:
-    """Every trainable parameter in exactly one group: `weights` are decayed, `norms and biases` are not.
+def classifier_names(model: Any) -> tuple[str, ...]:
+    """The names of the model's classifiers, as timm keeps them; those of distilled models are several."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def parameter_roles(model: Any) -> dict[str, str]:
+    """The role of each parameter by its name: MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING or VECTOR."""
+    stems = model.pretrained_cfg.get("first_conv") or ()
+    stems = (stems,) if isinstance(stems, str) else tuple(stems)
+    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    roles = {}
+    for prefix, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own_name}" if prefix else own_name
+            mixes = isinstance(module, (nn.Linear, nn.Conv2d)) and own_name == "weight"
+            if parameter.ndim <= 1:
+                role = VECTOR
+            elif prefix in classifier_names(model):
+                role = HEAD
+            elif prefix in stems:
+                role = STEM
+            elif not mixes or name in undecayed:
+                role = EMBEDDING if parameter.numel() > max(parameter.shape) or name in undecayed else VECTOR
+            elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                role = DEPTHWISE
+            else:
+                role = MATRIX
+            roles[name] = role
+    return roles
+
+
+def layer_scales(model: Any, decay: float | None) -> dict[str, float]:
+    """The learning-rate factor of each parameter: decay ** (layers between it and the head), https://arxiv.org/abs/2106.08254.
+
+    Raises ValueError for a model that does not know its layers.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if decay is None:
+        return dict.fromkeys(names, 1.0)
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(
+            "layer_decay needs a model that knows its layers; this one has no group_matcher. Leave it out."
+        )
+    from timm.models import group_parameters
+
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layers[name]) for name in names}
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[Group]:
+    """Every trainable parameter in exactly one group.
 
     Each group carries its name and lr_scale, a factor on the learning rate that the loop sets at every step.
     """
-    timm_model: Any = model
-    no_decay = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
-    groups: dict[str, dict[str, Any]] = {
-        "weights": {"params": [], "weight_decay": weight_decay(config)},
-        "norms and biases": {"params": [], "weight_decay": 0.0},
-    }
+    roles, scales = parameter_roles(model), layer_scales(model, config.layer_decay)
+    groups: dict[tuple[str, float], Group] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            undecayed = parameter.ndim <= 1 or name in no_decay
-            groups["norms and biases" if undecayed else "weights"]["params"].append(parameter)
-    return [{"name": name, "lr_scale": 1.0, **group} for name, group in groups.items() if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        options = OPTIMIZERS[config.optimizer].route(roles[name], config)
+        options["lr_scale"] = options.get("lr_scale", 1.0) * scales[name]
+        group = groups.setdefault((options["name"], scales[name]), {"params": [], **options})
+        group["params"].append(parameter)
+    counted = [parameter for group in groups.values() for parameter in group["params"]]
+    assert len(counted) == len(set(counted)) == sum(parameter.requires_grad for parameter in model.parameters())
+    return list(groups.values())
 
 
-def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, config: Config, mixed_precision: str) -> torch.optim.Optimizer:
     """The optimizer that config asks for, over parameter_groups(model)."""
-    groups = parameter_groups(model, config)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # Measured on a CPU: the fused step takes half the time, but twice the time on channels-last weights.
-    fused = not (on_cpu and config.channels_last)
-    return OPTIMIZERS[config.optimizer].build(groups, config, fused)
+    # On a CPU the fused step takes half the time of the others, but twice the time on channels-last weights. Under fp16 a
+    # fused optimizer hides from Accelerate whether its step was skipped.
+    fused = not (on_cpu and config.channels_last) and mixed_precision != "fp16"
+    return OPTIMIZERS[config.optimizer].build(parameter_groups(model, config), config, fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -120,10 +230,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
-            raise ValueError(
-                f"The optimizer state has {full_name} of shape {list(value.shape)}, which this model does not."
-            )
-        # in the parameter's memory order, which the file does not keep
+            raise ValueError(f"The optimizer state has {full_name} of shape {list(value.shape)}; this model has not.")
+        # in the parameter's memory order, which the file does not keep and fused kernels take for granted
         fitted = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         state.setdefault(parameter, {})[key] = fitted
     saved = optimizer.state_dict()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker
 
 AGREE_EVERY_STEPS = 10  # steps between two agreements of several processes on whether to stop
+
+SMALLEST_SCALE = 2.0**-6  # of fp16's loss; it starts at 65536 and halves with each overflow
 
 # Settings that a run may change when it goes on: they move no figure by more than rounding.
 FREE_SETTINGS = {
@@ -72,10 +75,14 @@ class Signals:
 
 
 def ended_summary(config: Config) -> dict[str, Any] | None:
-    """The summary of the run if it would go on and has ended by itself, else None."""
+    """The summary of the run if it would go on and has ended by itself, else None.
+
+    Raises ValueError when it was begun with other settings.
+    """
     path = config.run_dir / "summary.json"
     if config.resume != "auto" or config.dry_run or not path.is_file():
         return None
+    check_same_settings(config)
     summary: dict[str, Any] = json.loads(path.read_text())
     return summary if summary["status"] in ("completed", "early_stopped") else None
 
@@ -152,7 +159,9 @@ class Run:
             if self.start is not None:
                 for newer in checkpoints(self.config.run_dir):
                     if int(newer.name[5:]) > state.step:
-                        newer.rename(newer.with_name(f"passed-over-{newer.name}"))
+                        aside = newer.with_name(f"passed-over-{newer.name}")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        newer.rename(aside)
                 print(f"Going on from {self.start}: epoch {state.epoch + 1}, step {state.step}.", flush=True)
             self.tracker = Tracker(self.config, self.facts, facts.get("metrics_bytes", 0), facts.get("run_ids"))
         self.last_read = time.perf_counter()
@@ -184,11 +193,15 @@ class Run:
         self.read_clock(state, training=True)
         self.check_finite(state, bad_step, lr)
         count = values[COUNT] - state.logged[COUNT]
-        state.last_loss = (values[LOSS] - state.logged[LOSS]) / count
-        line = {"loss": state.last_loss, "lr": lr, "batch_size": batch_size}
+        line: dict[str, Any] = {"lr": lr, "batch_size": batch_size}
+        if count:  # none if every step was skipped
+            state.last_loss = line["loss"] = (values[LOSS] - state.logged[LOSS]) / count
         line["images_per_second"] = round(state.samples / state.train_seconds, 1)
         if grad_norm is not None:
             line["grad_norm"] = grad_norm
+        if self.accelerator.scaler is not None:
+            line |= {"scaler_scale": self.accelerator.scaler.get_scale(), "skipped_steps": state.skipped_steps}
+            check_scale(line["scaler_scale"], state)
         state.logged = values
         self.log("train", state, state.epoch + 1, line)
 
@@ -243,6 +256,16 @@ class Run:
             self.tracker.close(summary)
             self.lock.close()
         self.signals.release()
+
+
+def check_scale(scale: float, state: TrainState) -> None:
+    """Raises TrainingFailed when fp16's loss scale has collapsed: then hardly any step is applied any more."""
+    if scale < SMALLEST_SCALE:
+        raise TrainingFailed(
+            f"The fp16 loss scale fell to {scale:g} and {state.skipped_steps} steps were skipped: gradients overflow at any "
+            "scale. Use --mixed_precision bf16 or no, lower --lr, or set --clip_grad_norm 1. "
+            "The last good checkpoint is kept."
+        )
 
 
 def fetch(state: TrainState, norm: Tensor | None, accelerator: Accelerator) -> tuple[list[float], int, float | None]:

@@ -20,11 +20,12 @@ def weights_and_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[Te
 
 
 def sharpness_norm(model: nn.Module, adaptive: bool) -> Tensor:
-    """The L2 norm that the perturbation is measured by, float32 []: of the gradient g, or of |w| g when adaptive."""
+    """The L2 norm that the perturbation is measured by, float32 [] or finer: of the gradient g, or of |w| g when adaptive."""
     parameters, gradients = weights_and_gradients(model)
     if adaptive:
         gradients = list(torch._foreach_mul(gradients, [parameter.detach().abs() for parameter in parameters]))
-    return torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).norm()
+    precision = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(list(torch._foreach_norm(gradients, 2, dtype=precision))).norm()
 
 
 @contextmanager

@@ -94,9 +94,19 @@ def steps_per_epoch(num_samples: int, batch_size: int, drop_last: bool) -> int:
 
 
 def monitored(history: History, config: Config) -> list[float]:
-    """The monitored validation value of each epoch, signed so that larger is better."""
+    """The monitored validation value of each epoch, signed so that larger is better: of the weights or their moving average."""
     sign = 1.0 if config.monitor == "accuracy" else -1.0
-    return [sign * epoch["val"][config.monitor] for epoch in history]
+    kinds = ("val", "val_ema")
+    return [max(sign * epoch[kind][config.monitor] for kind in kinds if kind in epoch) for epoch in history]
+
+
+def best_kind(entry: dict[str, Any], config: Config) -> str:
+    """Which of an epoch's weights were better in validation: val, those trained, or val_ema, their moving average."""
+    return (
+        "val_ema"
+        if "val_ema" in entry and monitored([{"val": entry["val"]}], config) < monitored([entry], config)
+        else "val"
+    )
 
 
 def best_epoch(history: History, config: Config) -> int | None:

@@ -6,32 +6,37 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pipeline.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
 from pipeline.optimizers import load_state_tensors, state_tensors
 from pipeline.schedule import History
 
-COUNTERS = ("epoch", "batch", "step", "samples", "history", "logged", "last_loss", "seconds", "train_seconds")
+COUNTED = ("epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds")
+TOLD = ("history", "logged", "last_loss")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: exactly what a checkpoint holds.
+    """Where a run stands: exactly what a checkpoint holds, besides the fp16 scaler that Accelerate keeps.
 
-    model, optimizer: as Accelerate prepared them. epoch: finished ones; batch: finished ones of the epoch under way;
-    step and samples: over the whole run. sums: this rank's metrics.zero_sums of the epoch under way; logged: what of them,
-    over all ranks, training lines have told already; last_loss: the loss they told last.
+    model, optimizer: as Accelerate prepared them; ema: the moving average of the weights, if there is one. sums: this rank's
+    metrics.zero_sums of the epoch under way. epoch: finished ones; batch: finished ones of the epoch under way; step, samples
+    and skipped_steps (by fp16's scaler): over the whole run. logged: what of the sums, over all ranks, training lines have
+    told already; last_loss: the loss they told last.
     """
 
     model: nn.Module
     optimizer: Any
     sums: Tensor
     bad_step: Tensor  # int64 [], the step of the first loss that was not finite; -1 while there is none
+    ema: ModelEmaV3 | None = None
     epoch: int = 0
     batch: int = 0
     step: int = 0
     samples: int = 0
+    skipped_steps: int = 0
     history: History = field(default_factory=list)
     logged: list[float] = field(default_factory=lambda: [0.0] * 4)
     last_loss: float | None = None
@@ -43,20 +48,25 @@ class TrainState:
         return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
 
 
-def average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
     """Makes BatchNorm's running statistics the mean over all ranks. Every rank calls it, before evaluating and saving."""
     if accelerator.num_processes > 1:
-        for buffer in model.buffers():
+        averaged = [] if state.ema is None else list(state.ema.module.buffers())
+        for buffer in [*accelerator.unwrap_model(state.model).buffers(), *averaged]:
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
 
 def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """The tensors by file and the facts that save_checkpoint writes. Every rank calls it."""
+    average_buffers(state, accelerator)
     model = accelerator.unwrap_model(state.model)
-    average_buffers(model, accelerator)
     tensors = {"model": model.state_dict(), "optimizer": state_tensors(state.optimizer.optimizer, model)}
-    facts = {name: getattr(state, name) for name in COUNTERS}
+    if state.ema is not None:
+        tensors["ema"] = state.ema.module.state_dict()
+    facts = {name: getattr(state, name) for name in (*COUNTED, *TOLD)}
+    if accelerator.scaler is not None:
+        facts["scaler"] = accelerator.scaler.state_dict()
     return tensors, facts | {"sums": accelerator.reduce(state.sums).tolist()}
 
 
@@ -69,13 +79,18 @@ def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -
     model = accelerator.unwrap_model(state.model)
     weights, moments = read_tensors(folder, "model"), read_tensors(folder, "optimizer")
     try:
-        values = {name: facts[name] for name in COUNTERS}
+        values = {name: facts[name] for name in (*COUNTED, *TOLD)}
         sums = torch.tensor(facts["sums"] if accelerator.is_main_process else [0.0] * 4, dtype=torch.float64)
         check_shapes(model, weights)
+        average = read_tensors(folder, "ema") if state.ema is not None else None
         load_state_tensors(state.optimizer.optimizer, model, moments)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(facts["scaler"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder} does not fit this run: {error}") from error
     model.load_state_dict(weights)
+    if state.ema is not None and average is not None:
+        state.ema.module.load_state_dict(average)
     state.sums.copy_(sums)
     for name, value in values.items():
         setattr(state, name, value)

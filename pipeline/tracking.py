@@ -103,7 +103,7 @@ class Tracker:
         """
         self.file.write((json.dumps({"split": split, **place, **values}) + "\n").encode())
         self.file.flush()
-        numbers = {f"{split}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        numbers = {outside_name(split, key): value for key, value in values.items() if isinstance(value, (int, float))}
         numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
         for name, tracker in list(self.outside.items()):
             self.attempt(name, "log", lambda: tracker.log(numbers, step=place["step"]))
@@ -122,6 +122,11 @@ class Tracker:
             if name == "wandb":
                 self.attempt(name, "take the summary", lambda: tracker.run.summary.update(figures))
             self.attempt(name, "finish", tracker.finish)
+
+
+def outside_name(split: str, key: str) -> str:
+    """split/key, but scaler/scale and scaler/skipped_steps for what is of the fp16 scaler and of no split."""
+    return {"scaler_scale": "scaler/scale", "skipped_steps": "scaler/skipped_steps"}.get(key, f"{split}/{key}")
 
 
 def metrics_path(run_dir: Path) -> Path:

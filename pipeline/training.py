@@ -5,25 +5,37 @@ that batch is cut up.
 """
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline import console
-from pipeline.assembly import Parts, assemble, check_settings, make_accelerator, name_run, system_facts
+from pipeline.assembly import (
+    Parts,
+    assemble,
+    check_settings,
+    freeze_backbone,
+    make_accelerator,
+    name_run,
+    system_facts,
+    warnings_of,
+)
 from pipeline.config import Config
+from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluate import evaluate
 from pipeline.images import BadImage
 from pipeline.loaders import Loader
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
-from pipeline.optimizers import set_lr
+from pipeline.optimizers import sam_rho, set_lr
 from pipeline.plan import lr_of_step, plan_text
 from pipeline.randomness import address
 from pipeline.run import Interrupted, Run, TrainingFailed, ended_summary
+from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
 from pipeline.state import TrainState, average_buffers
 
@@ -39,6 +51,9 @@ def train(config: Config) -> dict[str, Any]:
     check_settings(config)
     accelerator = make_accelerator(config)
     config = name_run(config, accelerator)
+    if accelerator.is_main_process:
+        for sentence in warnings_of(config):
+            console.warn(sentence)
     summary = ended_summary(config)
     if summary is not None:
         accelerator.print(f"{config.run_dir} has ended ({summary['status']}); nothing was changed.")
@@ -49,7 +64,8 @@ def train(config: Config) -> dict[str, Any]:
         return {}
     run = Run(config, accelerator, system_facts(accelerator))
     model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
-    state = TrainState(model, optimizer, zero_sums(accelerator.device), torch.tensor(-1, device=accelerator.device))
+    bad_step = torch.tensor(-1, device=accelerator.device)
+    state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)
     try:
         status = train_epochs(state, parts, run)
@@ -72,9 +88,11 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
             return "early_stopped"
         train_figures = train_epoch(state, parts.loaders["train"], run)
         model = accelerator.unwrap_model(state.model)
-        average_buffers(model, accelerator)
-        val_figures, _ = evaluate(model, parts.loaders["val"], accelerator)
-        end_epoch(state, run, train_figures, val_figures)
+        average_buffers(state, accelerator)
+        figures_of = {"train": train_figures, "val": evaluate(model, parts.loaders["val"], accelerator)[0]}
+        if state.ema is not None:
+            figures_of["val_ema"] = evaluate(state.ema.module, parts.loaders["val"], accelerator)[0]
+        end_epoch(state, run, figures_of)
     return "completed"
 
 
@@ -84,57 +102,111 @@ def train_epoch(state: TrainState, loader: Loader, run: Run) -> dict[str, Any]:
     batch_size = batch_size_at(state.epoch, config)
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
     state.model.train()
+    freeze_backbone(run.accelerator.unwrap_model(state.model), state.epoch < config.freeze_epochs)
     run.read_clock(state)
     with run.progress_bar(state, num_batches) as bar:
         for images, labels in loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch):
             lr = lr_of_step(state.epoch, state.batch, num_batches, state.history, config)
             set_lr(state.optimizer, lr)
             count = min(batch_size, len(loader) - state.batch * batch_size)
-            norm = train_step(state, images, labels, count, config, run.accelerator)
+            share = Share(images, labels, count, epochs=count / len(loader))
+            norm = train_step(state, share, config, run.accelerator)
             bar.update()
             run.after_step(state, lr, batch_size, norm, is_last=state.batch == num_batches)
     return figures(run.accelerator.reduce(state.sums))
 
 
-def train_step(
-    state: TrainState, images: Tensor, labels: Tensor, count: int, config: Config, accelerator: Accelerator
-) -> Tensor | None:
-    """One optimizer update on one global batch, of which images and labels are this rank's share.
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a global batch.
 
-    images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch.
+    images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch; epochs: the
+    part of an epoch that they are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    epochs: float
+
+
+def train_step(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> Tensor | None:
+    """One optimizer update on one global batch; all of it, or under fp16 nothing but a smaller loss scale.
+
     Returns the gradient's L2 norm before clipping, float []; None when clip_grad_norm is null.
     """
-    torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
-    loss_sum = accumulate_gradient(state, images, labels, count, config, accelerator)
-    state.bad_step = torch.where(loss_sum.isfinite() | (state.bad_step >= 0), state.bad_step, state.step)
-    norm = None
+    model, norm = accelerator.unwrap_model(state.model), None
+    before = None if accelerator.scaler is None else fp16_memory(state, model)
+    sharp = sam_rho(config) > 0 and state.step % config.sam_every == 0
+    loss_sum = accumulate_gradient(
+        state, share, config, accelerator, sync=config.sam_sync or not sharp, sums=state.sums
+    )
+    if before is None:
+        state.bad_step = torch.where(loss_sum.isfinite() | (state.bad_step >= 0), state.bad_step, state.step)
+    if sharp:
+        sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
         norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    if before is not None and state.optimizer.step_was_skipped:
+        restore(state, model, before)
+    elif state.ema is not None and config.ema_decay is not None:
+        update_ema(state.ema, model, config.ema_decay, share.epochs, state.step)
     state.step += 1
     state.batch += 1
-    state.samples += count
+    state.samples += share.count
     return norm
 
 
 def accumulate_gradient(
-    state: TrainState, images: Tensor, labels: Tensor, count: int, config: Config, accelerator: Accelerator
+    state: TrainState, share: Share, config: Config, accelerator: Accelerator, sync: bool, sums: Tensor | None
 ) -> Tensor:
-    """Adds the gradient of the global batch's mean loss, micro-batch by micro-batch; returns this rank's loss sum, float []."""
-    weight = accelerator.num_processes / count  # makes DDP's mean over ranks the mean over the global batch's samples
-    size = config.micro_batch_size or len(images)
-    total = torch.zeros((), device=images.device)
-    for start in range(0, len(images), size):
-        is_last = start + size >= len(images)
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
-            part = labels[start : start + size]
-            logits = state.model(images[start : start + size])
-            loss_sum = loss_sum_of(logits, part, config.label_smoothing)
+    """Adds the gradient of the global batch's mean loss, micro-batch by micro-batch; returns this rank's loss sum, float [].
+
+    sync: whether the gradient is averaged over ranks; sums: the metrics to add to.
+    """
+    torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
+    weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
+    size = config.micro_batch_size or len(share.images)
+    total = torch.zeros((), device=share.images.device)
+    for start in range(0, len(share.images), size):
+        is_last = start + size >= len(share.images)
+        with contextlib.nullcontext() if sync and is_last else accelerator.no_sync(state.model):
+            labels = share.labels[start : start + size]
+            logits = state.model(share.images[start : start + size])
+            loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
             accelerator.backward(loss_sum * weight)
-        add_batch(state.sums, logits, hard_labels(part), loss_sum)
+        if sums is not None:
+            add_batch(sums, logits, hard_labels(labels), loss_sum)
         total += loss_sum.detach()
     return total
+
+
+def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:
+    """Puts the gradient at SAM's perturbed weights in place of that at the weights.
+
+    Under fp16 an overflow of any rank's first gradient becomes everybody's: the scaler then skips the step on all of them.
+    """
+    model = accelerator.unwrap_model(state.model)
+    norm = sharpness_norm(model, config.sam_adaptive)
+    if accelerator.scaler is not None and not bool(accelerator.gather(norm.reshape(1)).isfinite().all()):
+        weights_and_gradients(model)[1][0].fill_(torch.inf)
+        return
+    with perturbed(model, sam_rho(config), config.sam_adaptive, norm):
+        accumulate_gradient(state, share, config, accelerator, sync=True, sums=None)
+
+
+def fp16_memory(state: TrainState, model: nn.Module) -> list[Tensor]:
+    """Copies of what a forward pass changes: the epoch's sums and the model's buffers."""
+    return [tensor.clone() for tensor in (state.sums, *model.buffers())]
+
+
+def restore(state: TrainState, model: nn.Module, before: list[Tensor]) -> None:
+    """Makes a skipped step one that never was; it is only counted."""
+    for tensor, earlier in zip((state.sums, *model.buffers()), before):
+        tensor.copy_(earlier)
+    state.skipped_steps += 1
 
 
 def loss_sum_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -152,8 +224,8 @@ def hard_labels(labels: Tensor) -> Tensor:
     return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, IGNORED)
 
 
-def end_epoch(state: TrainState, run: Run, train_figures: dict[str, Any], val_figures: dict[str, Any]) -> None:
-    """Takes the epoch into the history, tells of it, saves."""
+def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
+    """Takes the epoch into the history, tells of it, saves. figures_of: train, val and, with a moving average, val_ema."""
     run.read_clock(state)
     earlier = state.history[-1] if state.history else {"samples": 0, "train_seconds": 0.0}
     state.epoch += 1
@@ -165,15 +237,18 @@ def end_epoch(state: TrainState, run: Run, train_figures: dict[str, Any], val_fi
         **state.place(state.epoch),
         "train_seconds": state.train_seconds,
         "images_per_second": round(rate, 1),
-        "train": train_figures,
-        "val": val_figures,
+        **figures_of,
     }
     state.history.append(entry)
-    run.log("train", state, state.epoch, {"event": "epoch", **train_figures})
-    run.log("val", state, state.epoch, val_figures)
+    run.log("train", state, state.epoch, {"event": "epoch", **figures_of["train"]})
+    run.log("val", state, state.epoch, {**figures_of["val"], **prefixed("ema_", figures_of.get("val_ema", {}))})
     is_best = best_epoch(state.history, run.config) == len(state.history) - 1
     batch_size = batch_size_at(state.epoch - 1, run.config)
     lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
     run.accelerator.print(console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best))
     run.save(state)
     run.stop_if_asked(state, is_last=True)
+
+
+def prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{key}": value for key, value in values.items()}

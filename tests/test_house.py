@@ -11,10 +11,10 @@ from pipeline.config import FIELDS, SECTIONS
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
-    {"config", "console", "metrics", "randomness"},
-    {"schedule", "images", "randaugment"},
-    {"splits", "transforms", "stems", "optimizers", "sam", "checkpoint", "tracking"},
-    {"dataset_table", "folders", "hub", "models", "loaders"},
+    {"config", "console", "metrics", "muon", "randomness"},
+    {"schedule", "images", "randaugment", "ema", "stems"},
+    {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
+    {"folders", "hub", "models", "loaders"},
     {"datasets"},
     {"assembly", "evaluate", "state"},
     {"run", "plan", "model_card"},

@@ -1,4 +1,4 @@
-"""Muon steps as torch.optim.Muon on matrices and torch.optim.AdamW elsewhere: on filters, after a load, on two ranks."""
+"""Muon is torch.optim.Muon on matrices and torch.optim.AdamW elsewhere: on filters, after a load, on two ranks."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -170,8 +170,26 @@ def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
+def test_going_back_to_an_older_checkpoint_works_more_than_once(run_training):
+    settings = {"checkpoint_every_steps": 5, "keep_checkpoints": 9}
+    _, run_dir = run_training(**settings)
+    lines, weights = timeless(lines_of(run_dir)), weights_of(run_dir)
+    for _ in range(2):
+        (run_dir / "summary.json").unlink()
+        run_training(**settings, resume=str(run_dir / "checkpoints" / "step-00000005"))
+        assert timeless(lines_of(run_dir)) == lines
+        assert all(torch.equal(value, weights[name]) for name, value in weights_of(run_dir).items())
+
+
+def test_a_setting_without_effect_is_told_at_the_start(run_training, capsys):
+    run_training(epochs=1, momentum=0.8, optimizer="adamw")
+    assert "warning: momentum 0.8 has no effect with optimizer adamw." in capsys.readouterr().err
+
+
 def test_a_run_is_not_continued_with_other_settings(run_training, tmp_path):
     run_training()
+    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1"):
+        run_training(lr=0.1)
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1.*init_from"):
         run_training(lr=0.1)
