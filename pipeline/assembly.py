@@ -20,7 +20,7 @@ from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_wor
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.randomness import address
-from pipeline.schedule import check_scheduler_name
+from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing
 from pipeline.weights import LoadReport
@@ -134,8 +134,12 @@ def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, m
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is put together from. loaders: of the train, val and test splits, for this rank."""
+    """What a run is put together from.
 
+    config: the settings with batch_size filled in; loaders: of the train, val and test splits, for this rank.
+    """
+
+    config: Config
     dataset: ImageDataset
     preprocessing: Preprocessing
     model: nn.Module
@@ -148,6 +152,8 @@ class Parts:
 def assemble(config: Config, accelerator: Accelerator) -> Parts:
     """Loads the data and builds model, optimizer and loaders. Raises ValueError for what does not fit together."""
     dataset = load_data(config, accelerator)
+    if config.batch_size is None:
+        config = dataclasses.replace(config, batch_size=fitting_batch_size(len(dataset.train)))
     image_size = choose_image_size(config, dataset)
     with accelerator.local_main_process_first():  # pretrained weights are fetched once
         model, load_report = make_model(config, dataset, image_size)
@@ -162,7 +168,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     else:
         loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
     optimizer = create_optimizer(model, config, accelerator.mixed_precision)
-    return Parts(dataset, preprocessing, model, load_report, optimizer, loaders, create_ema(model, config))
+    return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, create_ema(model, config))
 
 
 def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
@@ -232,7 +238,7 @@ def make_loader(
         mixup=config.mixup if training else 0.0,
         cutmix=config.cutmix if training else 0.0,
         num_classes=len(dataset.class_names),
-        eval_batch_size=config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes),
+        eval_batch_size=config.micro_batch_size or math.ceil(first_batch_size(config) / accelerator.num_processes),
     )
 
 

@@ -92,7 +92,11 @@ class Config:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
 
     optimizer: str = setting("sgd", "sgd, adam, adamw, muon, or sam, which is sgd with sam_rho 0.05")
-    lr: float | None = setting(None, "peak learning rate; null takes the optimizer's own", above=0)
+    lr: float | None = setting(
+        None,
+        "peak learning rate; null is the optimizer's own times the root of batch_size / 128, a tenth of it for given weights",
+        above=0,
+    )
     weight_decay: float | None = setting(
         None, "decay of weights other than norms and biases; null takes the optimizer's own", at_least=0
     )
@@ -140,7 +144,11 @@ class Config:
     )
     min_lr_scale: float = setting(0.0, "plateau, cosine, linear: lowest fraction of lr", at_least=0, at_most=1)
     epochs: int = setting(12, "passes over the training split", at_least=1)
-    batch_size: int = setting(128, "images per optimizer step, over all processes together", at_least=1)
+    batch_size: int | None = setting(
+        None,
+        "images per optimizer step, over all processes; null is 128, halved while an epoch has under 32 steps, down to 16",
+        at_least=1,
+    )
     batch_size_schedule: dict[int, int] = setting(
         {}, "new batch sizes by the epoch (from 0) they begin at, {5: 256, 10: 512}"
     )

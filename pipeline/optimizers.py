@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import DEFAULTS, Config, did_you_mean
 from pipeline.muon import Muon
+from pipeline.schedule import USUAL_BATCH_SIZE, first_batch_size
 
 # What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
 MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING, VECTOR = (
@@ -102,7 +103,16 @@ def check_optimizer_name(name: str) -> None:
 
 
 def peak_lr(config: Config) -> float:
-    return OPTIMIZERS[config.optimizer].lr if config.lr is None else config.lr
+    """lr, or the optimizer's own for a batch of 128, by the square-root rule for another (https://arxiv.org/abs/1404.5997).
+
+    A tenth of it where training starts from given weights, which a large rate would undo.
+    """
+    if config.lr is not None:
+        return config.lr
+    given = config.pretrained or config.init_from is not None
+    return (
+        OPTIMIZERS[config.optimizer].lr * (first_batch_size(config) / USUAL_BATCH_SIZE) ** 0.5 * (0.1 if given else 1.0)
+    )
 
 
 def weight_decay(config: Config) -> float:

@@ -93,7 +93,8 @@ def check_same_settings(config: Config) -> None:
     if not path.is_file():
         return
     begun = from_yaml(path)
-    changed = [name for name in FIELDS if name not in FREE_SETTINGS and getattr(begun, name) != getattr(config, name)]
+    free = FREE_SETTINGS | ({"batch_size"} if config.batch_size is None else set())  # null is filled in alike
+    changed = [name for name in FIELDS if name not in free and getattr(begun, name) != getattr(config, name)]
     if changed:
         words = ", ".join(f"{name} {getattr(begun, name)} -> {getattr(config, name)}" for name in changed)
         raise ValueError(

@@ -12,6 +12,8 @@ from pipeline.config import Config, did_you_mean
 
 History = list[dict[str, Any]]
 
+USUAL_BATCH_SIZE, SMALLEST_FITTING_BATCH_SIZE, FEWEST_STEPS_PER_EPOCH = 128, 16, 32
+
 
 def constant(progress: float, history: History, config: Config) -> float:
     """1."""
@@ -77,15 +79,27 @@ def warmup_length(config: Config) -> float:
 def lr_scale(progress: float, history: History, config: Config) -> float:
     """The factor on every group's learning rate at a progress in epochs: schedule times warm-up times batch-size scaling."""
     warmup = min(progress / warmup_length(config), 1.0) if config.warmup_epochs else 1.0
-    growth = batch_size_at(int(progress), config) / config.batch_size
+    growth = batch_size_at(int(progress), config) / first_batch_size(config)
     scaling = {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[config.batch_lr_scaling]
     return SCHEDULES[config.scheduler](progress, history, config) * warmup * scaling
+
+
+def fitting_batch_size(num_samples: int) -> int:
+    """The batch size for a training split when none is set: USUAL_BATCH_SIZE, less for a small one."""
+    size = USUAL_BATCH_SIZE
+    while size > SMALLEST_FITTING_BATCH_SIZE and num_samples < FEWEST_STEPS_PER_EPOCH * size:
+        size //= 2
+    return size
+
+
+def first_batch_size(config: Config) -> int:
+    return config.batch_size or USUAL_BATCH_SIZE
 
 
 def batch_size_at(epoch: int, config: Config) -> int:
     """The global batch size of an epoch: the newest entry of batch_size_schedule that has begun, else batch_size."""
     begun = [start for start in config.batch_size_schedule if start <= epoch]
-    return config.batch_size_schedule[max(begun)] if begun else config.batch_size
+    return config.batch_size_schedule[max(begun)] if begun else first_batch_size(config)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, drop_last: bool) -> int:

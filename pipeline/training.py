@@ -59,6 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         accelerator.print(f"{config.run_dir} has ended ({summary['status']}); nothing was changed.")
         return summary
     parts = assemble(config, accelerator)
+    config = parts.config
     accelerator.print(plan_text(config, parts, accelerator))
     if config.dry_run:
         return {}

@@ -22,6 +22,7 @@ from pipeline.optimizers import (
     load_state_tensors,
     parameter_groups,
     parameter_roles,
+    peak_lr,
     set_lr,
     state_tensors,
 )
@@ -74,6 +75,13 @@ def test_muon_gets_the_matrices_only_and_adamw_its_own_rate_and_decay(models):
     assert all(parameter.ndim == 4 for parameter in groups["muon: matrices"]["params"])
     assert groups["adamw: head"]["lr_scale"] == 0.5 and groups["adamw: head"]["weight_decay"] == 0.01
     assert groups["muon: matrices"]["lr_scale"] == 1 and groups["muon: matrices"]["weight_decay"] == 0.1
+
+
+def test_the_learning_rate_fits_the_batch_size_and_given_weights_when_none_is_set():
+    assert peak_lr(Config()) == 0.1 and peak_lr(Config(lr=0.3, batch_size=32)) == 0.3
+    assert peak_lr(Config(batch_size=32)) == pytest.approx(0.05)
+    assert peak_lr(Config(batch_size=32, pretrained=True)) == pytest.approx(0.005)
+    assert peak_lr(Config(init_from="runs/x", optimizer="adamw")) == pytest.approx(1e-4)
 
 
 def test_layer_decay_falls_from_the_head_to_the_stem(models):

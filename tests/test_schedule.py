@@ -11,6 +11,7 @@ from pipeline.schedule import (
     batch_size_at,
     best_epoch,
     check_scheduler_name,
+    fitting_batch_size,
     lr_scale,
     should_stop_early,
     steps_per_epoch,
@@ -100,6 +101,11 @@ def test_the_newest_begun_batch_size_holds():
 )
 def test_steps_per_epoch(num_samples, drop_last, steps):
     assert steps_per_epoch(num_samples, 32, drop_last) == steps
+
+
+@pytest.mark.parametrize("num_samples, size", [(10, 16), (1294, 32), (4096, 128), (50_000, 128)])
+def test_a_small_set_gets_a_smaller_batch_when_none_is_set(num_samples, size):
+    assert fitting_batch_size(num_samples) == size
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
