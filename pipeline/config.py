@@ -143,7 +143,7 @@ class Config:
         5, "plateau: epochs without a better monitored value before it lowers the rate", at_least=1
     )
     min_lr_scale: float = setting(0.0, "plateau, cosine, linear: lowest fraction of lr", at_least=0, at_most=1)
-    epochs: int = setting(12, "passes over the training split", at_least=1)
+    epochs: int = setting(8, "passes over the training split", at_least=1)
     batch_size: int | None = setting(
         None,
         "images per optimizer step, over all processes; null is 128, halved while an epoch has under 32 steps, down to 16",

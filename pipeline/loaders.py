@@ -69,8 +69,12 @@ class WorkerImages:
 
     def batches(self, epoch: int, rows_of_batches: list[np.ndarray]) -> Iterator[Tensor]:
         self.addresses[:] = [[(epoch, int(row)) for row in rows] for rows in rows_of_batches]
-        for images in self.loader:
-            yield images.to(self.device, non_blocking=True)
+        try:
+            for images in self.loader:
+                yield images.to(self.device, non_blocking=True)
+        except BadImage as error:
+            # torch puts a worker's traceback before what it said
+            raise BadImage(str(error).strip().splitlines()[-1].partition("BadImage: ")[2] or str(error)) from None
 
 
 def as_it_is(batch: Any) -> Any:

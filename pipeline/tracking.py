@@ -103,7 +103,8 @@ class Tracker:
         """
         self.file.write((json.dumps({"split": split, **place, **values}) + "\n").encode())
         self.file.flush()
-        numbers = {outside_name(split, key): value for key, value in values.items() if isinstance(value, (int, float))}
+        prefix = f"{split}_epoch" if values.get("event") == "epoch" else split  # an epoch's mean is not a step's loss
+        numbers = {outside_name(prefix, key): value for key, value in values.items() if isinstance(value, (int, float))}
         numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
         for name, tracker in list(self.outside.items()):
             self.attempt(name, "log", lambda: tracker.log(numbers, step=place["step"]))

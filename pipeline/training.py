@@ -5,6 +5,7 @@ that batch is cut up.
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +178,9 @@ def accumulate_gradient(
             labels = share.labels[start : start + size]
             logits = state.model(share.images[start : start + size])
             loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
-            accelerator.backward(loss_sum * weight)
+            # checkpointed layers run again in the backward pass, and would count the batch's statistics twice
+            with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
+                accelerator.backward(loss_sum * weight)
         if sums is not None:
             add_batch(sums, logits, hard_labels(labels), loss_sum)
         total += loss_sum.detach()
@@ -196,6 +199,15 @@ def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerato
         return
     with perturbed(model, sam_rho(config), config.sam_adaptive, norm):
         accumulate_gradient(state, share, config, accelerator, sync=True, sums=None)
+
+
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """On the way out the model's buffers are what they were on the way in."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    for buffer, earlier in zip(model.buffers(), before):
+        buffer.copy_(earlier)
 
 
 def fp16_memory(state: TrainState, model: nn.Module) -> list[Tensor]:

@@ -24,6 +24,7 @@ INTERPOLATIONS = {  # Pillow's filter on the CPU, torch's mode on the device
 
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # shares of the image; width / height
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+SMALLEST_MOVED = 16
 NUM_TRIES = 10  # a drawn rectangle that does not fit the image is drawn again
 NUM_BOX_DRAWS = NUM_FIT_DRAWS = 2 + 2 * NUM_TRIES  # place, then the areas and the ratios of the tries
 
@@ -214,16 +215,19 @@ class BatchTransform:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _crop_and_flip(self, images: torch.Tensor, samples: np.ndarray, epoch: int) -> torch.Tensor:
-        """Small images moved by up to an eighth of their side, black coming in; half of all mirrored if allowed."""
+        """Small images moved by up to an eighth of their side, black coming in; half of all mirrored if allowed.
+
+        The smallest are not moved: a pixel of an 8x8 digit is the width of a stroke.
+        """
         draws = uniforms(samples, 3, self.seed, epoch, CROP_AND_FLIP)
         rows = np.arange(len(samples))
         if self.flip:
             images = torch.cat([images, images.flip(3)])
             rows += len(samples) * (draws[:, 0] < 0.5)
         size = self.preprocessing.source_size
-        if size is None:
+        if size is None or size < SMALLEST_MOVED:
             return images.index_select(0, self._on_device(rows)) if self.flip else images
-        padding = max(1, size // 8)
+        padding = size // 8
         offsets = (draws[:, 1:] * (2 * padding + 1)).astype(np.int64)
         row, top, left = self._on_device(np.stack([rows, *offsets.T]))[:, :, None, None]
         channels, side = images.shape[1], size + 2 * padding

@@ -57,17 +57,19 @@ def flags(**settings: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in {**SMALL_RUN, **settings}.items()]
 
 
-def start_process(*arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts a Python program in the project's folder, with one thread, on the CPU."""
+def start_process(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """Starts a Python program, in the project's folder unless told otherwise, with one thread, on the CPU."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
 
 
-def run_process(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+def run_process(
+    *arguments: str, timeout: float = 120, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs a Python program to its end."""
-    process = start_process(*arguments, **environment)
+    process = start_process(*arguments, cwd=cwd, **environment)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -77,13 +79,15 @@ def run_process(*arguments: str, timeout: float = 120, **environment: str) -> su
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def torchrun(num_processes: int, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
-    """Runs train.py in several gloo processes on a free port."""
+def torchrun(
+    num_processes: int, *arguments: str, program: str = "train.py", timeout: float = 180
+) -> subprocess.CompletedProcess:
+    """Runs train.py, or another program, in several gloo processes on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
-    return run_process(*launcher, "train.py", *arguments, timeout=timeout)
+    return run_process(*launcher, program, *arguments, timeout=timeout, PYTHONPATH=str(ROOT))
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

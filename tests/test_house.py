@@ -2,12 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_process
 
-from pipeline.config import FIELDS, SECTIONS
+from pipeline.config import FIELDS, SECTIONS, read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
@@ -20,6 +21,7 @@ FLOORS = [
     {"run", "plan", "model_card"},
     {"ending"},
     {"training"},
+    {"benchmark"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -59,6 +61,33 @@ def test_ci_runs_the_readme_command_for_tests():
     commands = re.findall(r"^(python3 -m venv .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(commands) == 2 and commands[0].endswith("train.py") and commands[1].endswith("pytest")
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_command_of_the_readme_has_settings_that_exist():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [
+        line.split("#")[0]
+        for line in text.splitlines()
+        if re.match(r"(python|ACCEL|accelerate|torchrun).*train\.py", line)
+    ]
+    assert len(commands) > 10
+    for command in commands:
+        arguments = shlex.split(command.split("train.py", 1)[1].split(">")[0])
+        if arguments not in (["--help"], ["--print_config"]):
+            read_config(
+                [word for word in arguments if word not in ("--config", "settings.yaml", "runs/NAME/config.yaml")]
+            )
+
+
+def test_the_first_command_of_the_readme_trains_and_ends_in_a_table(tmp_path):
+    """Without its installation, in an empty folder, and cut short."""
+    first = re.findall(r"^python3 -m venv .* (train.py)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert first == ["train.py"]
+    done = run_process(str(ROOT / "train.py"), "--epochs=1", "--max_train_samples=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout and "resnet18_small_stem" in done.stdout
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert (run_dir / "model" / "model.safetensors").is_file()
 
 
 def test_every_launch_file_opens_with_its_command():

@@ -509,3 +509,11 @@ def test_wrong_settings_are_refused_with_a_hint() -> None:
         transform(small(), random_erasing=1.5)
     with pytest.raises(ValueError, match="mixup is -0.1"):
         mixed(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), -0.1, 0.0)
+
+
+def test_the_smallest_images_are_not_moved_and_a_digit_not_mirrored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (16, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    tiny = Preprocessing(image_size=8, channels=1, mean=(0.3,), std=(0.4,), source_size=8)
+    transform = BatchTransform(tiny, device="cpu", augment="light", flip=False, seed=0)
+    assert torch.equal(transform.train(images, np.arange(16), epoch=3), transform.eval(images))
