@@ -186,8 +186,7 @@ def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
 
 def optimizers(args: argparse.Namespace) -> Iterator[Section]:
     """Whole training steps relative to SGD's, then optimizer steps alone relative to timm's Muon."""
-    accelerator = make_accelerator(args)
-    model, images, labels = make_model_and_batch(args, accelerator)
+    model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
     layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
     calls: Calls = {}
     for name, settings in WHOLE_STEPS.items():
@@ -219,7 +218,7 @@ class Command:
 
 
 COMMANDS = {
-    "optimizers": Command("steps relative to SGD's and to timm's Muon's", optimizers_arguments, optimizers),
+    "optimizers": Command("what each costs, relative to SGD and to timm's Muon", optimizers_arguments, optimizers),
 }
 
 
@@ -277,15 +276,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints tables, writes the JSON; returns the exit status: 0 done, 2 for what cannot be measured here."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse_args(arguments)
-    if args.json is not None and not args.json.parent.is_dir():
-        print(f"error: --json {args.json}: there is no folder {args.json.parent}. Make it first.", file=sys.stderr)
-        return 2
     facts = {"command": f"python -m pipeline.benchmark {shlex.join(arguments)}", **machine_facts(args)}
     print("{command}\n{cpu}, {cores} cores, {threads} threads, device {device}".format(**facts))
-    print(", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
-    print("median, least and most milliseconds of n calls in turns", flush=True)
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    print(f"{versions}\nmedian, least and most milliseconds of n calls in turns", flush=True)
     rows: list[dict[str, Any]] = []
     try:
+        if args.json is not None and not args.json.parent.is_dir():
+            raise ValueError(f"There is no folder {args.json.parent} for --json {args.json}. Make it first.")
         for section in COMMANDS[args.command].sections(args):
             rows += section.rows()
             print(f"\n{section.title}\n{table(section.rows())}", flush=True)

@@ -28,11 +28,11 @@ Group = dict[str, Any]
 class OptimizerRow:
     """An optimizer: how it is built, its own defaults, the settings that it alone reads, where its parameters go.
 
-    build: from groups, settings and whether fused kernels may be used; route: from a parameter's role and the settings to
-    the options of its group, `name` among them. sam_rho: 0 but for an optimizer whose name promises SAM.
+    build: from groups, settings and whether the kernels are fused (None is torch's choice); route: from a parameter's role
+    and the settings to the options of its group, `name` among them. sam_rho: 0 but for an optimizer whose name promises SAM.
     """
 
-    build: Callable[[list[Group], Config, bool], torch.optim.Optimizer]
+    build: Callable[[list[Group], Config, bool | None], torch.optim.Optimizer]
     route: Callable[[str, Config], Group]
     lr: float
     weight_decay: float
@@ -60,20 +60,20 @@ def muon_or_adamw(role: str, config: Config) -> Group:
     }
 
 
-def build_sgd(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_sgd(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(groups, lr=1.0, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 
-def build_adam(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_adam(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=1.0, fused=fused)
 
 
-def build_adamw(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_adamw(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1.0, fused=fused)
 
 
-def build_muon(groups: list[Group], config: Config, fused: bool) -> torch.optim.Optimizer:
+def build_muon(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
     return Muon(
         groups,
         momentum=config.muon_momentum,
@@ -212,8 +212,9 @@ def create_optimizer(model: nn.Module, config: Config, mixed_precision: str) -> 
     on_cpu = next(model.parameters()).device.type == "cpu"
     # On a CPU the fused step takes half the time of the others, but twice the time on channels-last weights. Under fp16 a
     # fused optimizer hides from Accelerate whether its step was skipped. A fused SGD cannot take up weights, thawed ones,
-    # after its first step.
-    fused = not (on_cpu and config.channels_last) and mixed_precision != "fp16" and config.freeze_epochs == 0
+    # after its first step. None is torch's own choice of the others.
+    possible = not (on_cpu and config.channels_last) and mixed_precision != "fp16" and config.freeze_epochs == 0
+    fused = True if possible else None
     return OPTIMIZERS[config.optimizer].build(parameter_groups(model, config), config, fused)
 
 
