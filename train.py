@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Sequence
 
-from pipeline.config import parse_config
+from pipeline.parsing import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as interruption:
         return 128 + interruption.signal_number
+    except KeyboardInterrupt:  # before the first step
+        return 130
     return 0
 
 

@@ -1,12 +1,11 @@
-"""The settings: one flat frozen dataclass, read from defaults, a YAML file and the command line, in that order."""
+"""The settings: one flat frozen dataclass, and what its values must and must not be."""
 
 import dataclasses
 import difflib
-import re
-import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable, Literal, NoReturn, Sequence
+from typing import Any, Literal
 
 import yaml
 
@@ -211,136 +210,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """YAML whose plain words mean what people and `wandb agent` write: None, 1e-05; and whose no and off are words."""
-
-
-SettingsLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-SettingsLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^None$"), ["N"])
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-
-
-def make_parser() -> Any:
-    """A jsonargparse parser with one option for each field of Config, in Config's sections."""
-    import jsonargparse
-
-    def load(text: str) -> Any:
-        return yaml.load(text, SettingsLoader)
-
-    jsonargparse.set_loader("settings", load, exceptions=(yaml.YAMLError,))
-    parser = jsonargparse.ArgumentParser(
-        prog="train.py",
-        description="Train an image classifier. Without arguments: ResNet-18 on the embedded handwritten digits.",
-        epilog="Settings are read from the defaults, then --config FILE.yaml, then --field value or --field=value.",
-        parser_mode="settings",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it")
-    group = parser
-    for name, field in FIELDS.items():
-        if name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[name])
-        default = getattr(DEFAULTS, name)
-        text = field.metadata["help"] + limits_in_words(field.metadata["limits"])
-        group.add_argument(f"--{name}", type=TYPES[name], default=default, metavar=name.upper(), help=text)
-    return parser
-
-
-def limits_in_words(limits: dict[str, float]) -> str:
-    if not limits:
-        return ""
-    return "; " + ", ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in limits.items())
-
-
-def type_in_words(hint: Any) -> str:
-    """`float | None` as 'a number or null', for messages."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    words |= {
-        list[str]: "a list of texts",
-        list[float]: "a list of numbers",
-        dict[int, int]: "a map such as {5: 256, 10: 512}",
-    }
-    return words[hint]
-
-
-def choices(hint: Any) -> list[str]:
-    """The words that a Literal admits, also within a union."""
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    return [word for part in typing.get_args(hint) for word in choices(part)]
-
-
-def explain(message: str) -> str:
-    """jsonargparse's complaint as one line that names the setting, what it received and what would do."""
-    unknown = re.search(r"Option '(.+?)' is not accepted|unrecognized arguments: (.*)", message)
-    if unknown:
-        name = (unknown[1] or unknown[2]).split()[0].split("=")[0].lstrip("-")
-        if not name or (unknown[2] and not unknown[2].startswith("-")):
-            return f"Unexpected argument {unknown[2]!r}: settings are given as --field value."
-        return f"Unknown setting '{name}'.{did_you_mean(name, FIELDS)} All of them: python train.py --help"
-    key = re.search(r'Parser key "(\w+)"', message)
-    if key and key[1] in TYPES:
-        hint = TYPES[key[1]]
-        value = re.search(r"(?:Given value|Got value): (.*)", message)
-        received = f" {value[1].strip()!r}" if value else ""
-        suggestion = did_you_mean(value[1].strip(), choices(hint)) if value else ""
-        return f"Setting {key[1]}{received} is not {type_in_words(hint)}.{suggestion}"
-    return " ".join(message.split())
-
-
-def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """The settings of a command line; exits with status 2 and one line on standard error when they are wrong.
-
-    argv: the arguments without the program's name; None reads sys.argv.
-    """
-    import argparse
-    import sys
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    # A W&B agent adds this argument of its own to a run that it starts again.
-    arguments = [argument for argument in arguments if not argument.startswith("--_wandb")]
-    try:
-        return read_config(arguments)
-    except (argparse.ArgumentError, ValueError) as error:
-        fail(str(error))
-
-
-def read_config(arguments: list[str]) -> Config:
-    """The settings that the arguments give. Raises ValueError with one line that says what is wrong."""
-    import argparse
-
-    try:
-        values = vars(make_parser().parse_args(arguments))
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error))) from error
-    values = {name: values[name] for name in FIELDS}
-    config = Config(**{name: as_declared(name, value) for name, value in values.items()})
-    check_limits(config)
-    return config
-
-
-def as_declared(name: str, value: Any) -> Any:
-    """A whole number where a float is declared, as a float; the rest as it is."""
-    return float(value) if TYPES[name] in (float, float | None) and value is not None else value
-
-
 def check_limits(config: Config) -> None:
     """Raises ValueError when a number is outside the limits of its field, or settings contradict one another."""
     holds = {
@@ -399,19 +268,6 @@ def ignored_settings(config: Config) -> list[str]:
     ]
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with status 2 and the message on standard error."""
-    import sys
-
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def to_yaml(config: Config) -> str:
     """The effective settings as YAML text that --config reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def from_yaml(path: Path) -> Config:
-    """The settings of a run's config.yaml. Raises ValueError when it is missing or not one of ours."""
-    return read_config(["--config", str(path)])

@@ -27,8 +27,9 @@ from pipeline.checkpoint import (
     write_atomically,
     write_json,
 )
-from pipeline.config import FIELDS, Config, from_yaml, to_yaml
+from pipeline.config import FIELDS, Config, to_yaml
 from pipeline.metrics import COUNT, LOSS
+from pipeline.parsing import from_yaml
 from pipeline.schedule import best_epoch
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import DEFAULTS, FIELDS, Config, ignored_settings, make_parser, parse_config, read_config, to_yaml
+from pipeline.config import DEFAULTS, FIELDS, Config, ignored_settings, to_yaml
+from pipeline.parsing import make_parser, parse_config, read_config
 
 # A value other than the default for every setting, as a person writes it, and what must arrive.
 SETTINGS = {
@@ -137,7 +138,6 @@ def test_what_print_config_prints_reads_back_as_the_defaults(tmp_path):
 
 
 def test_an_argument_that_the_wandb_agent_adds_is_passed_over():
-    assert read_config.__module__ == "pipeline.config"
     assert parse_config(["--lr=0.5", "--_wandb={'x': 1}"]).lr == 0.5
 
 
@@ -193,5 +193,5 @@ def test_help_tells_a_sentence_and_the_default_of_every_setting():
 
 
 def test_help_and_a_misspelt_setting_cost_no_import_of_torch():
-    code = "import sys; from pipeline.config import make_parser; make_parser().format_help(); assert 'torch' not in sys.modules"
+    code = "import sys; from pipeline.parsing import make_parser; make_parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

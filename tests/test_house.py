@@ -8,12 +8,13 @@ from pathlib import Path
 import yaml
 from conftest import ROOT, run_process
 
-from pipeline.config import FIELDS, SECTIONS, read_config
+from pipeline.config import FIELDS, SECTIONS
+from pipeline.parsing import read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
     {"config", "console", "metrics", "muon", "randomness"},
-    {"schedule", "images", "randaugment", "ema", "stems"},
+    {"schedule", "parsing", "images", "randaugment", "ema", "stems"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
     {"folders", "hub", "models", "loaders"},
     {"datasets"},

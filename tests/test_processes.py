@@ -20,7 +20,7 @@ import torch
 from conftest import SMALL_RUN, flags, lines_of, run_process, start_process, timeless, torchrun, weights_of
 
 # 80 images in batches of 37: the ranks' shares are uneven and the last batch is short
-UNEVEN = {"batch_size": 37, "drop_last": False, "log_every": 1, "epochs": 3}
+UNEVEN = {"batch_size": 37, "drop_last": False, "log_every": 1, "epochs": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "sam": {"optimizer": "sam", "lr": 0.05},
     "asam": {"optimizer": "sam", "lr": 0.05, "sam_adaptive": True, "sam_rho": 1.0, "micro_batch_size": 7},
@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RESUMED = {"optimizer": "adamw", "lr": 0.005, "ema_decay": 0.1, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
-RESUMED_STEP = 4  # the first of two steps of the second epoch
+RESUMED_STEP = 4  # the first of three steps of the second epoch
 
 # An overflow on the second rank only: where it happens, and the settings of the step.
 OVERFLOWS: dict[str, dict[str, Any]] = {
@@ -178,7 +178,7 @@ def ranks(runs: tuple[Path, Path]) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, two: Path) -> None:
     """The same figures to 1e-6 and the same weights to rounding."""
     ours, theirs = timeless(lines_of(one)), timeless(lines_of(two))
-    assert len(ours) == len(theirs) > 12
+    assert len(ours) == len(theirs) == 11
     for our, their in zip(ours, theirs):
         assert our.keys() == their.keys()
         for key, value in our.items():
@@ -243,7 +243,7 @@ def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
     return shlex.split(line.partition("To go on: python ")[2])
 
 
-LONG_RUN = {"epochs": 40, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
+LONG_RUN = {"epochs": 30, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
 
 
 def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
@@ -283,29 +283,40 @@ def test_help_is_no_failure_and_a_misspelt_setting_is_one_line():
     assert len(told.stderr.splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_is_a_failure_in_training(tmp_path):
-    settings = {"lr": 1e30, "warmup_epochs": 0, "scheduler": "constant", "epochs": 1}
-    told = run_process("train.py", *flags(output_dir=tmp_path, **settings))
-    assert told.returncode == 1
-    assert "was not finite" in told.stderr.splitlines()[-1] and "Traceback" not in told.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+def test_failures_in_training_end_with_1_and_say_what_was_wrong(tmp_path):
+    bad_image = write_pets(tmp_path / "pets")
+    exploding = {"lr": 1e30, "warmup_epochs": 0, "scheduler": "constant", "epochs": 1, "run_name": "exploding"}
+    unreadable = {
+        "dataset": tmp_path / "pets",
+        "image_size": 16,
+        "batch_size": 4,
+        "num_workers": 1,
+        "run_name": "unreadable",
+    }
+    processes = [
+        start_process("train.py", *flags(output_dir=tmp_path, **settings)) for settings in (exploding, unreadable)
+    ]
+    for process, words in zip(processes, ("was not finite", f"{bad_image}: ")):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1, err
+        assert words in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    for name in ("exploding", "unreadable"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "failed"
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path):
+def write_pets(folder: Path) -> Path:
+    """Writes a folder dataset with one image that breaks off; returns that one's path."""
     from PIL import Image
 
     for split, number in (("train", 6), ("val", 2)):
         for name in ("cat", "dog"):
-            folder = tmp_path / "pets" / split / name
-            folder.mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for index in range(number):
-                Image.new("RGB", (20 + index, 24), (40 * index, 9, 9)).save(folder / f"{index}.png")
-    bad = tmp_path / "pets" / "train" / "dog" / "5.png"
+                image = Image.new("RGB", (20 + index, 24), (40 * index, 9, 9))
+                image.save(folder / split / name / f"{index}.png")
+    bad = folder / "train" / "dog" / "5.png"
     bad.write_bytes(bad.read_bytes()[:50])
-    settings = {"dataset": tmp_path / "pets", "image_size": 16, "batch_size": 4, "num_workers": 1, "epochs": 1}
-    told = run_process("train.py", *flags(output_dir=tmp_path, **settings))
-    assert told.returncode == 1
-    assert str(bad) in told.stderr.splitlines()[-1] and "Traceback" not in told.stderr
+    return bad
 
 
 @pytest.fixture
@@ -362,8 +373,9 @@ def test_gradient_checkpointing_changes_no_figure_and_no_weight(small_convnet, s
 
 
 def test_channels_last_gives_the_same_losses(small_convnet):
-    _, plain = small_convnet("plain")
-    _, channels_last = small_convnet("channels_last", channels_last=True)
+    # at a rate that does not blow the rounding up
+    _, plain = small_convnet("plain", lr=0.002)
+    _, channels_last = small_convnet("channels_last", lr=0.002, channels_last=True)
     assert losses_of(channels_last) == pytest.approx(losses_of(plain), rel=1e-4)
 
 
@@ -386,11 +398,20 @@ def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeyp
 
 
 def test_the_average_of_the_weights_is_what_is_kept_when_it_is_better(run_training):
-    settings = {"lr": 0.5, "scheduler": "constant", "epochs": 6, "ema_decay": 0.3, "keep_checkpoints": 9, "monitor": "loss"}
+    settings = {
+        "lr": 0.5,
+        "scheduler": "constant",
+        "epochs": 6,
+        "ema_decay": 0.3,
+        "keep_checkpoints": 9,
+        "monitor": "loss",
+    }
     summary, run_dir = run_training(**settings)
     best = summary["best"]
     entries = {line["epoch"]: line for line in lines_of(run_dir) if line["split"] == "val"}
-    assert best["weights"] == "ema" and best["loss"] == entries[best["epoch"]]["ema_loss"] < entries[best["epoch"]]["loss"]
+    assert (
+        best["weights"] == "ema" and best["loss"] == entries[best["epoch"]]["ema_loss"] < entries[best["epoch"]]["loss"]
+    )
     assert best["loss"] == min(min(line["loss"], line["ema_loss"]) for line in entries.values())
     average, kept = checkpoint_of(run_dir, 5 * best["epoch"], "ema"), weights_of(run_dir)
     assert kept.keys() == average.keys()

@@ -1,0 +1,142 @@
+"""On a GPU: fp16 under its scaler, bf16, Muon's stacked matrices, resume. Skipped where there is none."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import lines_of
+from torch import nn
+
+from pipeline.muon import Muon
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+
+LEARNING_RATES = {"sgd": 0.02, "adamw": 0.002, "muon": 0.002}
+START_SCALE = 2.0**10  # low enough for no step of these runs to overflow
+HUGE_SCALE = 2.0**30  # high enough for the first steps to overflow
+
+# a network with BatchNorm, 20 steps
+SMALL_GPU_RUN: dict[str, Any] = {
+    "model_name": "test_resnet", "max_train_samples": 400, "batch_size": 32, "epochs": 2, "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def train_on_gpu(run_training, monkeypatch):
+    """Trains with the given settings and first loss scale; returns the run's folder."""
+    from pipeline import training
+
+    make_accelerator, scales = training.make_accelerator, [START_SCALE]
+
+    def make_with_scale(config: Any) -> Any:
+        accelerator = make_accelerator(config)
+        assert accelerator.device.type == "cuda"
+        if accelerator.scaler is not None:
+            accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=scales[0])
+        return accelerator
+
+    monkeypatch.setattr(training, "make_accelerator", make_with_scale)
+
+    def run(name: str, scale: float = START_SCALE, **settings: Any) -> Path:
+        scales[0] = scale
+        summary, run_dir = run_training(run_name=name, **{**SMALL_GPU_RUN, **settings})
+        assert summary["status"] == "completed" and summary["device"].startswith("cuda")
+        return run_dir
+
+    return run
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    steps = [line for line in lines_of(run_dir) if line["split"] == "train" and "event" not in line]
+    assert steps
+    return steps
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Of the epochs, in training and in validation."""
+    losses = [line["loss"] for line in lines_of(run_dir) if line["split"] == "val" or "event" in line]
+    assert losses and all(map(math.isfinite, losses))
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", LEARNING_RATES)
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+@pytest.mark.parametrize("parts", [{}, {"micro_batch_size": 12, "clip_grad_norm": 1.0}])
+def test_half_precision_trains_as_fp32_does(train_on_gpu, optimizer, sam_rho, parts):
+    settings = {"optimizer": optimizer, "lr": LEARNING_RATES[optimizer], "sam_rho": sam_rho, **parts}
+    full = losses_of(train_on_gpu("fp32", mixed_precision="no", **settings))
+    run_dir = train_on_gpu("fp16", mixed_precision="fp16", **settings)
+    assert [step["skipped_steps"] for step in steps_of(run_dir)] == [0] * len(steps_of(run_dir))
+    assert {step["scaler_scale"] for step in steps_of(run_dir)} == {START_SCALE}
+    # fp16 keeps 11 bits, bf16 8; two epochs of steps let their rounding grow
+    assert losses_of(run_dir) == pytest.approx(full, rel=0.05)
+    assert losses_of(train_on_gpu("bf16", mixed_precision="bf16", **settings)) == pytest.approx(full, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", LEARNING_RATES)
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_overflows_are_skipped_counted_and_recovered_from(train_on_gpu, optimizer, sam_rho):
+    settings = {"optimizer": optimizer, "lr": LEARNING_RATES[optimizer], "sam_rho": sam_rho, "ema_decay": 0.5}
+    run_dir = train_on_gpu("run", HUGE_SCALE, mixed_precision="fp16", epochs=4, clip_grad_norm=1.0, **settings)
+    steps = steps_of(run_dir)
+    assert steps[0]["skipped_steps"] == 1 and "loss" not in steps[0]
+    for step in steps:  # each overflow halves the scale
+        assert step["scaler_scale"] == HUGE_SCALE / 2 ** step["skipped_steps"]
+    assert 1 <= steps[-1]["skipped_steps"] < len(steps) / 2
+    assert steps[-1]["skipped_steps"] == steps[-10]["skipped_steps"]  # the last ones were taken
+    losses = [step["loss"] for step in steps if "loss" in step]  # the taken ones
+    assert len(losses) == len(steps) - steps[-1]["skipped_steps"]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def test_a_resumed_run_takes_up_the_loss_scale_and_ends_the_same(train_on_gpu):
+    # a model without convolutions: cuDNN's are not the same from run to run
+    settings = {
+        "model_name": "simple_mlp",
+        "mixed_precision": "fp16",
+        "optimizer": "adamw",
+        "lr": 0.005,
+        "sam_rho": 0.05,
+    }
+    settings |= {"checkpoint_every_steps": 1, "keep_checkpoints": 99, "ema_decay": 0.5}
+    whole = train_on_gpu("whole", HUGE_SCALE, **settings)
+    expected = steps_of(whole)
+    middle = len(expected) // 2 + 3
+    part = whole.parent / "part"
+    shutil.copytree(whole, part)
+    (part / "summary.json").unlink()
+    for checkpoint in (part / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > middle:
+            shutil.rmtree(checkpoint)
+    resumed = steps_of(train_on_gpu("part", START_SCALE, **settings))
+    assert expected[middle]["skipped_steps"] > 0 and len(resumed) == len(expected)
+    for ours, theirs in zip(resumed, expected):
+        assert [ours[key] for key in ("step", "skipped_steps", "scaler_scale")] == [
+            theirs[key] for key in ("step", "skipped_steps", "scaler_scale")
+        ]
+        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 3, 3), (32, 128), (128, 32)])
+def test_stacked_matrices_step_as_each_alone(shape):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for _ in range(4)]
+    gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
+    updates = {}
+    for kind in ("stacked", "alone"):
+        params = [nn.Parameter(weight.to("cuda")) for weight in weights]
+        groups = [params] if kind == "stacked" else [[param] for param in params]
+        optimizer = Muon([{"params": group, "use_muon": True} for group in groups], lr=1.0, weight_decay=0.0)
+        for param, gradient in zip(params, gradients):
+            param.grad = gradient.to("cuda")
+        optimizer.step()
+        updates[kind] = [param.detach().cpu() - weight for param, weight in zip(params, weights)]
+    for stacked, alone in zip(updates["stacked"], updates["alone"]):
+        # bf16 keeps 8 bits, and five steps of Newton-Schulz let its rounding grow
+        assert (stacked - alone).norm() <= 0.02 * alone.norm() > 0
