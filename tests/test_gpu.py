@@ -120,7 +120,8 @@ def test_a_resumed_run_takes_up_the_loss_scale_and_ends_the_same(train_on_gpu):
         assert [ours[key] for key in ("step", "skipped_steps", "scaler_scale")] == [
             theirs[key] for key in ("step", "skipped_steps", "scaler_scale")
         ]
-        assert ours.get("loss") == pytest.approx(theirs.get("loss"), rel=1e-4)
+        assert ("loss" in ours) == ("loss" in theirs)  # none if the step was skipped
+        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 3, 3), (32, 128), (128, 32)])
@@ -130,7 +131,7 @@ def test_stacked_matrices_step_as_each_alone(shape):
     gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
     updates = {}
     for kind in ("stacked", "alone"):
-        params = [nn.Parameter(weight.to("cuda")) for weight in weights]
+        params = [nn.Parameter(weight.to("cuda", copy=True)) for weight in weights]
         groups = [params] if kind == "stacked" else [[param] for param in params]
         optimizer = Muon([{"params": group, "use_muon": True} for group in groups], lr=1.0, weight_decay=0.0)
         for param, gradient in zip(params, gradients):
@@ -139,4 +140,4 @@ def test_stacked_matrices_step_as_each_alone(shape):
         updates[kind] = [param.detach().cpu() - weight for param, weight in zip(params, weights)]
     for stacked, alone in zip(updates["stacked"], updates["alone"]):
         # bf16 keeps 8 bits, and five steps of Newton-Schulz let its rounding grow
-        assert (stacked - alone).norm() <= 0.02 * alone.norm() > 0
+        assert (stacked - alone).norm() <= 0.05 * alone.norm() > 0
