@@ -91,7 +91,7 @@ OPTIMIZERS = {
     "adam": OptimizerRow(build_adam, decayed_or_not, lr=1e-3, weight_decay=0.0),
     "adamw": OptimizerRow(build_adamw, decayed_or_not, lr=1e-3, weight_decay=0.05),
     "sam": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, weight_decay=5e-4, settings=SGD_SETTINGS, sam_rho=0.05),
-    "muon": OptimizerRow(build_muon, muon_or_adamw, lr=2e-3, weight_decay=0.1, settings=MUON_SETTINGS),
+    "muon": OptimizerRow(build_muon, muon_or_adamw, lr=1e-2, weight_decay=0.1, settings=MUON_SETTINGS),
 }
 
 

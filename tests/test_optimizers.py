@@ -119,7 +119,7 @@ def descend(model, optimizer, config, steps, first=0):
     return losses
 
 
-@pytest.mark.parametrize("optimizer, scheduler, rho", itertools.product(OPTIMIZERS, SCHEDULES, [0.0, 0.05]))
+@pytest.mark.parametrize("optimizer, scheduler, rho", list(itertools.product(OPTIMIZERS, SCHEDULES, [0.0, 0.05])))
 def test_every_combination_descends_and_a_saved_copy_continues_bitwise(optimizer, scheduler, rho):
     config = Config(optimizer=optimizer, scheduler=scheduler, sam_rho=rho, epochs=5, weight_decay=0.0)
     model = quadratic()
