@@ -38,14 +38,13 @@ def perturbed(model: nn.Module, rho: float, adaptive: bool, norm: Tensor) -> Ite
     """
     parameters, gradients = weights_and_gradients(model)
     weights = [parameter.data for parameter in parameters]
-    offsets = torch._foreach_mul(gradients, (rho / (norm + TINY)).to(weights[0].dtype))
     if adaptive:
-        torch._foreach_mul_(offsets, weights)
-        torch._foreach_mul_(offsets, weights)
-    torch._foreach_add_(offsets, weights)
+        gradients = list(torch._foreach_mul(torch._foreach_mul(gradients, weights), weights))
+    radius = (rho / (norm + TINY)).to(weights[0].dtype)
+    neighbours = torch._foreach_addcmul(weights, gradients, [radius] * len(weights))  # in one pass over memory
     normalisations: list[Any] = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     try:
-        for parameter, neighbour in zip(parameters, offsets):
+        for parameter, neighbour in zip(parameters, neighbours):
             # the neighbour takes the weight's place, so that coming back copies nothing and rounds nothing
             parameter.data, parameter.grad = neighbour, None
         for module in normalisations:
