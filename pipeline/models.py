@@ -1,7 +1,6 @@
 """Models: any timm model, with a stem for small images if asked, or our SimpleMLP; named, built and described."""
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from timm.models import (
 )
 from torch import nn
 
+from pipeline.config import did_you_mean
 from pipeline.stems import SMALL_IMAGE_SIZE, SMALL_STEM_SUFFIX, is_small_stem, is_small_stem_possible, with_small_stem
 from pipeline.weights import (
     CONFIG_FILE,
@@ -120,12 +120,6 @@ class InputSettings:
     input_size: tuple[int, int, int]
 
 
-def _close(name: str, known: Sequence[str]) -> str:
-    """' Did you mean ...?' with the closest known names, or nothing."""
-    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
-
-
 def check_model_name(name: str) -> None:
     """Raises ValueError for a name that create_model cannot build; asks no network.
 
@@ -143,14 +137,14 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = [model for model in timm.list_models() if not is_small_stem(model)]
         raise ValueError(
-            f"Unknown model {name!r}.{_close(architecture, known)} "
+            f"Unknown model {name!r}.{did_you_mean(architecture, known)} "
             f"timm.list_models() names all {len(known)}; hf-hub:OWNER/NAME and local-dir:PATH work, too."
         )
     base = architecture.removesuffix(SMALL_STEM_SUFFIX)
     tags = [split_model_name_tag(model)[1] for model in get_arch_pretrained_cfgs(base)]
     if tag and tag not in tags:
         known_tags = ", ".join(filter(None, tags)) or "none"
-        raise ValueError(f"Unknown tag {tag!r} of model {base!r}.{_close(tag, tags)} Known tags: {known_tags}.")
+        raise ValueError(f"Unknown tag {tag!r} of model {base!r}.{did_you_mean(tag, tags)} Known tags: {known_tags}.")
 
 
 @contextlib.contextmanager
@@ -187,7 +181,7 @@ def _check_has_weights(name: str, pretrained_cfg: dict[str, Any]) -> None:
     if ":" not in name and not any(pretrained_cfg.get(key) for key in ("url", "file", "hf_hub_id")):
         with_weights = timm.list_models(pretrained=True)
         raise ValueError(
-            f"timm has no pretrained weights for {name!r}.{_close(name, with_weights)} "
+            f"timm has no pretrained weights for {name!r}.{did_you_mean(name, with_weights)} "
             "timm.list_models(pretrained=True) names all that have; or set pretrained to False."
         )
 
@@ -207,7 +201,7 @@ def default_image_size(name: str, pretrained: bool) -> int:
 def _with_stem(name: str, stem: str, image_size: int, pretrained: bool, init_from: str | Path | None) -> str:
     """The name of the model to build: `name`, or its registered variant with a small stem."""
     if stem not in STEM_CHOICES:
-        raise ValueError(f"Unknown stem {stem!r}.{_close(stem, STEM_CHOICES)} Known: {', '.join(STEM_CHOICES)}.")
+        raise ValueError(f"Unknown stem {stem!r}.{did_you_mean(stem, STEM_CHOICES)} Known: {', '.join(STEM_CHOICES)}.")
     if ":" in name:
         if stem != "auto":
             raise ValueError(f"stem {stem!r} does not apply to {name!r}: what was saved has its stem. Use stem 'auto'.")
