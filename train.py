@@ -8,10 +8,10 @@ from pipeline.parsing import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 130 or 143 stopped by a signal."""
+    """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 128 + n stopped by signal n."""
     config = parse_config(argv)
-    from pipeline.run import Interrupted, TrainingFailed  # after the settings: a misspelt one costs no import of torch
-    from pipeline.training import train
+    from pipeline.failures import Interrupted, TrainingFailed
+    from pipeline.training import train  # after the settings: a misspelt one costs no import of torch
 
     try:
         train(config)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.checkpoint import write_atomically
+from pipeline.files import write_atomically
 from pipeline.config import Config
 from pipeline.console import progress_bar
 from pipeline.metrics import zero_sums

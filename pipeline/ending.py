@@ -13,6 +13,7 @@ from pipeline.assembly import Parts
 from pipeline.checkpoint import read_tensors
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
+from pipeline.failures import TrainingFailed
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.run import Run
@@ -26,6 +27,7 @@ WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file of the wei
 def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, Any]:
     """Tests the best weights, writes model/ and summary.json, and returns the summary. Every rank calls it."""
     accelerator = run.accelerator
+    run.finish_saving()
     best = run.best_checkpoint(state)
     assert best is not None, "a run has at least one epoch"
     model = accelerator.unwrap_model(state.model)
@@ -57,14 +59,27 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
 
 
 def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
-    """Ends a run before its time: saves where it stands if that is sound, and says how to go on. Every rank calls it."""
-    if status == "interrupted" and run.last_saved != state.step:
-        run.save(state)
-    summary = make_summary(state, run, status) | {"reason": reason}
-    run.end(summary)
-    if run.accelerator.is_main_process:
-        saved = f"Saved at step {run.last_saved}" if run.last_saved >= 0 else "Nothing was saved yet"
-        print(f"\n{saved}. To go on: python train.py --config {run.config.run_dir / 'config.yaml'}", flush=True)
+    """Ends a run before its time and says how to go on.
+
+    status: interrupted, when every rank calls it and the state is saved first; or failed, when a single rank may call it.
+    """
+    if status == "interrupted":
+        if run.submitted != state.step:
+            run.save(state)
+        try:
+            run.finish_saving()
+        except TrainingFailed as error:
+            console.warn(str(error))
+    elif run.writer is not None:
+        run.writer.join()
+    try:
+        run.end(make_summary(state, run, status) | {"reason": reason})
+    except OSError as error:
+        console.warn(f"summary.json could not be written: {error}.")
+    if run.writer is not None:
+        step = run.writer.last_saved
+        saved = f"Saved at step {step}" if step >= 0 else "Nothing was saved yet"
+        print(f"\n{saved}. {run.how_to_go_on()}", flush=True)
 
 
 def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:

@@ -1,13 +1,8 @@
 """A run's life between steps: its folder and lock, where it goes on from, signals, log lines, checkpoints."""
 
 import dataclasses
-import json
-import os
-import shutil
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,119 +11,22 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from pipeline import console
-from pipeline.checkpoint import (
-    checkpoint_path,
-    checkpoints,
-    lock_run,
-    newest_checkpoint,
-    prune,
-    read_facts,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
-from pipeline.config import FIELDS, Config, to_yaml
+from pipeline.checkpoint import BadCheckpoint, checkpoint_path
+from pipeline.config import Config, to_yaml
+from pipeline.failures import Interrupted, TrainingFailed
+from pipeline.files import write_atomically, write_json
+from pipeline.lock import RunLock
 from pipeline.metrics import COUNT, LOSS
-from pipeline.parsing import from_yaml
+from pipeline.resume import check_same_settings, find_starts, fixed_settings, nothing_left, set_newer_aside
+from pipeline.saving import CheckpointWriter
 from pipeline.schedule import best_epoch
+from pipeline.signals import Signals
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker
 
 AGREE_EVERY_STEPS = 10  # steps between two agreements of several processes on whether to stop
 
 SMALLEST_SCALE = 2.0**-6  # of fp16's loss; it starts at 65536 and halves with each overflow
-
-# Settings that a run may change when it goes on: they move no figure by more than rounding.
-FREE_SETTINGS = {
-    "checkpoint_every_steps", "dry_run", "keep_checkpoints", "loader", "log_every", "log_with",
-    "micro_batch_size", "num_workers", "output_dir", "project", "resume", "run_name",
-}  # fmt: skip
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; what was saved is whole."""
-
-
-class Interrupted(Exception):
-    """Somebody asked the run to stop; every rank raises it after the same step."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-
-
-class Signals:
-    """Remembers SIGINT and SIGTERM until the loop asks; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.earlier = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = number
-
-    def release(self) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-
-def ended_summary(config: Config) -> dict[str, Any] | None:
-    """The summary of the run if it would go on and has ended by itself, else None.
-
-    Raises ValueError when it was begun with other settings.
-    """
-    path = config.run_dir / "summary.json"
-    if config.resume != "auto" or config.dry_run or not path.is_file():
-        return None
-    check_same_settings(config)
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary if summary["status"] in ("completed", "early_stopped") else None
-
-
-def check_same_settings(config: Config) -> None:
-    """Raises ValueError when the run was begun with other settings than these, apart from FREE_SETTINGS."""
-    path = config.run_dir / "config.yaml"
-    if not path.is_file():
-        return
-    begun = from_yaml(path)
-    free = FREE_SETTINGS | ({"batch_size"} if config.batch_size is None else set())  # null is filled in alike
-    changed = [name for name in FIELDS if name not in free and getattr(begun, name) != getattr(config, name)]
-    if changed:
-        words = ", ".join(f"{name} {getattr(begun, name)} -> {getattr(config, name)}" for name in changed)
-        raise ValueError(
-            f"{config.run_dir} was begun with other settings: {words}. "
-            f"Leave them as they were, choose another run_name, or start from its weights with --init_from {config.run_dir}."
-        )
-
-
-def find_start(config: Config) -> Path | None:
-    """The checkpoint that the run goes on from, None for a new run. Raises ValueError when it must not or cannot."""
-    if config.resume not in ("auto", "never"):
-        given = Path(config.resume)
-        read_facts(given)
-        if given.resolve().parent.parent != config.run_dir.resolve():
-            raise ValueError(
-                f"resume {given} belongs to another run than {config.run_dir}. Give its --output_dir and --run_name too, "
-                f"or start anew from its weights with --init_from {given / 'model.safetensors'}."
-            )
-        return given
-    if config.resume == "never":
-        if (config.run_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{config.run_dir} holds a run already and resume is never. Choose another run_name, or --resume auto."
-            )
-        return None
-    folder, passed_over = newest_checkpoint(config.run_dir)
-    for sentence in passed_over:
-        console.warn(sentence)
-    if folder is None and passed_over:
-        raise ValueError(
-            f"{config.run_dir} has no whole checkpoint left. Delete the folder to begin anew, or choose another run_name."
-        )
-    return folder
 
 
 class Run:
@@ -137,36 +35,65 @@ class Run:
     def __init__(self, config: Config, accelerator: Accelerator, facts: dict[str, Any]):
         """Takes the folder. Raises ValueError when it is in use, or holds a run that these settings do not continue."""
         self.config, self.accelerator, self.facts = config, accelerator, facts
-        self.start: Path | None = None
+        self.starts: list[Path] = []
         self.tracker: Tracker | None = None
+        self.writer: CheckpointWriter | None = None
         self.last_read = time.perf_counter()
-        self.last_saved = -1
+        self.submitted = -1  # the step of the last checkpoint that was handed to the writer
         if accelerator.is_main_process:
-            self.lock = lock_run(config.run_dir)
-            check_same_settings(config)
-            self.start = find_start(config)
-            kept = dataclasses.replace(config, resume="auto", dry_run=False)
-            write_atomically(config.run_dir / "config.yaml", to_yaml(kept).encode())
+            self.lock = RunLock(config.run_dir)
+            try:
+                self.prepare()
+            except BaseException:
+                self.lock.release()
+                raise
         if accelerator.num_processes > 1:
-            self.start = broadcast_object_list([self.start])[0]
+            self.starts = broadcast_object_list([self.starts])[0]
         self.signals = Signals()
 
+    def prepare(self) -> None:
+        """Finds where to go on from and writes the settings. Raises ValueError when these do not continue the run."""
+        check_same_settings(self.config)
+        self.starts, passed_over = find_starts(self.config)
+        for sentence in passed_over:
+            console.warn(sentence)
+        self.write_config()
+
+    def write_config(self) -> None:
+        kept = dataclasses.replace(self.config, resume="auto", dry_run=False)
+        write_atomically(self.config.run_dir / "config.yaml", to_yaml(kept).encode())
+
     def begin(self, state: TrainState) -> None:
-        """Puts the state where the run goes on and opens the trackers there."""
-        facts: dict[str, Any] = {}
-        if self.start is not None:
-            facts = from_checkpoint(state, self.start, self.accelerator)
-            self.last_saved = state.step
+        """Puts the state where the run goes on and opens the trackers there. Raises ValueError when no checkpoint fits."""
+        start, facts = self.first_that_fits(state)
+        self.submitted = -1 if start is None else state.step
         if self.accelerator.is_main_process:
-            if self.start is not None:
-                for newer in checkpoints(self.config.run_dir):
-                    if int(newer.name[5:]) > state.step:
-                        aside = newer.with_name(f"passed-over-{newer.name}")
-                        shutil.rmtree(aside, ignore_errors=True)
-                        newer.rename(aside)
-                print(f"Going on from {self.start}: epoch {state.epoch + 1}, step {state.step}.", flush=True)
+            if start is not None:
+                set_newer_aside(self.config.run_dir, state.step)
+                print(f"Going on from {start}: epoch {state.epoch + 1}, step {state.step}.", flush=True)
             self.tracker = Tracker(self.config, self.facts, facts.get("metrics_bytes", 0), facts.get("run_ids"))
+            self.writer = CheckpointWriter(self.config.run_dir, self.config.keep_checkpoints, self.prepare_folder)
+            self.writer.last_saved = self.submitted
         self.last_read = time.perf_counter()
+
+    def first_that_fits(self, state: TrainState) -> tuple[Path | None, dict[str, Any]]:
+        """Loads the newest checkpoint that fits the model; returns it and its facts, None for a new run."""
+        for start in self.starts:
+            try:
+                return start, from_checkpoint(state, start, self.accelerator)
+            except BadCheckpoint as error:
+                if start == self.starts[-1]:
+                    raise ValueError(f"{error} {nothing_left(self.config)}") from error
+                if self.accelerator.is_main_process:
+                    console.warn(f"Passed over {error}")
+        return None, {}
+
+    def prepare_folder(self) -> None:
+        """Before a checkpoint: the settings are there and every line told so far is on the disk. Raises OSError."""
+        assert self.tracker is not None
+        if not (self.config.run_dir / "config.yaml").exists():
+            self.write_config()
+        self.tracker.lines.sync()
 
     def read_clock(self, state: TrainState, training: bool = False) -> None:
         """Adds the time since the last reading to the run's seconds, and to those of training if it was."""
@@ -184,6 +111,8 @@ class Run:
         """Logs, saves and stops when it is time to. norm: the gradient's norm, None when nobody asked for it."""
         if is_last or state.step % self.config.log_every == 0:
             self.log_training(state, lr, batch_size, norm)
+        if self.writer is not None:
+            self.writer.look_after()
         every = self.config.checkpoint_every_steps
         if every is not None and state.step % every == 0 and not is_last:
             self.save(state)
@@ -223,17 +152,32 @@ class Run:
             )
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint, then prunes. Every rank calls it."""
+        """Has a checkpoint written from a copy of the state, while training goes on. Every rank calls it."""
         _, bad_step, _ = fetch(state, None, self.accelerator)
         self.read_clock(state)
         self.check_finite(state, bad_step, state.optimizer.param_groups[0]["lr"])
         tensors, facts = to_checkpoint(state, self.accelerator)
-        if self.tracker is not None:
-            facts |= {"metrics_bytes": self.tracker.num_bytes(), "run_ids": self.tracker.run_ids}
-            save_checkpoint(self.config.run_dir, state.step, tensors, facts)
-            prune(self.config.run_dir, self.config.keep_checkpoints, self.best_checkpoint(state))
-        self.last_saved = state.step
-        self.accelerator.wait_for_everyone()
+        if self.tracker is not None and self.writer is not None:
+            facts |= {"metrics_bytes": self.tracker.lines.num_bytes, "run_ids": self.tracker.run_ids}
+            facts["settings"] = fixed_settings(self.config)
+            best = best_epoch(state.history, self.config)
+            self.writer.submit(state.step, tensors, facts, None if best is None else state.history[best]["step"])
+        self.submitted = state.step
+
+    def finish_saving(self) -> None:
+        """Returns on every rank when all checkpoints are whole. Raises TrainingFailed when the disk does not take one."""
+        problem = None
+        if self.writer is not None:
+            try:
+                self.writer.finish()
+            except OSError as error:
+                problem = (
+                    f"The last checkpoint could not be written: {error}. Make room there first. {self.how_to_go_on()}"
+                )
+        if self.accelerator.num_processes > 1:
+            problem = broadcast_object_list([problem])[0]
+        if problem is not None:
+            raise TrainingFailed(problem)
 
     def best_checkpoint(self, state: TrainState) -> Path | None:
         """The checkpoint of the best epoch so far, None before the first."""
@@ -251,12 +195,20 @@ class Run:
         if number:
             raise Interrupted(number)
 
+    def how_to_go_on(self) -> str:
+        return f"To go on: python train.py --config {self.config.run_dir / 'config.yaml'}"
+
     def end(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json and closes what is open."""
+        """Writes summary.json, after all that it sums up, and closes what is open. Raises OSError."""
         if self.tracker is not None:
+            self.tracker.lines.sync()
             write_json(self.config.run_dir / "summary.json", summary)
             self.tracker.close(summary)
-            self.lock.close()
+
+    def release(self) -> None:
+        """Gives the folder free and signals their usual meaning."""
+        if self.accelerator.is_main_process:
+            self.lock.release()
         self.signals.release()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, did_you_mean
+from pipeline.linefile import LineFile
 
 WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
 
@@ -45,8 +46,7 @@ class Tracker:
         self, config: Config, facts: dict[str, Any], num_bytes: int = 0, run_ids: dict[str, str] | None = None
     ):
         self.run_ids = dict(run_ids or {})
-        self.file = open(metrics_path(config.run_dir), "ab")
-        self.file.truncate(num_bytes)
+        self.lines = LineFile(metrics_path(config.run_dir), num_bytes)
         self.outside: dict[str, Any] = {}
         for name in tracker_names(config):
             self.attempt(name, "start", lambda: self.start(name, config, facts))
@@ -91,18 +91,12 @@ class Tracker:
                 stacklevel=2,
             )
 
-    def num_bytes(self) -> int:
-        """Bytes in metrics.jsonl, all of them on disk; a checkpoint keeps the number."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
     def log(self, split: str, place: dict[str, Any], values: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl, and its numbers to the outside trackers under the names split/key.
 
         place: epoch, step, samples and seconds.
         """
-        self.file.write((json.dumps({"split": split, **place, **values}) + "\n").encode())
-        self.file.flush()
+        self.lines.append(json.dumps({"split": split, **place, **values}))
         prefix = f"{split}_epoch" if values.get("event") == "epoch" else split  # an epoch's mean is not a step's loss
         numbers = {outside_name(prefix, key): value for key, value in values.items() if isinstance(value, (int, float))}
         numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
@@ -111,7 +105,7 @@ class Tracker:
 
     def close(self, summary: dict[str, Any]) -> None:
         """Ends the outside trackers; W&B gets the final figures, where it can sort runs by them."""
-        self.file.close()
+        self.lines.close()
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         for part in ("best", "test"):
             figures |= {

@@ -29,13 +29,15 @@ from pipeline.config import Config
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluate import evaluate
+from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import Loader
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
 from pipeline.plan import lr_of_step, plan_text
 from pipeline.randomness import address
-from pipeline.run import Interrupted, Run, TrainingFailed, ended_summary
+from pipeline.resume import ended_summary
+from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
 from pipeline.state import TrainState, average_buffers
@@ -65,21 +67,31 @@ def train(config: Config) -> dict[str, Any]:
     if config.dry_run:
         return {}
     run = Run(config, accelerator, system_facts(accelerator))
+    try:
+        summary = train_in(run, parts)
+    finally:
+        run.release()
+    accelerator.print(closing_table(summary, config))
+    return summary
+
+
+def train_in(run: Run, parts: Parts) -> dict[str, Any]:
+    """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
+    accelerator = run.accelerator
     model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
     bad_step = torch.tensor(-1, device=accelerator.device)
     state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)
     try:
-        status = train_epochs(state, parts, run)
+        return finish(state, parts, run, train_epochs(state, parts, run))
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
         raise
     except (TrainingFailed, BadImage) as error:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
-    summary = finish(state, parts, run, status)
-    accelerator.print(closing_table(summary, config))
-    return summary
+    except OSError as error:  # a full disk, at the end for example
+        raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
 
 
 def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:

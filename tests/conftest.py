@@ -105,3 +105,10 @@ def weights_of(run_dir: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(run_dir / "model" / "model.safetensors")
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two runs ended with the same weights, to the last bit."""
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys() and ours
+    return all(bool((ours[name] == theirs[name]).all()) for name in ours)

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from pipeline.checkpoint import (
+    FORMAT,
     BadCheckpoint,
     checkpoints,
-    newest_checkpoint,
     prune,
     read_facts,
     read_tensors,
     save_checkpoint,
-    write_json,
+    recover,
 )
+from pipeline.files import write_json
+
 
 
 def save(run_dir, step, value=1.0):
@@ -43,17 +45,37 @@ def test_what_was_saved_reads_back(tmp_path):
             folder / "state.json", {**json.loads((folder / "state.json").read_text()), "format": 99}
         ),
         lambda folder: write_json(
-            folder / "state.json", {"format": 1, "files": {"../../secret": {"bytes": 1, "sha256": ""}}}
+            folder / "state.json", {"format": FORMAT, "files": {"../../secret": {"bytes": 1, "sha256": ""}}}
         ),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_next_older(tmp_path, damage):
-    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    newest = save(tmp_path, 2)
     damage(newest)
     with pytest.raises(BadCheckpoint, match="step-00000002"):
         read_facts(newest)
-    folder, passed_over = newest_checkpoint(tmp_path)
-    assert folder == older and len(passed_over) == 1 and "step-00000002" in passed_over[0]
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_no_flipped_bit_goes_unnoticed(tmp_path, name):
+    folder = save(tmp_path, 7)
+    content = (folder / name).read_bytes()
+    for place in range(0, 8 * len(content), 7):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        (folder / name).write_bytes(flipped)
+        if json_of(flipped) != json_of(content):  # a space for a line end changes nothing that is read
+            with pytest.raises(BadCheckpoint):
+                read_facts(folder)
+    (folder / name).write_bytes(content)
+    assert read_facts(folder)["step"] == 7
+
+
+def json_of(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return bytes(content)
 
 
 def flip_a_bit(path):
@@ -70,12 +92,32 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
     read_facts(older)
 
 
-def test_a_half_written_checkpoint_of_a_killed_process_is_not_seen(tmp_path):
+def test_a_half_written_checkpoint_of_a_killed_process_is_not_seen_and_goes(tmp_path):
     older = save(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step-00000002.tmp").mkdir()
-    assert newest_checkpoint(tmp_path) == (older, [])
-    save(tmp_path, 2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert checkpoints(tmp_path) == [older]
+    recover(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_process_was_killed_comes_back(tmp_path):
+    folder = save(tmp_path, 1, value=3.0)
+    folder.rename(folder.with_name(".step-00000001.replaced"))
+    recover(tmp_path)
+    assert read_facts(folder) and (read_tensors(folder, "model")["weight"] == 3.0).all()
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1, value=3.0)
+    folder = save(tmp_path, 1, value=4.0)
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder] and read_facts(folder)
+    assert (read_tensors(folder, "model")["weight"] == 4.0).all()
+
+
+def test_a_vanished_run_folder_is_not_made_anew(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "unmounted", 1)
+    assert not (tmp_path / "unmounted").exists()
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):

@@ -13,10 +13,10 @@ from pipeline.parsing import read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
-    {"config", "console", "metrics", "muon", "randomness"},
-    {"schedule", "parsing", "images", "randaugment", "ema", "stems"},
+    {"config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
+    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
-    {"folders", "hub", "models", "loaders"},
+    {"folders", "hub", "models", "loaders", "resume", "saving"},
     {"datasets"},
     {"assembly", "evaluate", "state"},
     {"run", "plan", "model_card"},

@@ -8,17 +8,11 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import flags, lines_of, run_process, timeless, torchrun, weights_of
+from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun, weights_of
 
 from pipeline.assembly import make_loader
 from pipeline.config import Config
-from pipeline.run import TrainingFailed
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    ours, theirs = weights_of(first), weights_of(second)
-    assert ours.keys() == theirs.keys() and ours
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+from pipeline.failures import TrainingFailed
 
 
 def train_losses(run_dir: Path) -> list[float]:
@@ -141,68 +135,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_a_run_resumed_from_any_checkpoint_ends_the_same(run_training, optimizer, tmp_path):
-    settings = {"optimizer": optimizer, "lr": 0.01, "drop_rate": 0.2, "epochs": 3, "checkpoint_every_steps": 1}
-    _, whole = run_training(run_name="whole", keep_checkpoints=99, **settings)
-    lines = timeless(lines_of(whole))
-    for step in (3, 5, 12):
-        part = tmp_path / f"part-{step}"
-        part.mkdir()
-        (part / "config.yaml").write_text(
-            (whole / "config.yaml").read_text().replace("run_name: whole", f"run_name: part-{step}")
-        )
-        (part / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"torn')
-        (part / "checkpoints").mkdir()
-        for earlier in range(1, step + 1):
-            name = f"step-{earlier:08d}"
-            (part / "checkpoints" / name).symlink_to(whole / "checkpoints" / name, target_is_directory=True)
-        _, resumed = run_training(run_name=part.name, keep_checkpoints=99, **settings)
-        assert timeless(lines_of(resumed)) == lines
-        assert same_weights(whole, resumed)
-
-
-def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
-    summary, run_dir = run_training()
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    again, _ = run_training()
-    assert again == summary and "has ended (completed)" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-
-
-def test_going_back_to_an_older_checkpoint_works_more_than_once(run_training):
-    settings = {"checkpoint_every_steps": 5, "keep_checkpoints": 9}
-    _, run_dir = run_training(**settings)
-    lines, weights = timeless(lines_of(run_dir)), weights_of(run_dir)
-    for _ in range(2):
-        (run_dir / "summary.json").unlink()
-        run_training(**settings, resume=str(run_dir / "checkpoints" / "step-00000005"))
-        assert timeless(lines_of(run_dir)) == lines
-        assert all(torch.equal(value, weights[name]) for name, value in weights_of(run_dir).items())
-
-
 def test_a_setting_without_effect_is_told_at_the_start(run_training, capsys):
     run_training(epochs=1, momentum=0.8, optimizer="adamw")
     assert "warning: momentum 0.8 has no effect with optimizer adamw." in capsys.readouterr().err
-
-
-def test_a_run_is_not_continued_with_other_settings(run_training, tmp_path):
-    run_training()
-    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1"):
-        run_training(lr=0.1)
-    (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1.*init_from"):
-        run_training(lr=0.1)
-    with pytest.raises(ValueError, match="resume is never"):
-        run_training(resume="never")
-
-
-def test_two_runs_never_write_into_one_folder(run_training, tmp_path):
-    from pipeline.checkpoint import lock_run
-
-    with lock_run(tmp_path / "run"):
-        with pytest.raises(ValueError, match="is in use by process .* choose another run_name"):
-            run_training()
 
 
 def test_a_run_without_a_name_gets_a_new_folder_each_time(run_training, tmp_path):
@@ -220,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_training, tmp_path):
-    from pipeline.checkpoint import newest_checkpoint
+    from pipeline.checkpoint import checkpoints, read_facts
 
     # the batch-size schedule makes the learning rate jump to where the loss overflows
     settings = {"batch_size_schedule": {1: 40}, "batch_lr_scaling": "linear", "lr": 1e-3}
@@ -230,8 +165,8 @@ def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_trai
                 "pipeline.schedule.batch_size_at", lambda epoch, config: config.batch_size * 10 ** (40 * epoch)
             )
             run_training(**settings)
-    folder, passed_over = newest_checkpoint(tmp_path / "run")
-    assert folder is not None and folder.name == "step-00000005" and not passed_over
+    (folder,) = checkpoints(tmp_path / "run")
+    assert read_facts(folder)["step"] == 5
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best(run_training):

@@ -1,0 +1,237 @@
+"""Going on: from any step to the same last digit, from the newest checkpoint that is whole and this run's own, never in two places."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from conftest import lines_of, same_weights, timeless, weights_of
+
+from pipeline import lock
+from pipeline.checkpoint import checkpoints, save_checkpoint
+from pipeline.config import Config
+from pipeline.lock import RunLock
+from pipeline.resume import find_starts, fixed_settings
+
+EXACT = {
+    "sgd": {"optimizer": "sgd"},
+    "adam": {"optimizer": "adam", "lr": 0.01},
+    "adamw, clipped": {"optimizer": "adamw", "lr": 0.01, "clip_grad_norm": 0.5, "label_smoothing": 0.1},
+    "muon": {"optimizer": "muon", "lr": 0.01},
+    "sam": {"optimizer": "sam", "sam_every": 2},
+    "muon with asam": {"optimizer": "muon", "lr": 0.01, "sam_rho": 1.0, "sam_adaptive": True},
+    "mixup, cutmix, average": {"mixup": 0.4, "cutmix": 1.0, "ema_decay": 0.2},
+    "randaugment, erasing": {"augment": "randaugment", "random_erasing": 0.5},
+    "micro-batches": {"micro_batch_size": 5},
+    "workers": {"loader": "workers", "num_workers": 2},
+    "no worker": {"loader": "workers", "num_workers": 0},
+    "plateau, batch-size schedule": {
+        "scheduler": "plateau", "plateau_patience": 1, "batch_size_schedule": {1: 24}, "batch_lr_scaling": "sqrt",
+    },
+    "frozen at first": {"freeze_epochs": 1, "monitor": "loss"},
+}  # fmt: skip
+
+
+def cut_off_after(whole, part, step):
+    """Makes part the folder that a process leaves which was killed some time after the checkpoint of that step."""
+    (part / "checkpoints").mkdir(parents=True)
+    config = (whole / "config.yaml").read_text()
+    (part / "config.yaml").write_text(config.replace(f"run_name: {whole.name}", f"run_name: {part.name}"))
+    (part / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"torn')
+    for folder in checkpoints(whole):
+        if int(folder.name[5:]) <= step:
+            (part / "checkpoints" / folder.name).symlink_to(folder, target_is_directory=True)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_resumed_from_any_step_ends_the_same_to_the_last_bit(run_training, name, tmp_path):
+    settings = {"drop_rate": 0.2, "checkpoint_every_steps": 1, "keep_checkpoints": 99, **EXACT[name]}
+    _, whole = run_training(run_name="whole", **settings)
+    lines, steps = timeless(lines_of(whole)), [int(folder.name[5:]) for folder in checkpoints(whole)]
+    assert len(steps) >= 8
+    for step in steps if name == "sgd" else steps[2::4]:
+        cut_off_after(whole, tmp_path / f"part-{step}", step)
+        _, resumed = run_training(run_name=f"part-{step}", **settings)
+        assert timeless(lines_of(resumed)) == lines
+        assert same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("changed", [{"micro_batch_size": 7}, {"loader": "workers", "num_workers": 2}])
+def test_micro_batches_and_workers_may_change_when_a_run_goes_on(run_training, tmp_path, changed):
+    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 99}
+    _, whole = run_training(run_name="whole", **settings)
+    cut_off_after(whole, tmp_path / "part", 7)
+    _, resumed = run_training(run_name="part", **settings, **changed)
+    ours, theirs = timeless(lines_of(whole)), timeless(lines_of(resumed))
+    assert len(ours) == len(theirs) > 8
+    for our, their in zip(ours, theirs):
+        assert our == {key: pytest.approx(value, rel=1e-6) if key == "loss" else value for key, value in their.items()}
+
+
+def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
+    summary, run_dir = run_training()
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    again, _ = run_training()
+    assert again == summary and "has ended (completed)" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+
+
+def test_a_damaged_summary_is_written_anew(run_training):
+    summary, run_dir = run_training()
+    (run_dir / "summary.json").write_text('{"status": "comp')
+    again, _ = run_training()
+    assert again["test"] == summary["test"] == json.loads((run_dir / "summary.json").read_text())["test"]
+
+
+def test_going_back_to_an_older_checkpoint_works_more_than_once(run_training):
+    settings = {"checkpoint_every_steps": 5, "keep_checkpoints": 9}
+    _, run_dir = run_training(**settings)
+    lines, weights = timeless(lines_of(run_dir)), weights_of(run_dir)
+    for _ in range(2):
+        (run_dir / "summary.json").unlink()
+        run_training(**settings, resume=str(run_dir / "checkpoints" / "step-00000005"))
+        assert timeless(lines_of(run_dir)) == lines
+        assert all(torch.equal(value, weights[name]) for name, value in weights_of(run_dir).items())
+
+
+def test_a_run_is_not_continued_with_other_settings(run_training, tmp_path):
+    run_training()
+    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1"):
+        run_training(lr=0.1)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1.*init_from"):
+        run_training(lr=0.1)
+    with pytest.raises(ValueError, match="resume is never"):
+        run_training(resume="never")
+
+
+def checkpoint_of(config, step, **facts):
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    facts = {"settings": fixed_settings(config), **facts}
+    return save_checkpoint(config.run_dir, step, {"model": {"weight": torch.full((4, 3), float(step))}}, facts)
+
+
+def damage_bytes(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4])
+
+
+def make_foreign(folder):
+    config = Config(output_dir=str(folder.parent / "other"), run_name="run", seed=7)
+    other = checkpoint_of(config, int(folder.name[5:]))
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+@pytest.mark.parametrize("damage, reason", [(damage_bytes, "damaged"), (make_foreign, r"another run \(seed 7 -> 0\)")])
+def test_a_damaged_or_foreign_checkpoint_is_passed_over_for_the_next_older(tmp_path, damage, reason):
+    config = Config(output_dir=str(tmp_path), run_name="run")
+    older, newest = checkpoint_of(config, 1), checkpoint_of(config, 2)
+    damage(newest)
+    starts, passed_over = find_starts(config)
+    assert starts == [older] and len(passed_over) == 1
+    assert re.search(f"step-00000002.*{reason}", passed_over[0])
+    damage(older)
+    with pytest.raises(ValueError, match="no whole checkpoint left. Delete the folder"):
+        find_starts(config)
+
+
+def test_a_checkpoint_of_another_model_is_never_loaded(run_training, tmp_path, capsys):
+    """One that tells of the same settings, but holds other tensors."""
+    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 99}
+    _, whole = run_training(run_name="whole", **settings)
+    cut_off_after(whole, tmp_path / "part", 6)
+    config = Config(**{**vars(Config()), "output_dir": str(tmp_path), "run_name": "part"})
+    facts = json.loads((whole / "checkpoints" / "step-00000006" / "state.json").read_text())
+    (tmp_path / "part" / "checkpoints" / "step-00000006").unlink()
+    keys = ("settings", "epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds", "history")
+    told = {key: facts[key] for key in (*keys, "logged", "last_loss", "sums")}
+    save_checkpoint(config.run_dir, 6, {"model": {"foreign": torch.zeros(3)}, "optimizer": {}}, told)
+    _, resumed = run_training(run_name="part", **settings)
+    assert "Passed over" in (err := capsys.readouterr().err) and "does not fit this run" in err
+    assert timeless(lines_of(resumed)) == timeless(lines_of(whole)) and same_weights(whole, resumed)
+
+
+def test_two_runs_never_write_into_one_folder(run_training, tmp_path):
+    held = RunLock(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .* choose another run_name"):
+        run_training()
+    held.release()
+    run_training()
+
+
+def hold_and_die(run_dir):
+    RunLock(run_dir)
+    os._exit(9)
+
+
+def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path):
+    holder = multiprocessing.get_context("fork").Process(target=hold_and_die, args=(tmp_path,))
+    holder.start()
+    holder.join()
+    assert holder.exitcode == 9 and (tmp_path / ".lock").stat().st_size > 0
+    start = time.monotonic()
+    RunLock(tmp_path).release()
+    assert time.monotonic() - start < lock.BEAT_SECONDS
+
+
+@pytest.fixture
+def quick_beats(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+
+
+def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, quick_beats):
+    ended = threading.Event()
+
+    def beat_far_away():
+        for beats in range(10**6):
+            facts = {"process": 12, "machine": "far-away", "beats": beats}
+            (tmp_path / ".lock.new").write_text(json.dumps(facts))
+            os.replace(tmp_path / ".lock.new", tmp_path / ".lock")
+            if ended.wait(0.02):
+                return
+
+    far = threading.Thread(target=beat_far_away)
+    far.start()
+    while not (tmp_path / ".lock").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="in use by process 12 on far-away"):
+        RunLock(tmp_path)
+    ended.set()
+    far.join()
+    RunLock(tmp_path).release()  # it fell silent
+
+
+def take_and_hold(run_dir, seconds):
+    try:
+        RunLock(run_dir)
+    except ValueError:
+        os._exit(2)
+    time.sleep(seconds)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("seconds_apart", [0.0, 0.5])
+def test_without_locks_of_the_file_system_one_of_two_gets_the_folder(tmp_path, quick_beats, monkeypatch, seconds_apart):
+    def no_locks(file, operation):
+        raise OSError(lock.NO_LOCKS[0], "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    context = multiprocessing.get_context("fork")
+    takers = [context.Process(target=take_and_hold, args=(tmp_path, 2.0)) for _ in range(2)]
+    for taker in takers:
+        taker.start()
+        time.sleep(seconds_apart)
+    for taker in takers:
+        taker.join()
+    assert sorted(taker.exitcode for taker in takers) == [0, 2]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(run_training, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write into .*file.*choose another output_dir"):
+        run_training(output_dir=str(tmp_path / "file"))
