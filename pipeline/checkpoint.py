@@ -130,4 +130,11 @@ def prune(run_dir: Path, keep: int, best: Path | None) -> None:
     """Deletes all but the newest `keep` checkpoints and the best one. Called after a new one is whole."""
     for folder in checkpoints(run_dir)[keep:]:
         if folder != best:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint; a half-deleted one never has a checkpoint's name."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,14 +1,22 @@
 """What a person sees in the terminal: warnings, a bar and a line per epoch, the closing table."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
 
 
+def say(message: str, shown: bool = True, file: TextIO | None = None) -> None:
+    """Prints a message; that a full disk or a closed pipe does not take it is no reason to end a run."""
+    if shown:
+        with contextlib.suppress(OSError):
+            print(message, file=file, flush=True)
+
+
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}", file=sys.stderr)
 
 
 def progress_bar(total: int, initial: int, description: str, shown: bool) -> Any:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from pipeline import console
 from pipeline.assembly import Parts
-from pipeline.checkpoint import read_tensors
+from pipeline.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
 from pipeline.config import Config
 from pipeline.evaluate import evaluate
 from pipeline.failures import TrainingFailed
@@ -32,7 +32,13 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     assert best is not None, "a run has at least one epoch"
     model = accelerator.unwrap_model(state.model)
     entry = state.history[best_epoch(state.history, run.config) or 0]
-    model.load_state_dict(read_tensors(best, WEIGHTS[best_kind(entry, run.config)]))
+    try:
+        model.load_state_dict(read_tensors(best, WEIGHTS[best_kind(entry, run.config)]))
+    except BadCheckpoint as error:
+        raise TrainingFailed(
+            f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Bring it back and go on; or start anew "
+            f"from the weights of the last epoch with --init_from {checkpoint_path(run.config.run_dir, state.step)}."
+        ) from error
     test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
     run.read_clock(state)
     summary = make_summary(state, run, status)
@@ -79,7 +85,7 @@ def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
     if run.writer is not None:
         step = run.writer.last_saved
         saved = f"Saved at step {step}" if step >= 0 else "Nothing was saved yet"
-        print(f"\n{saved}. {run.how_to_go_on()}", flush=True)
+        console.say(f"\n{saved}. {run.how_to_go_on()}")
 
 
 def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:

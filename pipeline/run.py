@@ -70,7 +70,7 @@ class Run:
         if self.accelerator.is_main_process:
             if start is not None:
                 set_newer_aside(self.config.run_dir, state.step)
-                print(f"Going on from {start}: epoch {state.epoch + 1}, step {state.step}.", flush=True)
+                console.say(f"Going on from {start}: epoch {state.epoch + 1}, step {state.step}.")
             self.tracker = Tracker(self.config, self.facts, facts.get("metrics_bytes", 0), facts.get("run_ids"))
             self.writer = CheckpointWriter(self.config.run_dir, self.config.keep_checkpoints, self.prepare_folder)
             self.writer.last_saved = self.submitted

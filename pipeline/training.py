@@ -59,11 +59,12 @@ def train(config: Config) -> dict[str, Any]:
             console.warn(sentence)
     summary = ended_summary(config)
     if summary is not None:
-        accelerator.print(f"{config.run_dir} has ended ({summary['status']}); nothing was changed.")
+        text = f"{config.run_dir} has ended ({summary['status']}); nothing was changed."
+        console.say(text, accelerator.is_main_process)
         return summary
     parts = assemble(config, accelerator)
     config = parts.config
-    accelerator.print(plan_text(config, parts, accelerator))
+    console.say(plan_text(config, parts, accelerator), accelerator.is_main_process)
     if config.dry_run:
         return {}
     run = Run(config, accelerator, system_facts(accelerator))
@@ -71,7 +72,7 @@ def train(config: Config) -> dict[str, Any]:
         summary = train_in(run, parts)
     finally:
         run.release()
-    accelerator.print(closing_table(summary, config))
+    console.say(closing_table(summary, config), accelerator.is_main_process)
     return summary
 
 
@@ -270,7 +271,8 @@ def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
     is_best = best_epoch(state.history, run.config) == len(state.history) - 1
     batch_size = batch_size_at(state.epoch - 1, run.config)
     lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
-    run.accelerator.print(console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best))
+    line = console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best)
+    console.say(line, run.accelerator.is_main_process)
     run.save(state)
     run.stop_if_asked(state, is_last=True)
 
