@@ -17,6 +17,7 @@ from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source
+from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.randomness import address
@@ -167,6 +168,9 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
         loaders["test"] = loaders["val"]
     else:
         loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
+    config = with_micro_batch_size(config, model, preprocessing, accelerator)
+    for loader in loaders.values():
+        loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
     optimizer = create_optimizer(model, config, accelerator.mixed_precision)
     return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, create_ema(model, config))
 
@@ -238,7 +242,7 @@ def make_loader(
         mixup=config.mixup if training else 0.0,
         cutmix=config.cutmix if training else 0.0,
         num_classes=len(dataset.class_names),
-        eval_batch_size=config.micro_batch_size or math.ceil(first_batch_size(config) / accelerator.num_processes),
+        eval_batch_size=config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
     )
 
 

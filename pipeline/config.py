@@ -154,9 +154,10 @@ class Config:
     batch_lr_scaling: Literal["none", "sqrt", "linear"] = setting(
         "none", "how the learning rate follows batch_size_schedule: times the ratio's root, the ratio, or not at all"
     )
-    micro_batch_size: int | None = setting(
+    micro_batch_size: int | Literal["auto"] | None = setting(
         None,
-        "most images in memory at once per process; it changes nothing but what BatchNorm sees; null is no limit",
+        "most images in memory at once per process; it changes nothing but what BatchNorm sees; null is no limit, "
+        "auto tries before training how many fit",
         at_least=1,
     )
     early_stopping_patience: int | None = setting(
@@ -198,6 +199,11 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.output_dir) / str(self.run_name)
 
+    @property
+    def images_at_once(self) -> int | None:
+        """micro_batch_size as a number; None for no limit, and as long as auto is not filled in."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
+
 
 DEFAULTS = Config()
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -221,7 +227,7 @@ def check_limits(config: Config) -> None:
     for name, field in FIELDS.items():
         value = getattr(config, name)
         for word, bound in field.metadata["limits"].items():
-            if value is not None and not holds[word](value, bound):
+            if isinstance(value, (int, float)) and not holds[word](value, bound):
                 raise ValueError(f"Setting {name} is {value}; it must be {word.replace('_', ' ')} {bound}.")
     for wrong, message in contradictions(config):
         if wrong:

@@ -32,6 +32,7 @@ from pipeline.evaluate import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import Loader
+from pipeline.memory import is_out_of_memory, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
 from pipeline.plan import lr_of_step, plan_text
@@ -91,6 +92,14 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     except (TrainingFailed, BadImage) as error:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = out_of_memory_advice(
+            error, accelerator.unwrap_model(state.model), parts.preprocessing, run.config, accelerator
+        )
+        stop(state, run, "failed", advice)
+        raise TrainingFailed(advice) from error
     except OSError as error:  # a full disk, at the end for example
         raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
 
@@ -183,7 +192,7 @@ def accumulate_gradient(
     """
     torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
     weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
-    size = config.micro_batch_size or len(share.images)
+    size = config.images_at_once or len(share.images)
     total = torch.zeros((), device=share.images.device)
     for start in range(0, len(share.images), size):
         is_last = start + size >= len(share.images)

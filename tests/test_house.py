@@ -17,7 +17,7 @@ FLOORS = [
     {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
     {"folders", "hub", "models", "loaders", "resume", "saving"},
-    {"datasets"},
+    {"datasets", "memory"},
     {"assembly", "evaluate", "state"},
     {"run", "plan", "model_card"},
     {"ending"},

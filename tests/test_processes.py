@@ -253,6 +253,7 @@ def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
     arguments = interrupt(stopped, signal.SIGINT, *arguments)
     assert arguments == ["train.py", "--config", str(stopped / "config.yaml")]
     assert interrupt(stopped, signal.SIGTERM, *arguments) == arguments
+    assert interrupt(stopped, signal.SIGUSR1, *arguments) == arguments
     ended = run_process(*arguments)
     assert ended.returncode == 0 and "Going on from" in ended.stdout, ended.stderr
     out, err = whole.communicate(timeout=60)
