@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.files import write_atomically
 from pipeline.config import Config
 from pipeline.console import progress_bar
+from pipeline.files import write_atomically
 from pipeline.metrics import zero_sums
 from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 

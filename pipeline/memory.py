@@ -25,7 +25,9 @@ def largest_share(config: Config, num_processes: int) -> int:
     return math.ceil(max(first_batch_size(config), *config.batch_size_schedule.values(), 1) / num_processes)
 
 
-def passes_fit(model: nn.Module, images_shape: tuple[int, int, int, int], reserve: int, accelerator: Accelerator) -> bool:
+def passes_fit(
+    model: nn.Module, images_shape: tuple[int, int, int, int], reserve: int, accelerator: Accelerator
+) -> bool:
     """Whether a forward and a backward pass over that many images fit beside `reserve` bytes that are still to be taken.
 
     images_shape: [B, C, S, S]. Weights and buffers are left as they were, gradients are dropped.

@@ -12,8 +12,8 @@ from pipeline.checkpoint import (
     prune,
     read_facts,
     read_tensors,
-    save_checkpoint,
     recover,
+    save_checkpoint,
 )
 from pipeline.files import write_json
 

@@ -77,7 +77,9 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
 def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_saved_is_gone_on_from(
     run_training, whole, capsys, tmp_path, room_afterwards
 ):
-    with at_steps({4: fill_disk}), pytest.raises(TrainingFailed, match="Make room there first. To go on: python train.py"):
+    with at_steps({4: fill_disk}), pytest.raises(
+        TrainingFailed, match="Make room there first. To go on: python train.py"
+    ):
         run_training(**EVERY_STEP)
     make_room()
     run_training(**EVERY_STEP)
@@ -123,7 +125,9 @@ def test_the_loss_of_the_best_checkpoint_is_told(run_training, tmp_path):
             time.sleep(0.01)
         shutil.rmtree(tmp_path / "run" / "checkpoints")
 
-    with at_steps({5: lose}), pytest.raises(TrainingFailed, match="of the best epoch, 1, is lost.*--init_from .*00000010"):
+    with at_steps({5: lose}), pytest.raises(
+        TrainingFailed, match="of the best epoch, 1, is lost.*--init_from .*00000010"
+    ):
         run_training(lr=1e-12)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed"
@@ -137,9 +141,13 @@ def test_a_disk_that_is_really_full(tmp_path):
         pytest.skip("needs a mount namespace of its own")
     (tmp_path / "disk").mkdir()
     settings = flags(output_dir=str(tmp_path / "disk"))
-    full = f"mount -t tmpfs -o size=600k tmpfs {tmp_path / 'disk'} && exec {sys.executable} train.py {' '.join(settings)}"
+    full = (
+        f"mount -t tmpfs -o size=600k tmpfs {tmp_path / 'disk'} && exec {sys.executable} train.py {' '.join(settings)}"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run(["unshare", "-rm", "sh", "-c", full], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", full], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "No space left on device" in ended.stderr and "To go on: python train.py --config" in ended.stderr
 
