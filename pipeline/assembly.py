@@ -16,14 +16,15 @@ from torch import nn
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
-from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source
+from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source, usable_cores
 from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
+from pipeline.screening import without_bad_images
 from pipeline.tracking import tracker_names
-from pipeline.transforms import BatchTransform, Preprocessing
+from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
 from pipeline.weights import LoadReport
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
@@ -76,14 +77,26 @@ def name_run(config: Config, accelerator: Accelerator) -> Config:
 def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
     """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache."""
     with accelerator.local_main_process_first():
-        return load_image_dataset(
+        dataset = load_image_dataset(
             config.dataset,
             label_column=config.label_column,
             hub_config=config.hub_config,
             val_fraction=config.val_fraction,
             seed=config.seed,
             max_train_samples=config.max_train_samples,
+            skip_bad_headers=config.on_bad_image == "skip",
         )
+        return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
+
+
+def leave_out_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:
+    """The dataset without the images that cannot be decoded; all are decoded that are not known to be good."""
+    channels, shown = input_channels(config, dataset), accelerator.is_main_process
+    screened = without_bad_images([dataset.train, dataset.val, dataset.test], channels, usable_cores(), shown)
+    train, val, test = screened.splits
+    count = len(screened.complaints)
+    notes = [*dataset.notes, f"{count:,} images cannot be decoded and are left out."] if count else dataset.notes
+    return dataclasses.replace(dataset, train=train, val=val, test=test, notes=notes, bad_images=screened.complaints)
 
 
 def choose_image_size(config: Config, dataset: ImageDataset) -> int:
@@ -198,6 +211,16 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     return model
 
 
+def load_images(parts: Parts, accelerator: Accelerator) -> None:
+    """Decodes what stays on the device; the first process of each machine does it, the others find it in the cache.
+
+    Raises BadImage.
+    """
+    with accelerator.local_main_process_first():
+        for loader in parts.loaders.values():
+            loader.load()
+
+
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
     """Leaves only the classifier to train, running statistics included, or lets everything train again."""
     heads = classifier_names(model)
@@ -222,6 +245,9 @@ def make_loader(
     augment = config.augment if training else "none"
     num_workers = choose_num_workers(config.num_workers, accelerator.num_processes, device)
     kind = choose_loader(split, preprocessing, config.loader, device)
+    if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
+        preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))
+    images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
     transform = BatchTransform(
         preprocessing,
         device=device,
@@ -233,7 +259,7 @@ def make_loader(
     )
     return Loader(
         split,
-        make_source(FittedImages(split, preprocessing, augment, config.seed), kind, num_workers, device),
+        make_source(images, kind, num_workers, device),
         transform,
         device=device,
         rank=accelerator.process_index,

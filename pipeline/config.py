@@ -59,6 +59,11 @@ class Config:
     num_workers: int | None = setting(
         None, "worker processes per training process that decode images; null decides from the machine", at_least=0
     )
+    on_bad_image: Literal["error", "skip"] = setting(
+        "error",
+        "what an image that cannot be decoded does: error ends the run and names it; skip checks all images before "
+        "training and leaves the bad ones out",
+    )
     max_train_samples: int | None = setting(
         None, "use at most so many images of the training split, stratified, validation included", at_least=2
     )

@@ -19,8 +19,8 @@ def warn(message: str) -> None:
     say(f"warning: {message}", file=sys.stderr)
 
 
-def progress_bar(total: int, initial: int, description: str, shown: bool) -> Any:
-    """A tqdm bar that counts steps; silent when standard error is not a terminal or this is not the first rank."""
+def progress_bar(total: int, initial: int, description: str, shown: bool, unit: str = "step") -> Any:
+    """A tqdm bar that counts; silent when standard error is not a terminal or this is not the first rank."""
     from tqdm import tqdm
 
     hidden = not shown or not sys.stderr.isatty()
@@ -28,7 +28,7 @@ def progress_bar(total: int, initial: int, description: str, shown: bool) -> Any
         total=total,
         initial=initial,
         desc=description,
-        unit="step",
+        unit=unit,
         leave=False,
         disable=hidden,
         delay=ESTIMATE_AFTER_SECONDS,

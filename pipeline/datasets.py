@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ class ImageDataset:
 
     source says in words where it came from. mean and std are per channel, in units of 0..1. image_size is the side of
     small images that are all square and alike, None for others. flip says that a mirrored image keeps its label.
-    notes are what the user must be told.
+    notes are what the user must be told; bad_images say what is wrong with the images that were left out.
     """
 
     name: str
@@ -57,6 +57,7 @@ class ImageDataset:
     std: tuple[float, ...]
     flip: bool
     notes: list[str]
+    bad_images: list[str] = field(default_factory=list)
 
 
 def check_dataset_name(name: str) -> None:
@@ -84,12 +85,14 @@ def load_image_dataset(
     val_fraction: float = 0.1,
     seed: int = 0,
     max_train_samples: int | None = None,
+    skip_bad_headers: bool = False,
 ) -> ImageDataset:
     """The image set of that name, with its training split cut to max_train_samples and its validation split carved.
 
     The set's own validation split is used where there is one beside a test split; else `val_fraction` of the training
     split, stratified, chosen by the seed; with 0, the test split. A set without a test split holds out a stratified
-    fifth, the same for every seed. Raises ValueError for what the set or a setting cannot give.
+    fifth, the same for every seed. skip_bad_headers: whether images without a readable header are passed over when size
+    and channels are found. Raises ValueError for what the set or a setting cannot give.
     """
     check_dataset_name(name)
     if not 0 <= val_fraction < 1:
@@ -105,7 +108,7 @@ def load_image_dataset(
     if name in DATASETS and Path(name).is_dir():
         notes.append(f"The known set {name} is used, not the folder of that name; write ./{name} for the folder.")
 
-    image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"])
+    image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"], skip_bad_headers)
     train, own_val, test = _with_test(splits, notes)
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.select(stratified_rows(train.labels, max_train_samples, seed, BEFORE_TRAINING, SUBSET))
@@ -212,14 +215,16 @@ def _without(split: Split, rows: np.ndarray) -> Split:
     return split.select(np.delete(np.arange(len(split)), rows))
 
 
-def _peek(split: Split) -> tuple[int | None, int]:
+def _peek(split: Split, skip_bad: bool) -> tuple[int | None, int]:
     """image_size and channels from the headers of up to 32 images spread over the split."""
-    headers = []
+    headers, bad = [], []
     for row in np.unique(np.linspace(0, len(split) - 1, 32).astype(np.int64)):
         try:
             headers.append(image_header(split.encoded(row)))
         except BadImage as error:
-            raise BadImage(f"{split.where(row)}: {error}") from error
+            bad.append(BadImage(f"{split.where(row)}: {error}"))
+    if bad and not (skip_bad and headers):
+        raise bad[0]
     sizes = {(width, height) for width, height, _ in headers}
     width, height = next(iter(sizes))
     is_small = len(sizes) == 1 and width == height <= LARGEST_SMALL_IMAGE

@@ -1,31 +1,75 @@
-"""Encoded images to PIL images: any mode to grey or RGB, upright, or a BadImage that says why not."""
+"""Encoded images to PIL images or pixels: any mode to grey or RGB, upright, or a BadImage that says why not."""
 
 from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+    from torch import Tensor
+
+Shrink = Callable[[int, int], int]  # width and height to 1, 2, 4 or 8: how much smaller a JPEG may be decoded
 
 MAX_PIXELS = 178_956_970  # where PIL itself refuses; checked here too, because a library may have lifted PIL's limit
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ORIENTATION = 0x0112  # the Exif tag
+JPEG_START = b"\xff\xd8\xff"
 
 
 class BadImage(ValueError):
     """An image that cannot be read; the message says what is wrong with it."""
 
 
-def decode_image(encoded: bytes, channels: int) -> PILImage:
+def decode_pixels(encoded: bytes, channels: int, shrink: Shrink | None = None) -> Tensor:
+    """What decode_image decodes, as uint8 [channels, H, W], of any strides.
+
+    Plain JPEGs are decoded by torchvision: the same pixels (both use libjpeg-turbo) without a copy. Its decoder of PNGs
+    is 1.4 times as fast as Pillow's but ends the process on some damaged files. Raises BadImage.
+    """
+    pixels = _decode_plain_jpeg(encoded, channels, shrink) if encoded.startswith(JPEG_START) else None
+    return pixels_of(decode_image(encoded, channels, shrink)) if pixels is None else pixels
+
+
+def pixels_of(image: PILImage) -> Tensor:
+    """The pixels of an image in mode "L" or "RGB"; uint8 [C, H, W]."""
+    import torch
+
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+def _decode_plain_jpeg(encoded: bytes, channels: int, shrink: Shrink | None) -> Tensor | None:
+    """The pixels of a JPEG in the wanted mode that is neither turned nor shrunk; None for others and for broken ones."""
+    import torch
+    from PIL import Image
+    from torchvision.io import decode_jpeg
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            _check_pixels(*image.size)
+            is_plain = image.format == "JPEG" and image.mode == _wanted_mode(channels) and "exif" not in image.info
+            if not is_plain or (shrink is not None and shrink(*image.size) > 1):
+                return None
+    except _decode_errors():
+        return None
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    except RuntimeError:  # decode_image says what is wrong with it
+        return None
+
+
+def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) -> PILImage:
     """The image in mode "L" (channels 1) or "RGB" (channels 3), uint8, turned as its Exif orientation says.
 
     Transparency is composited over white, as a page shows it. 16-bit grey is divided by 257 (65535 becomes 255), not
     clipped; a float image within 0..1 is scaled by 255, else its levels are taken as 0..255. Of an animation the first
-    frame counts. Raises BadImage for what is empty, truncated, too large or no image.
+    frame counts. A JPEG is decoded smaller by the factor that shrink returns for its size, which takes less time.
+    Raises BadImage for what is empty, truncated, too large or no image.
     """
     from PIL import Image, ImageOps
 
@@ -34,6 +78,9 @@ def decode_image(encoded: bytes, channels: int) -> PILImage:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             _check_pixels(*image.size)
+            if shrink is not None:
+                factor = shrink(*image.size)
+                image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             if "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1:  # TIFF: PIL has turned it in load()
                 return _to_mode(ImageOps.exif_transpose(image), channels)
@@ -65,11 +112,15 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}.")
 
 
+def _wanted_mode(channels: int) -> str:
+    return "L" if channels == 1 else "RGB"
+
+
 def _to_mode(image: PILImage, channels: int) -> PILImage:
     """A decoded image of any mode as "L" or "RGB"."""
     from PIL import Image
 
-    wanted = "L" if channels == 1 else "RGB"
+    wanted = _wanted_mode(channels)
     if image.mode == wanted and "transparency" not in image.info:
         return image
     if image.mode in GREY_MODES[2:]:

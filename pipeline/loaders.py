@@ -5,22 +5,36 @@ order, with which augmentation: pure functions of (seed, epoch, sample), the sam
 workers and any place to start from.
 """
 
+import math
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.images import BadImage, decode_image
+from pipeline.decoded import resident_images
+from pipeline.images import BadImage, decode_pixels
 from pipeline.metrics import IGNORED
+from pipeline.mixing import mix
 from pipeline.randomness import permutation, uniforms
+from pipeline.screening import complaint
 from pipeline.splits import Split
-from pipeline.transforms import NUM_FIT_DRAWS, BatchTransform, Preprocessing, fit_for_training, mix
+from pipeline.transforms import (
+    FIT,
+    NUM_FIT_DRAWS,
+    BatchTransform,
+    Preprocessing,
+    cropped_on_cpu,
+    fit_for_training,
+    kept_side,
+    resized_side,
+    shrink_of_part,
+)
 
-DATA_ORDER, FIT = 1, 2  # purposes in the addresses of randomness; pipeline.transforms has its own
+DATA_ORDER = 1  # purpose in the addresses of randomness; pipeline.transforms has others
 DEVICE_MEMORY_SHARE = 0.25  # of the device's memory, for a decoded set that stays there
 
 Batch = tuple[Tensor, Tensor]
@@ -33,22 +47,43 @@ def share_of(num_samples: int, rank: int, num_processes: int) -> tuple[int, int]
 
 
 class FittedImages(torch.utils.data.Dataset):
-    """What a worker process runs: (epoch, row) pairs to images of one size; uint8 [C, S, S] each."""
+    """Encoded images to images of one size: what worker processes run, and the device loader once for each image.
 
-    def __init__(self, split: Split, preprocessing: Preprocessing, augment: str, seed: int):
-        self.split, self.preprocessing, self.augment, self.seed = split, preprocessing, augment, seed
+    shape: of an image, (C, S, S). shown: whether this process shows a bar and warns while a split is decoded.
+    """
+
+    def __init__(self, split: Split, preprocessing: Preprocessing, augment: str, seed: int, shown: bool = True):
+        self.split, self.preprocessing, self.augment, self.seed, self.shown = split, preprocessing, augment, seed, shown
+        self.shape = (preprocessing.channels, preprocessing.fitted_size, preprocessing.fitted_size)
+        self.is_cropped = cropped_on_cpu(preprocessing, augment)
 
     def __getitem__(self, address: tuple[int, int]) -> Tensor:
         epoch, row = address
-        try:
-            image = decode_image(self.split.encoded(row), self.preprocessing.channels)
-        except BadImage as error:
-            raise BadImage(f"{self.split.where(row)}: {error} Mend or remove it.") from error
-        draws = uniforms(np.array([row]), NUM_FIT_DRAWS, self.seed, epoch, FIT)[0]
-        return fit_for_training(image, self.preprocessing, self.augment, draws)
+        return self.__getitems__((epoch, np.array([row])))[0]
 
-    def __getitems__(self, addresses: list[tuple[int, int]]) -> Tensor:
-        return torch.stack([self[address] for address in addresses])
+    def __getitems__(self, addresses: tuple[int, np.ndarray]) -> Tensor:
+        """The images of an epoch and some rows; uint8 [B, C, S, S]. Raises BadImage."""
+        epoch, rows = addresses
+        batch = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
+        draws = uniforms(rows, NUM_FIT_DRAWS, self.seed, epoch, FIT)
+        for place, row in enumerate(rows.tolist()):
+            batch[place] = self.fit(row, draws[place])
+        return batch
+
+    def fit(self, row: int, draws: np.ndarray) -> Tensor:
+        """One image; uint8 [C, S, S]. draws: [NUM_FIT_DRAWS], which decide the part of a photo that is cut out for training."""
+
+        def shrink(width: int, height: int) -> int:
+            return shrink_of_part(width, height, self.preprocessing, draws)
+
+        try:
+            encoded = self.split.encoded(row)
+            pixels = decode_pixels(encoded, self.preprocessing.channels, shrink if self.is_cropped else None)
+        except BadImage as error:
+            raise BadImage(
+                f"{complaint(self.split, row, error)} Mend or remove it, or leave out such images with --on_bad_image skip."
+            ) from error
+        return fit_for_training(pixels, self.preprocessing, self.augment, draws)
 
 
 class WorkerImages:
@@ -56,7 +91,7 @@ class WorkerImages:
 
     def __init__(self, images: FittedImages, num_workers: int, device: torch.device):
         self.device = device
-        self.addresses: list[list[tuple[int, int]]] = []
+        self.addresses: list[Any] = []  # for each batch the epoch and the rows
         # The batch sampler is a list that is filled anew for each epoch: the workers live on.
         self.loader = torch.utils.data.DataLoader(
             images,
@@ -67,11 +102,13 @@ class WorkerImages:
             persistent_workers=num_workers > 0,
         )
 
+    def load(self) -> None:
+        """Nothing: images are read as they are asked for."""
+
     def batches(self, epoch: int, rows_of_batches: list[np.ndarray]) -> Iterator[Tensor]:
-        self.addresses[:] = [[(epoch, int(row)) for row in rows] for rows in rows_of_batches]
+        self.addresses[:] = [(epoch, rows) for rows in rows_of_batches]
         try:
-            for images in self.loader:
-                yield images.to(self.device, non_blocking=True)
+            yield from copied_ahead(self.loader, self.device)
         except BadImage as error:
             # torch puts a worker's traceback before what it said
             raise BadImage(str(error).strip().splitlines()[-1].partition("BadImage: ")[2] or str(error)) from None
@@ -81,23 +118,81 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on the device; a GPU gets each from pinned memory while it works on the one before."""
+    if device.type != "cuda":
+        yield from (images.to(device) for images in batches)
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for pinned in chain(batches, [None]):
+        behind = ahead
+        if pinned is not None:
+            with torch.cuda.stream(stream):
+                ahead = pinned.to(device, non_blocking=True), stream.record_event()
+        if behind is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(behind[1])
+            behind[0].record_stream(current)  # its memory is not given to the next copy before the model has read it
+            yield behind[0]
+
+
 class DeviceImages:
-    """The whole split decoded once and kept in device memory as uint8; a batch is an index."""
+    """The whole split decoded once and kept in device memory as uint8; a batch is an index.
+
+    load() does it, or else the first batch. On a CPU the images stay in their memory-mapped cache, where there is one.
+    """
 
     def __init__(self, images: FittedImages, device: torch.device, num_threads: int):
-        resident = torch.empty(len(images.split), *images[0, 0].shape, dtype=torch.uint8)
+        self.fitted, self.device, self.num_threads = images, device, num_threads
+        self.images: Tensor | None = None  # uint8 [M, C, S, S]
+        self.places = np.arange(len(images.split))  # where among them a row's image is
 
-        def decode(row: int) -> None:
-            resident[row] = images[0, row]
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the split's images take on the device."""
+        return len(self.places) * math.prod(self.fitted.shape)
 
-        with ThreadPoolExecutor(num_threads) as pool:
-            for _ in pool.map(decode, range(len(resident))):  # the loop raises what a thread raised
-                pass
-        self.images = resident.to(device)
+    def load(self) -> None:
+        """Decodes the images, or finds them in the cache. Raises BadImage."""
+        if self.images is None:
+            with torch.inference_mode(False):  # they outlive the evaluation that may have asked for them
+                self.images, self.places = self._resident()
+
+    def _resident(self) -> tuple[Tensor, np.ndarray]:
+        fitted, no_draws = self.fitted, np.zeros(NUM_FIT_DRAWS)
+        whole = FittedImages(fitted.split.whole_table(), fitted.preprocessing, fitted.augment, fitted.seed)
+        images, places = resident_images(
+            fitted.split,
+            fitted.shape,
+            edition(fitted.preprocessing),
+            lambda row: whole.fit(row, no_draws),
+            self.num_threads,
+            fitted.shown,
+        )
+        if self.device.type == "cpu":
+            return images, places
+        if len(places) < len(images):
+            images = images.index_select(0, torch.from_numpy(places))
+        return images.to(self.device), np.arange(len(places))
 
     def batches(self, epoch: int, rows_of_batches: list[np.ndarray]) -> Iterator[Tensor]:
+        self.load()
+        assert self.images is not None
         for rows in rows_of_batches:
-            yield self.images[torch.from_numpy(rows).to(self.images.device, non_blocking=True)]
+            places = torch.from_numpy(self.places[rows]).to(self.device, non_blocking=True)
+            yield self.images.index_select(0, places)
+
+
+def edition(preprocessing: Preprocessing) -> str:
+    """What decides, besides the encoded image and the shape, what fit_for_eval makes of it."""
+    import PIL
+    import torchvision
+
+    versions = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
+    if preprocessing.source_size:
+        return versions
+    side = preprocessing.kept_size or resized_side(preprocessing)
+    return f"short side {side}, {preprocessing.interpolation}, {versions}"
 
 
 class Loader:
@@ -131,6 +226,15 @@ class Loader:
     @property
     def kind(self) -> str:
         return "device" if isinstance(self.source, DeviceImages) else "workers"
+
+    @property
+    def resident_bytes(self) -> int:
+        """The device memory that the decoded split takes; 0 for other loaders."""
+        return self.source.num_bytes if isinstance(self.source, DeviceImages) else 0
+
+    def load(self) -> None:
+        """Decodes the split if it stays on the device; else the first batch does. Raises BadImage."""
+        self.source.load()
 
     def __len__(self) -> int:
         """Samples in the split."""
@@ -182,7 +286,8 @@ def device_memory(device: torch.device) -> int:
 
 
 def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:
-    side = preprocessing.source_size or preprocessing.image_size
+    """What the split takes on the device; of photos, as they are kept for training."""
+    side = preprocessing.source_size or kept_side(preprocessing)
     return len(split) * preprocessing.channels * side**2
 
 
@@ -191,20 +296,18 @@ def usable_cores() -> int:
 
 
 def choose_loader(split: Split, preprocessing: Preprocessing, wanted: str, device: torch.device) -> str:
-    """device or workers. Raises ValueError when the device loader is asked for and the set cannot stay on the device."""
-    resident = preprocessing.source_size is not None
+    """device or workers. Raises ValueError when the device loader is asked for and the set cannot stay on the device.
+
+    Photos stay on the device only when that is asked for: their random parts are then cut from a smaller picture.
+    """
+    is_small = preprocessing.source_size is not None
     needed, limit = decoded_bytes(split, preprocessing), int(DEVICE_MEMORY_SHARE * device_memory(device))
-    if wanted == "device" and not resident:
-        raise ValueError(
-            "loader device keeps images of one small size; these are photos that are cropped anew each epoch. "
-            "Use loader workers or auto."
-        )
     if wanted == "device" and needed > limit:
         raise ValueError(
             f"loader device needs {needed / 2**20:,.0f} MiB for the decoded set, above {DEVICE_MEMORY_SHARE:.0%} of the "
             f"device's memory ({limit / 2**20:,.0f} MiB). Use loader workers or auto."
         )
-    return "device" if wanted != "workers" and resident and needed <= limit else "workers"
+    return "device" if wanted == "device" or wanted == "auto" and is_small and needed <= limit else "workers"
 
 
 def choose_num_workers(wanted: int | None, num_processes: int, device: torch.device) -> int:

@@ -31,7 +31,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
     rows = [
         ("dataset", f"{config.dataset} ({data.source}): {sizes} images, {len(data.class_names)} classes"),
         *(("", note) for note in data.notes),
-        ("input", f"{size}, loader {parts.loaders['train'].kind}, augment {config.augment}"),
+        ("input", f"{size}, loader {loader_text(parts)}, augment {config.augment}"),
         ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
         *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
         ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
@@ -44,6 +44,15 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
     ]
     text = console.table(rows)
     return f"{text}\n\n{groups_text(parts)}\n\n{epochs_text(config, len(data.train))}" if config.dry_run else text
+
+
+def loader_text(parts: Parts) -> str:
+    """The kind of the training loader and, when decoded images stay on the device, the memory that they take there."""
+    resident = sum(
+        loader.resident_bytes for loader in {id(loader): loader for loader in parts.loaders.values()}.values()
+    )
+    kind = parts.loaders["train"].kind
+    return f"{kind} ({max(resident / 2**20, 0.1):,.1f} MiB)" if resident else kind
 
 
 def architecture(model: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +75,38 @@ class Split:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fields": None}  # Arrow would copy the images into the pickle
 
+    @property
+    def table_rows(self) -> np.ndarray:
+        """The rows of the table that the split's rows are; int64 [N]."""
+        return self._rows
+
+    @property
+    def table_length(self) -> int:
+        return int(self._table.num_rows)
+
+    def whole_table(self) -> Split:
+        """All rows of the table that this split is a part of; labels that are not the split's are -1."""
+        labels = np.full(self.table_length, -1, np.int64)
+        labels[self._rows] = self.labels
+        return Split(self.name, self._table, self._column, labels, origin=self.origin)
+
+    def fingerprint(self) -> tuple[str, int]:
+        """SHA-256 of the images of the whole table, and the bytes that they take encoded.
+
+        Of images in the table every byte counts, of files the path, size and time of change.
+        """
+        digest, num_bytes = hashlib.sha256(), 0
+        data, path = self._image_fields()
+        for chunk in data.chunks:
+            for part in _logical_bytes(chunk):
+                digest.update(part)
+                num_bytes += len(part)
+        for name in path.filter(data.is_null()).drop_null().to_pylist():
+            facts = _file_facts(name)
+            digest.update(repr(facts).encode())
+            num_bytes += facts[1]
+        return digest.hexdigest(), num_bytes
+
     def encoded(self, row: int) -> bytes:
         """The file bytes of the encoded image. Raises BadImage where there are none."""
         data, path = self._image(row)
@@ -96,15 +131,40 @@ class Split:
 
     def _image(self, row: int) -> tuple[bytes | None, str | None]:
         """The bytes of an image that lies in the table, else the path of its file."""
+        index = int(self._rows[row])
+        data, path = self._image_fields()
+        encoded = data[index].as_py()
+        return (encoded, None) if encoded is not None else (None, path[index].as_py())
+
+    def _image_fields(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         if self._fields is None:
             images = getattr(self._table, "table", self._table).column(self._column)
             names = [field.name for field in images.type]
             fields = images.flatten()
             self._fields = fields[names.index("bytes")], fields[names.index("path")]
-        index = int(self._rows[row])
-        data, path = self._fields
-        encoded = data[index].as_py()
-        return (encoded, None) if encoded is not None else (None, path[index].as_py())
+        return self._fields
+
+
+def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
+    """What a binary array says: which values are null, how long each is, and all of them, one after another."""
+    import pyarrow as pa
+
+    yield memoryview(chunk.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    _, offsets, values = chunk.buffers()
+    kind = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+    ends = np.frombuffer(offsets, kind)[chunk.offset : chunk.offset + len(chunk) + 1]
+    yield memoryview(np.diff(ends).astype(np.int64).tobytes())
+    if values is not None and len(ends):
+        yield memoryview(values)[ends[0] : ends[-1]]
+
+
+def _file_facts(path: str) -> tuple[str, int, int]:
+    """Path, bytes, and the time of change in nanoseconds; zeros for a file that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path, 0, 0
+    return path, status.st_size, status.st_mtime_ns
 
 
 def stratified_rows(labels: np.ndarray, size: int, *place: int) -> np.ndarray:

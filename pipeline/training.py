@@ -20,6 +20,7 @@ from pipeline.assembly import (
     assemble,
     check_settings,
     freeze_backbone,
+    load_images,
     make_accelerator,
     name_run,
     system_facts,
@@ -68,7 +69,8 @@ def train(config: Config) -> dict[str, Any]:
     console.say(plan_text(config, parts, accelerator), accelerator.is_main_process)
     if config.dry_run:
         return {}
-    run = Run(config, accelerator, system_facts(accelerator))
+    load_images(parts, accelerator)
+    run = Run(config, accelerator, system_facts(accelerator) | {"bad_images": len(parts.dataset.bad_images)})
     try:
         summary = train_in(run, parts)
     finally:

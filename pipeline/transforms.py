@@ -10,21 +10,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline import randaugment
-from pipeline.metrics import IGNORED
-from pipeline.randomness import address, uniforms
+from pipeline.images import pixels_of
+from pipeline.randomness import uniforms
 
 # What a draw is for: the last part of its address.
-CROP_AND_FLIP, OPERATIONS, ERASE, MIX, MIXUP, CUTMIX = range(2001, 2007)
+FIT = 2
+CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003  # pipeline.mixing has 2004 to 2006
 
-INTERPOLATIONS = {  # Pillow's filter on the CPU, torch's mode on the device
-    "nearest": (Image.Resampling.NEAREST, "nearest-exact"),
-    "bilinear": (Image.Resampling.BILINEAR, "bilinear"),
-    "bicubic": (Image.Resampling.BICUBIC, "bicubic"),
-}
+INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
 
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # shares of the image; width / height
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 SMALLEST_MOVED = 16
+LARGEST_RATIO = 16  # of an image's sides, in evaluation
+KEPT_SHARE = 0.875  # of the side of a photo that is kept on the device is its model's image_size
 NUM_TRIES = 10  # a drawn rectangle that does not fit the image is drawn again
 NUM_BOX_DRAWS = NUM_FIT_DRAWS = 2 + 2 * NUM_TRIES  # place, then the areas and the ratios of the tries
 
@@ -42,7 +41,8 @@ class Preprocessing:
 
     mean and std are in units of 0..1, one value for each channel that the model sees. Evaluation resizes the short side
     to image_size / crop_pct and takes the centre. source_size is set for sets of small images of one size and kind:
-    they keep that size until they are on the device; None means photos, each fitted to image_size on the CPU.
+    they keep that size until they are on the device; None means photos, each fitted to image_size on the CPU, or to
+    the square of side kept_size from which the device cuts its random parts.
     Raises ValueError for values that do not belong together.
     """
 
@@ -53,6 +53,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     source_size: int | None = None
+    kept_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_known("interpolation", self.interpolation, INTERPOLATIONS)
@@ -70,7 +71,12 @@ class Preprocessing:
     @property
     def fitted_size(self) -> int:
         """The side of an image as it travels to the device."""
-        return self.source_size or self.image_size
+        return self.source_size or self.kept_size or self.image_size
+
+
+def kept_side(preprocessing: Preprocessing) -> int:
+    """The side of the square at which a photo is kept for training on the device, in pixels: 256 for 224."""
+    return math.ceil(preprocessing.image_size / KEPT_SHARE)
 
 
 @dataclass(frozen=True)
@@ -94,34 +100,51 @@ def resized_side(preprocessing: Preprocessing) -> int:
     return int(preprocessing.image_size / preprocessing.crop_pct)
 
 
-def fit_for_eval(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """The image's centre at the size that travels to the device; uint8 [C, S, S], S = preprocessing.fitted_size.
 
-    A photo has the model's channels, since photos of one set may be grey or in colour; a grey image of a small set
-    keeps one channel until it is on the device. The centre is cut and resized in one go: within one level of 255 of a
-    resize of the short side and a crop after it, in half the time. The centre of small images is cut later, by
-    BatchTransform.eval.
+    image: mode "L" or "RGB", or uint8 [C, H, W]. The short side is resized and the centre cut out; of small images and
+    of photos that are kept larger, BatchTransform does that later. A photo has the model's channels, since photos of
+    one set may be grey or in colour; a grey image of a small set keeps one channel until it is on the device.
     """
-    size = preprocessing.fitted_size
-    short = size if preprocessing.source_size else resized_side(preprocessing)
-    width, height = image.size
+    pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
+    is_final = size == preprocessing.image_size and not preprocessing.source_size
+    short = resized_side(preprocessing) if is_final else size
+    height, width = pixels.shape[1:]
+    if max(height, width) > LARGEST_RATIO * min(height, width):  # else a strip would grow huge to be cut at its centre
+        height, width = (min(side, LARGEST_RATIO * min(height, width)) for side in (height, width))
+        pixels = _centre(pixels, height, width)
     wide, high = (short, int(short * height / width)) if width < height else (int(short * width / height), short)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    x_scale, y_scale = width / wide, height / high
-    right, bottom = min((left + size) * x_scale, width), min((top + size) * y_scale, height)
-    return _to_tensor(image, (left * x_scale, top * y_scale, right, bottom), None, preprocessing)
+    return _centre(_resize_pixels(pixels, high, wide, preprocessing), size, size).contiguous()
 
 
-def fit_for_training(image: Image.Image, preprocessing: Preprocessing, augment: str, draws: np.ndarray) -> torch.Tensor:
-    """A random part of a photo, resized; uint8 [C, S, S]. As fit_for_eval for small images or augment 'none'.
+def fit_for_training(
+    image: Image.Image | torch.Tensor, preprocessing: Preprocessing, augment: str, draws: np.ndarray
+) -> torch.Tensor:
+    """A random part of a photo, resized; uint8 [C, S, S]. As fit_for_eval where the device crops, or augment is 'none'.
 
     draws: float64 [NUM_FIT_DRAWS] from [0, 1). The part covers 8 to 100 % of the area with a side ratio of 3:4 to 4:3
     (https://arxiv.org/abs/1409.4842).
     """
-    if preprocessing.source_size or not AUGMENTS[augment].crop_and_flip:
+    if not cropped_on_cpu(preprocessing, augment):
         return fit_for_eval(image, preprocessing)
-    # far larger parts are first averaged down by whole factors: much faster and no worse to look at
-    return _to_tensor(image, random_part(*image.size, draws), 2.0, preprocessing)
+    pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
+    left, top, right, bottom = random_part(pixels.shape[2], pixels.shape[1], draws)
+    return _resize_pixels(pixels[:, top:bottom, left:right], size, size, preprocessing).contiguous()
+
+
+def cropped_on_cpu(preprocessing: Preprocessing, augment: str) -> bool:
+    """Whether fit_for_training takes random parts: of photos, unless they are kept larger and cropped on the device."""
+    return preprocessing.fitted_size == preprocessing.image_size and (
+        preprocessing.source_size is None and AUGMENTS[augment].crop_and_flip
+    )
+
+
+def shrink_of_part(width: int, height: int, preprocessing: Preprocessing, draws: np.ndarray) -> int:
+    """1, 2, 4 or 8: how much smaller a JPEG may be decoded so that its random part still has the fitted size."""
+    left, top, right, bottom = random_part(width, height, draws)
+    ratio = min(right - left, bottom - top) / preprocessing.fitted_size
+    return next(factor for factor in (8, 4, 2, 1) if ratio >= factor or factor == 1)
 
 
 def random_part(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
@@ -142,18 +165,30 @@ def random_part(width: int, height: int, draws: np.ndarray) -> tuple[int, int, i
     return left, top, left + wide, top + high
 
 
-def _to_tensor(
-    image: Image.Image, box: tuple[float, float, float, float], gap: float | None, preprocessing: Preprocessing
-) -> torch.Tensor:
-    size = (preprocessing.fitted_size, preprocessing.fitted_size)
-    if image.size != size or box != (0, 0, *size):
-        image = image.resize(size, INTERPOLATIONS[preprocessing.interpolation][0], box, gap)
+def _pixels(image: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    if isinstance(image, torch.Tensor):
+        return image
     if preprocessing.channels == 1 and image.mode != "L":
         image = image.convert("L")
     elif preprocessing.channels == 3 and image.mode == "L" and not preprocessing.source_size:
         image = image.convert("RGB")
-    pixels = np.asarray(image)
-    return torch.from_numpy(pixels[None].copy() if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+    return pixels_of(image)
+
+
+def _centre(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    top, left = round((pixels.shape[1] - height) / 2), round((pixels.shape[2] - width) / 2)
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _resize_pixels(pixels: torch.Tensor, height: int, width: int, preprocessing: Preprocessing) -> torch.Tensor:
+    """uint8 [C, height, width], antialiased; within one level of 255 of Pillow's resize, in a third of the time.
+
+    The odd image of another size in a set of small ones does not depend on the model: it gets its filter on the device.
+    """
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    mode = INTERPOLATIONS["bicubic" if preprocessing.source_size else preprocessing.interpolation]
+    return F.interpolate(pixels[None], (height, width), mode=mode, antialias=mode != "nearest-exact")[0]
 
 
 class BatchTransform:
@@ -195,6 +230,9 @@ class BatchTransform:
 
         images: uint8 [B, C, S, S] on the device, C 1 or the model's; samples: int64 [B], their numbers in the set.
         """
+        if self.preprocessing.kept_size:
+            draws = uniforms(samples, NUM_FIT_DRAWS, self.seed, epoch, FIT)
+            images = resized_parts(images, random_parts(draws, images.shape[-1]), self.preprocessing.image_size)
         if self.augment.crop_and_flip:
             images = self._crop_and_flip(images, samples, epoch)
         if self.augment.policy is not None:
@@ -220,19 +258,25 @@ class BatchTransform:
         The smallest are not moved: a pixel of an 8x8 digit is the width of a stroke.
         """
         draws = uniforms(samples, 3, self.seed, epoch, CROP_AND_FLIP)
-        rows = np.arange(len(samples))
-        if self.flip:
-            images = torch.cat([images, images.flip(3)])
-            rows += len(samples) * (draws[:, 0] < 0.5)
+        mirrored = (draws[:, 0] < 0.5) & self.flip
         size = self.preprocessing.source_size
-        if size is None or size < SMALLEST_MOVED:
-            return images.index_select(0, self._on_device(rows)) if self.flip else images
-        padding = size // 8
-        offsets = (draws[:, 1:] * (2 * padding + 1)).astype(np.int64)
-        row, top, left = self._on_device(np.stack([rows, *offsets.T]))[:, :, None, None]
-        channels, side = images.shape[1], size + 2 * padding
+        if size is not None and size >= SMALLEST_MOVED:
+            padding = size // 8
+            top, left = (draws[:, 1:] * (2 * padding + 1)).astype(np.int64).T
+            # the mirror image of a window is a window of the mirror image
+            images = self._windows(images, padding, top, np.where(mirrored, 2 * padding - left, left))
+        if not self.flip:
+            return images
+        rows = self._on_device(np.arange(len(samples)) + len(samples) * mirrored)
+        return torch.cat([images, images.flip(3)]).index_select(0, rows)
+
+    def _windows(self, images: torch.Tensor, padding: int, top: np.ndarray, left: np.ndarray) -> torch.Tensor:
+        """Of each padded image the part of the image's own size that begins at top and left; uint8, as images."""
+        channels, size = images.shape[1], images.shape[-1]
+        side = size + 2 * padding
+        first = np.arange(len(images)) * (channels * side**2) + top * side + left
         channel, line = (torch.arange(count, device=self.device) for count in (channels, size))
-        starts = ((row * channels + channel[:, None]) * side + top + line) * side + left  # int64 [B, C, S]
+        starts = self._on_device(first)[:, None] + (channel[:, None] * side**2 + line * side).flatten()
         # a line is `size` neighbours in memory, from anywhere: copied at once, five times faster than by pixel
         lines = F.pad(images, (padding,) * 4).flatten().unfold(0, size, 1)
         return lines.index_select(0, starts.flatten()).view(-1, channels, size, size)
@@ -240,7 +284,7 @@ class BatchTransform:
     def _resize(self, images: torch.Tensor, side: int) -> torch.Tensor:
         if images.shape[-1] == side:
             return images
-        mode = INTERPOLATIONS[self.preprocessing.interpolation][1]
+        mode = INTERPOLATIONS[self.preprocessing.interpolation]
         return F.interpolate(images.float(), side, mode=mode, antialias=mode != "nearest-exact").clamp_(0, 255)
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -254,7 +298,27 @@ class BatchTransform:
         draws = uniforms(samples, 1 + NUM_BOX_DRAWS, self.seed, epoch, ERASE)
         boxes = erased_boxes(draws[:, 1:], images.shape[-1])
         boxes[draws[:, 0] >= self.random_erasing] = 0
-        return images.masked_fill_(_inside(self._on_device(boxes), images.shape[-1]), 0.0)
+        return images.masked_fill_(inside(self._on_device(boxes), images.shape[-1]), 0.0)
+
+
+def random_parts(draws: np.ndarray, side: int) -> np.ndarray:
+    """What random_part finds in squares of that side; int64 [B, 4]. draws: [B, NUM_BOX_DRAWS] from [0, 1)."""
+    return np.array([random_part(side, side, row) for row in draws], np.int64).reshape(-1, 4)
+
+
+def resized_parts(images: torch.Tensor, parts: np.ndarray, size: int) -> torch.Tensor:
+    """Of each image its part, resized to size x size; uint8 [B, C, size, size]. images: uint8 [B, C, S, S].
+
+    parts: int64 [B, 4], left, top, right, bottom. Bilinear, without antialiasing: a part is at most S / size larger.
+    """
+    corners = torch.from_numpy(parts.astype(np.float32)).to(images.device, non_blocking=True)
+    left, top, right, bottom = corners[:, :, None].unbind(1)
+    centres = (torch.arange(size, device=images.device) + 0.5) / size
+    scale = 2 / images.shape[-1]
+    x, y = (left + (right - left) * centres) * scale - 1, (top + (bottom - top) * centres) * scale - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+    sampled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.round_().to(torch.uint8)
 
 
 def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
@@ -273,79 +337,9 @@ def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
     return boxes * fits.any(axis=1, keepdims=True)
 
 
-def _inside(boxes: torch.Tensor, size: int) -> torch.Tensor:
+def inside(boxes: torch.Tensor, size: int) -> torch.Tensor:
     """Which pixels lie in each image's box; bool [B, 1, size, size]. boxes: int64 [B, 4], left, top, right, bottom."""
     left, top, right, bottom = boxes[:, :, None, None, None].unbind(1)
     x = torch.arange(size, device=boxes.device)
     y = x[:, None]
     return ((x >= left) & (x < right)) & ((y >= top) & (y < bottom))
-
-
-def mix(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    mixup: float,
-    cutmix: float,
-    num_classes: int,
-    place: tuple[int, ...],
-    first_position: int,
-    global_batch: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbours of the global batch mixed in pairs; images [B, C, S, S] and soft labels float32 [B, num_classes].
-
-    images: float [B, C, S, S]; labels: int [B]. mixup (https://arxiv.org/abs/1710.09412) and cutmix
-    (https://arxiv.org/abs/1905.04899) are the alphas of Beta(alpha, alpha), 0 for never; with both, each pair takes one
-    or the other. Positions 2k and 2k + 1 of the global batch are a pair and share one draw, which depends on the place
-    ((seed, step) or whatever names the global batch) alone: a part of the batch that begins at first_position gets
-    exactly its slice of the whole. A sample whose partner is elsewhere, or that is or meets an IGNORED one, stays as it
-    is; an ignored sample's soft labels are all zero. Raises ValueError for an alpha below 0.
-    """
-    if min(mixup, cutmix) < 0:
-        raise ValueError(f"mixup is {mixup} and cutmix {cutmix}; both are alphas of a Beta distribution, 0 or more.")
-    targets = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
-    if mixup == cutmix == 0:
-        return images, targets
-    here = np.arange(len(labels))
-    positions = first_position + here
-    partner_at = (positions ^ 1) - first_position
-    partner_at = np.where((partner_at < 0) | (partner_at >= len(labels)), here, partner_at)
-    draws = pair_draws((global_batch + 1) // 2, place, mixup=mixup, cutmix=cutmix, size=images.shape[-1])
-    pixel_share, label_share, boxes = (values[positions // 2] for values in draws)
-    own = np.where(partner_at == here, np.float32(1), np.stack([pixel_share, label_share]))
-    arrays = (partner_at, boxes, own)
-    partner, box, shares = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in arrays)
-    ignored = labels == IGNORED
-    alone = ignored | ignored[partner]
-    own_pixels, own_label = shares.masked_fill(alone, 1.0)[..., None]
-    weights = own_pixels[..., None, None]
-    if cutmix:
-        weights = weights.masked_fill(_inside(box, images.shape[-1]) & ~alone[:, None, None, None], 0.0)
-    weights = weights.to(images.dtype)
-    mixed = (images * weights).add_(images.index_select(0, partner).mul_(1 - weights))
-    return mixed, targets * own_label + targets[partner] * (1 - own_label)
-
-
-def pair_draws(
-    num_pairs: int, place: tuple[int, ...], *, mixup: float, cutmix: float, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pair a sample's share of its own pixels outside the box, its share of its own label, and the box.
-
-    Shares are float32 [num_pairs]; boxes int64 [num_pairs, 4], left, top, right, bottom, empty for mixup.
-    """
-
-    def shares(alpha: float, purpose: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(address(*place, purpose))).beta(alpha, alpha, num_pairs)
-
-    choice, *centre = uniforms(np.arange(num_pairs), 3, *place, MIX).T
-    cut = choice < (0.0 if not cutmix else 0.5 if mixup else 1.0)
-    share = shares(mixup, MIXUP) if mixup else np.ones(num_pairs)
-    boxes = np.zeros((num_pairs, 4), np.int64)
-    if cutmix:
-        half = (size * np.sqrt(1 - shares(cutmix, CUTMIX))).astype(np.int64) // 2
-        x, y = (np.array(centre) * size).astype(np.int64)
-        boxes = np.stack([x - half, y - half, x + half, y + half], axis=1).clip(0, size) * cut[:, None]
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    pixel_share = np.where(cut, 1.0, share)
-    label_share = np.where(cut, 1 - area / size**2, share)  # the box may be cut off by the border: its true area counts
-    return pixel_share.astype(np.float32), label_share.astype(np.float32), boxes

@@ -20,6 +20,7 @@ SETTINGS = {
     "val_fraction": ("0.2", 0.2),
     "loader": ("workers", "workers"),
     "num_workers": ("2", 2),
+    "on_bad_image": ("skip", "skip"),
     "max_train_samples": ("5000", 5000),
     "drop_last": ("False", False),
     "augment": ("none", "none"),

@@ -14,10 +14,10 @@ from pipeline.parsing import read_config
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
     {"config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
-    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems"},
+    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems", "cache"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
-    {"folders", "hub", "models", "loaders", "resume", "saving"},
-    {"datasets", "memory"},
+    {"folders", "hub", "models", "mixing", "decoded", "screening", "resume", "saving"},
+    {"datasets", "loaders", "memory"},
     {"assembly", "evaluate", "state"},
     {"run", "plan", "model_card"},
     {"ending"},

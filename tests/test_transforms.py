@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline import randaugment
 from pipeline.metrics import IGNORED
+from pipeline.mixing import mix
 from pipeline.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
 from pipeline.randomness import uniforms
 from pipeline.transforms import (
@@ -20,7 +21,6 @@ from pipeline.transforms import (
     erased_boxes,
     fit_for_eval,
     fit_for_training,
-    mix,
     random_part,
 )
 
@@ -76,9 +76,7 @@ def test_eval_fit_equals_resize_then_centre_crop(size: tuple[int, int], crop_pct
     fitted = fit_for_eval(photo(*size), photos(crop_pct=crop_pct))
     assert fitted.dtype == torch.uint8 and fitted.shape == (3, 24, 24) and fitted.is_contiguous()
     difference = (fitted.int() - expected.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02  # Pillow rounds the box to single precision
-    if crop_pct == 1.0 and size[0] == size[1]:
-        assert torch.equal(fitted, expected)
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02  # torch rounds its weights otherwise
 
 
 def test_an_image_of_the_right_size_arrives_unchanged() -> None:

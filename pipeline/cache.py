@@ -1,0 +1,50 @@
+"""Our folder in the cache of `datasets`: where it lies, one writer at a time, files written aside and renamed."""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """HF_DATASETS_CACHE/decoded, found as `datasets` finds it but without importing that; it may not exist yet."""
+    datasets = sys.modules.get("datasets")
+    if datasets is not None:  # a program may have set it after the import
+        return Path(datasets.config.HF_DATASETS_CACHE) / "decoded"
+    general = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(general, "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "decoded"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process prepares this file; makes its folder.
+
+    Where the system gives no lock (a read-only or some network folder) there is none: files are whole all the same.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes path when all is written and synced; on an error nothing of it is left.
+
+    What a process that was killed left aside is removed. Raises OSError.
+    """
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        left_over.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

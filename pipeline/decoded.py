@@ -1,0 +1,162 @@
+"""A split decoded once: its images as fixed-size uint8 from a memory-mapped cache file, which the first use writes.
+
+The file is Arrow's: one column of fixed-size binary, a row for each row of the whole table, null where an image could not
+be decoded. So the parts of a table (train and validation, whatever the seed) share one file, and the processes of a machine
+one copy in memory.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import cache_folder, locked, written_aside
+from pipeline.console import progress_bar, warn
+from pipeline.images import BadImage
+from pipeline.splits import Split
+
+FORMAT = 1  # raised when what a file holds changes its meaning
+SMALLEST_CACHED = 4 * 2**20  # bytes; of less, decoding takes a fraction of a second
+COST_OF_AN_IMAGE = 1024  # bytes that take as long to decode as an image's overhead
+SMALLEST_SHARE = 0.25  # of its table that a split must be to have all of the table decoded
+BLOCK = 2**24  # bytes of a checksum
+CHUNK = 64  # images that a thread takes at a time
+
+Fit = Callable[[int], Tensor]
+
+
+def resident_images(
+    split: Split, shape: tuple[int, ...], edition: str, fit: Fit, num_threads: int, shown: bool
+) -> tuple[Tensor, np.ndarray]:
+    """Decoded images, uint8 [M, *shape], and where among them each row of the split is, int64 [N].
+
+    fit: a row of the split's table to its image, uint8 [*shape]; edition names everything but the encoded images that
+    decides what comes out of it. shown: whether to show a bar and warn. Raises BadImage for the first image of the
+    split that cannot be decoded. A cache that cannot be read or written is only warned about.
+    """
+    rows = split.table_rows
+    fingerprint, num_bytes = split.fingerprint()
+    num_rows = split.table_length
+    is_cheap = num_bytes + COST_OF_AN_IMAGE * num_rows < SMALLEST_CACHED
+    if is_cheap or len(rows) < SMALLEST_SHARE * num_rows:
+        return decode_rows(rows, rows, shape, fit, num_threads, shown)[0], np.arange(len(rows))
+    key = hashlib.sha256(json.dumps([FORMAT, fingerprint, shape, edition]).encode()).hexdigest()
+    path = cache_folder() / f"{key[:32]}.arrow"
+    with locked(path):
+        found = read_images(path, num_rows, shape, num_threads, shown)
+        if found is None:
+            decoded = decode_rows(np.arange(num_rows), rows, shape, fit, num_threads, shown)
+            found = keep_images(path, *decoded, num_threads, shown)
+    images, is_decoded = found
+    for row in rows[~is_decoded[rows]]:  # a file may be readable by now
+        images[row] = fit(row)
+    return images, rows
+
+
+def decode_rows(
+    rows: np.ndarray, needed: np.ndarray, shape: tuple[int, ...], fit: Fit, num_threads: int, shown: bool
+) -> tuple[Tensor, np.ndarray]:
+    """The images of these rows of a table, uint8 [len(rows), *shape], and which could be decoded, bool [len(rows)].
+
+    Raises BadImage for the first of them that could not and is needed; another one stays black.
+    """
+    images = torch.zeros(len(rows), *shape, dtype=torch.uint8)
+    is_decoded, is_needed = np.ones(len(rows), bool), np.isin(rows, needed)
+
+    def decode(start: int) -> int:
+        stop = min(start + CHUNK, len(rows))
+        for place in range(start, stop):
+            try:
+                images[place] = fit(rows[place])
+            except BadImage:
+                if is_needed[place]:
+                    raise
+                is_decoded[place] = False
+        return stop - start
+
+    pool = ThreadPoolExecutor(num_threads)
+    with progress_bar(len(rows), 0, "decoding", shown, unit="image") as bar:
+        try:
+            for count in pool.map(decode, range(0, len(rows), CHUNK)):  # the loop raises what a thread raised
+                bar.update(count)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return images, is_decoded
+
+
+def keep_images(
+    path: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int, shown: bool
+) -> tuple[Tensor, np.ndarray]:
+    """Writes the file and returns what it holds, memory-mapped; the images themselves where it cannot be written."""
+    try:
+        write_images(path, images, is_decoded, num_threads)
+    except OSError as error:
+        if shown:
+            warn(f"The decoded images could not be kept in {path.parent}: {error.strerror or error}. Training goes on.")
+        return images, is_decoded
+    return read_images(path, len(images), tuple(images.shape[1:]), num_threads, shown) or (images, is_decoded)
+
+
+def write_images(path: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int) -> None:
+    """Raises OSError and leaves the folder as it was."""
+    import pyarrow as pa
+
+    width = images[0].numel()
+    sums = checksums(images.numpy().reshape(-1), is_decoded, num_threads)
+    schema = pa.schema([pa.field("image", pa.binary(width))], metadata={"checksums": json.dumps(sums)})
+    buffers = [pa.py_buffer(np.packbits(is_decoded, bitorder="little")), pa.py_buffer(images.numpy().reshape(-1))]
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(images), buffers)
+    with written_aside(path) as aside:
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def read_images(
+    path: Path, num_rows: int, shape: tuple[int, ...], num_threads: int, shown: bool
+) -> tuple[Tensor, np.ndarray] | None:
+    """The images, memory-mapped (what is written to them stays in this process), and which were decoded.
+
+    None where there is no file, or, with a warning, a damaged one.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return map_images(path, num_rows, shape, num_threads)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pa.ArrowInvalid is a ValueError
+        if shown:
+            warn(f"The decoded images in {path} are damaged ({error}) and are made anew.")
+        return None
+
+
+def map_images(path: Path, num_rows: int, shape: tuple[int, ...], num_threads: int) -> tuple[Tensor, np.ndarray]:
+    """As read_images. Raises OSError, ValueError, KeyError or TypeError for a file that is not what was written."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        address = file.read_buffer(1).address
+        with pa.ipc.open_file(file) as reader:
+            batch = reader.get_batch(0)
+    column, sums = batch.column(0), json.loads(batch.schema.metadata[b"checksums"])
+    bits, values = column.buffers()
+    if len(column) != num_rows or column.type.byte_width != int(np.prod(shape)):
+        raise ValueError(f"it holds {len(column)} images of {column.type}")
+    pixels = np.memmap(path, np.uint8, "c", values.address - address, (num_rows, *shape))
+    is_decoded = np.ones(num_rows, bool)
+    if column.null_count:
+        is_decoded = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_rows, bitorder="little").astype(bool)
+    if checksums(pixels.reshape(-1), is_decoded, num_threads) != sums:
+        raise ValueError("its checksums differ")
+    return torch.from_numpy(pixels), is_decoded
+
+
+def checksums(pixels: np.ndarray, is_decoded: np.ndarray, num_threads: int) -> list[int]:
+    """CRC-32 of which images were decoded, and of each block of the pixels."""
+    blocks = [pixels[start : start + BLOCK] for start in range(0, len(pixels), BLOCK)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return [zlib.crc32(is_decoded.tobytes()), *pool.map(zlib.crc32, blocks)]
