@@ -68,6 +68,7 @@ class Split:
         self._column = column
         self._rows = np.arange(len(labels)) if rows is None else rows
         self._fields: tuple[pa.ChunkedArray, pa.ChunkedArray] | None = None
+        self._fingerprint: dict[str, tuple[str, int]] = {}  # by column; shared by all choices of rows of the table
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +96,11 @@ class Split:
 
         Of images in the table every byte counts, of files the path, size and time of change.
         """
+        if self._column not in self._fingerprint:
+            self._fingerprint[self._column] = self._take_fingerprint()
+        return self._fingerprint[self._column]
+
+    def _take_fingerprint(self) -> tuple[str, int]:
         digest, num_bytes = hashlib.sha256(), 0
         data, path = self._image_fields()
         for chunk in data.chunks:
@@ -127,7 +133,9 @@ class Split:
 
     def select(self, rows: np.ndarray, name: str | None = None) -> Split:
         """The given rows of this split, in that order, under the same or another name."""
-        return Split(name or self.name, self._table, self._column, self.labels[rows], self._rows[rows], self.origin)
+        chosen = Split(name or self.name, self._table, self._column, self.labels[rows], self._rows[rows], self.origin)
+        chosen._fingerprint = self._fingerprint
+        return chosen
 
     def _image(self, row: int) -> tuple[bytes | None, str | None]:
         """The bytes of an image that lies in the table, else the path of its file."""
