@@ -7,6 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+SMALLEST_KEPT = 4 * 2**20  # bytes of encoded images; to decode fewer takes a fraction of a second
+OVERHEAD = 1024  # bytes that take as long to decode as an image takes besides its bytes
+
+
+def is_worth_keeping(num_bytes: int, num_images: int) -> bool:
+    """Whether what is learned by decoding so many images of so many bytes is kept in a file."""
+    return num_bytes + OVERHEAD * num_images >= SMALLEST_KEPT
+
 
 def cache_folder() -> Path:
     """HF_DATASETS_CACHE/decoded, found as `datasets` finds it but without importing that; it may not exist yet."""

@@ -222,7 +222,8 @@ def _peek(split: Split, skip_bad: bool) -> tuple[int | None, int]:
         try:
             headers.append(image_header(split.encoded(row)))
         except BadImage as error:
-            bad.append(BadImage(f"{split.where(row)}: {error}"))
+            advice = "Mend or remove it, or leave out such images with --on_bad_image skip."
+            bad.append(BadImage(f"{split.where(row)}: {error} {advice}"))
     if bad and not (skip_bad and headers):
         raise bad[0]
     sizes = {(width, height) for width, height, _ in headers}

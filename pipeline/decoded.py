@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import cache_folder, locked, written_aside
+from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.console import progress_bar, warn
 from pipeline.images import BadImage
 from pipeline.splits import Split
 
 FORMAT = 1  # raised when what a file holds changes its meaning
-SMALLEST_CACHED = 4 * 2**20  # bytes; of less, decoding takes a fraction of a second
-COST_OF_AN_IMAGE = 1024  # bytes that take as long to decode as an image's overhead
 SMALLEST_SHARE = 0.25  # of its table that a split must be to have all of the table decoded
 BLOCK = 2**24  # bytes of a checksum
 CHUNK = 64  # images that a thread takes at a time
@@ -43,8 +41,7 @@ def resident_images(
     rows = split.table_rows
     fingerprint, num_bytes = split.fingerprint()
     num_rows = split.table_length
-    is_cheap = num_bytes + COST_OF_AN_IMAGE * num_rows < SMALLEST_CACHED
-    if is_cheap or len(rows) < SMALLEST_SHARE * num_rows:
+    if not is_worth_keeping(num_bytes, num_rows) or len(rows) < SMALLEST_SHARE * num_rows:
         return decode_rows(rows, rows, shape, fit, num_threads, shown)[0], np.arange(len(rows))
     key = hashlib.sha256(json.dumps([FORMAT, fingerprint, shape, edition]).encode()).hexdigest()
     path = cache_folder() / f"{key[:32]}.arrow"

@@ -18,7 +18,6 @@ Shrink = Callable[[int, int], int]  # width and height to 1, 2, 4 or 8: how much
 MAX_PIXELS = 178_956_970  # where PIL itself refuses; checked here too, because a library may have lifted PIL's limit
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ORIENTATION = 0x0112  # the Exif tag
-JPEG_START = b"\xff\xd8\xff"
 
 
 class BadImage(ValueError):
@@ -26,13 +25,8 @@ class BadImage(ValueError):
 
 
 def decode_pixels(encoded: bytes, channels: int, shrink: Shrink | None = None) -> Tensor:
-    """What decode_image decodes, as uint8 [channels, H, W], of any strides.
-
-    Plain JPEGs are decoded by torchvision: the same pixels (both use libjpeg-turbo) without a copy. Its decoder of PNGs
-    is 1.4 times as fast as Pillow's but ends the process on some damaged files. Raises BadImage.
-    """
-    pixels = _decode_plain_jpeg(encoded, channels, shrink) if encoded.startswith(JPEG_START) else None
-    return pixels_of(decode_image(encoded, channels, shrink)) if pixels is None else pixels
+    """What decode_image decodes, as uint8 [channels, H, W], of any strides. Raises BadImage."""
+    return pixels_of(decode_image(encoded, channels, shrink))
 
 
 def pixels_of(image: PILImage) -> Tensor:
@@ -41,26 +35,6 @@ def pixels_of(image: PILImage) -> Tensor:
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
-
-
-def _decode_plain_jpeg(encoded: bytes, channels: int, shrink: Shrink | None) -> Tensor | None:
-    """The pixels of a JPEG in the wanted mode that is neither turned nor shrunk; None for others and for broken ones."""
-    import torch
-    from PIL import Image
-    from torchvision.io import decode_jpeg
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            _check_pixels(*image.size)
-            is_plain = image.format == "JPEG" and image.mode == _wanted_mode(channels) and "exif" not in image.info
-            if not is_plain or (shrink is not None and shrink(*image.size) > 1):
-                return None
-    except _decode_errors():
-        return None
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    except RuntimeError:  # decode_image says what is wrong with it
-        return None
 
 
 def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) -> PILImage:
@@ -86,7 +60,7 @@ def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) ->
                 return _to_mode(ImageOps.exif_transpose(image), channels)
             return _to_mode(image, channels)
     except _decode_errors() as error:
-        raise BadImage(f"Cannot decode an image of {len(encoded)} bytes: {error}") from error
+        raise BadImage(f"Cannot decode an image of {len(encoded)} bytes: {_reason(error)}") from error
 
 
 def image_header(encoded: bytes) -> tuple[int, int, str]:
@@ -97,7 +71,14 @@ def image_header(encoded: bytes) -> tuple[int, int, str]:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.width, image.height, image.mode
     except _decode_errors() as error:
-        raise BadImage(f"Cannot read the header of an image of {len(encoded)} bytes: {error}") from error
+        raise BadImage(f"Cannot read the header of an image of {len(encoded)} bytes: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The error's words as the end of a sentence; without the address in memory that Pillow names."""
+    from PIL import UnidentifiedImageError
+
+    return "cannot identify its format." if isinstance(error, UnidentifiedImageError) else f"{str(error).rstrip('.')}."
 
 
 def _decode_errors() -> tuple[type[Exception], ...]:
@@ -112,15 +93,11 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}.")
 
 
-def _wanted_mode(channels: int) -> str:
-    return "L" if channels == 1 else "RGB"
-
-
 def _to_mode(image: PILImage, channels: int) -> PILImage:
     """A decoded image of any mode as "L" or "RGB"."""
     from PIL import Image
 
-    wanted = _wanted_mode(channels)
+    wanted = "L" if channels == 1 else "RGB"
     if image.mode == wanted and "transparency" not in image.info:
         return image
     if image.mode in GREY_MODES[2:]:

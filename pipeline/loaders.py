@@ -186,9 +186,8 @@ class DeviceImages:
 def edition(preprocessing: Preprocessing) -> str:
     """What decides, besides the encoded image and the shape, what fit_for_eval makes of it."""
     import PIL
-    import torchvision
 
-    versions = f"Pillow {PIL.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
+    versions = f"Pillow {PIL.__version__}, torch {torch.__version__}"
     if preprocessing.source_size:
         return versions
     side = preprocessing.kept_size or resized_side(preprocessing)

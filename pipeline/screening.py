@@ -5,13 +5,12 @@ What was found good is remembered in a file beside the decoded images: a byte fo
 
 import dataclasses
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import cache_folder, locked, written_aside
+from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.console import progress_bar, warn
 from pipeline.images import BadImage, decode_pixels
 from pipeline.splits import Split
@@ -36,27 +35,30 @@ def without_bad_images(splits: list[Split], channels: int, num_threads: int, sho
     An image that is in two of the splits counts once. shown: whether to show a bar and to warn.
     """
     kept: list[Split] = []
-    complaints: dict[str, None] = {}  # in order, each once
+    complaints: dict[tuple[str, int], str] = {}  # by table and row
     for split in splits:
         bad = bad_images(split, channels, num_threads, shown)
-        complaints |= {complaint: None for complaint in bad.values()}
+        complaints |= {(split.fingerprint()[0], int(split.table_rows[row])): words for row, words in bad.items()}
         good = np.delete(np.arange(len(split)), list(bad))
         if not len(good):
             raise BadImage(f"No image of the {split.name} split can be decoded. The first: {bad[0]}")
         kept.append(split.select(good) if bad else split)
     if shown:
-        for complaint in list(complaints)[:NUM_NAMED]:
-            warn(f"{complaint} It is left out.")
+        for words in list(complaints.values())[:NUM_NAMED]:
+            warn(f"{words} It is left out.")
         if len(complaints) > NUM_NAMED:
             warn(f"{len(complaints) - NUM_NAMED:,} more images cannot be decoded and are left out.")
-    return Screened(kept, list(complaints))
+    return Screened(kept, list(complaints.values()))
 
 
 def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> dict[int, str]:
     """Rows of the split whose images cannot be decoded, and why."""
     import PIL
 
-    key = hashlib.sha256(f"{split.fingerprint()[0]} {channels} {PIL.__version__}".encode()).hexdigest()
+    fingerprint, num_bytes = split.fingerprint()
+    if not is_worth_keeping(num_bytes, split.table_length):
+        return check(split, np.arange(len(split)), channels, num_threads, shown)
+    key = hashlib.sha256(f"{fingerprint} {channels} {PIL.__version__}".encode()).hexdigest()
     path = cache_folder() / f"{key[:32]}.checked"
     with locked(path):
         known = read_known(path, split.table_length)
@@ -64,7 +66,7 @@ def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> di
         bad = check(split, unknown, channels, num_threads, shown)
         known[split.table_rows[np.setdiff1d(unknown, list(bad))]] = GOOD
         if len(unknown) > len(bad):
-            write_known(path, known)
+            write_known(path, known, shown)
     return bad
 
 
@@ -105,12 +107,10 @@ def read_known(path: Path, num_rows: int) -> np.ndarray:
     return np.frombuffer(known if is_whole else bytes(num_rows), np.uint8).copy()
 
 
-def write_known(path: Path, known: np.ndarray) -> None:
+def write_known(path: Path, known: np.ndarray, shown: bool) -> None:
     """Writes the file if it can; the next run checks anew otherwise."""
     try:
         with written_aside(path) as aside:
             aside.write_bytes(hashlib.sha256(FORMAT + known.tobytes()).digest() + known.tobytes())
     except OSError as error:
-        warn(
-            f"{path.parent} could not be written ({os.strerror(error.errno or 0)}): the next run checks all images anew."
-        )
+        warn(f"{path.parent} could not be written ({error.strerror or error}): the next run checks all images anew.")
