@@ -111,6 +111,8 @@ def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing
     is_final = size == preprocessing.image_size and not preprocessing.source_size
     short = resized_side(preprocessing) if is_final else size
     height, width = pixels.shape[1:]
+    if height == width == short == size:
+        return pixels.contiguous()
     if max(height, width) > LARGEST_RATIO * min(height, width):  # else a strip would grow huge to be cut at its centre
         height, width = (min(side, LARGEST_RATIO * min(height, width)) for side in (height, width))
         pixels = _centre(pixels, height, width)
