@@ -22,7 +22,7 @@ from pipeline.images import BadImage
 from pipeline.splits import Split
 
 FORMAT = 1  # raised when what a file holds changes its meaning
-SMALLEST_SHARE = 0.25  # of its table that a split must be to have all of the table decoded
+SMALLEST_SHARE = 0.25  # of its table that a split must be to have all of the table decoded for it
 BLOCK = 2**24  # bytes of a checksum
 CHUNK = 64  # images that a thread takes at a time
 
@@ -38,13 +38,13 @@ def resident_images(
     decides what comes out of it. shown: whether to show a bar and warn. Raises BadImage for the first image of the
     split that cannot be decoded. A cache that cannot be read or written is only warned about.
     """
-    rows = split.table_rows
+    rows, num_rows = split.table_rows, split.table_length
     fingerprint, num_bytes = split.fingerprint()
-    num_rows = split.table_length
-    if not is_worth_keeping(num_bytes, num_rows) or len(rows) < SMALLEST_SHARE * num_rows:
-        return decode_rows(rows, rows, shape, fit, num_threads, shown)[0], np.arange(len(rows))
     key = hashlib.sha256(json.dumps([FORMAT, fingerprint, shape, edition]).encode()).hexdigest()
     path = cache_folder() / f"{key[:32]}.arrow"
+    is_wanted = len(rows) >= SMALLEST_SHARE * num_rows or path.is_file()
+    if not (is_wanted and is_worth_keeping(num_bytes, num_rows)):
+        return decode_rows(rows, rows, shape, fit, num_threads, shown)[0], np.arange(len(rows))
     with locked(path):
         found = read_images(path, num_rows, shape, num_threads, shown)
         if found is None:

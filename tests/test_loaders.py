@@ -210,8 +210,13 @@ def test_all_parts_of_a_table_share_one_file(folder: Path, decodings: list[int])
     for part in (train, val, other_seed):
         assert torch.equal(all_of(device_images(part), part), all_of(worker_images(part), part))
     assert len(list(folder.glob("*.arrow"))) == 1
-    # the table once, what the worker loader decoded, and val, too small a part to ask for the file
-    assert len(decodings) == 40 + (37 + 3 + 30) + 3
+    assert len(decodings) == 40 + (37 + 3 + 30), "the table once, besides what the worker loader decoded"
+
+
+def test_for_a_small_part_of_a_table_the_rest_is_not_decoded(folder: Path, decodings: list[int]) -> None:
+    part = small_split().select(np.array([7, 3, 30]))
+    assert torch.equal(all_of(device_images(part), part)[1], torch.from_numpy(noise(8, 3)).permute(2, 0, 1))
+    assert len(decodings) == 3 and not list(folder.glob("*.arrow"))
 
 
 @pytest.mark.parametrize("what", ["pixels", "size", "channels", "filter"])
