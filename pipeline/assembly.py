@@ -22,6 +22,8 @@ from pipeline.models import InputSettings, check_model_name, create_model, defau
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
+from pipeline.shards import StreamedSplit
+from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing
 from pipeline.weights import LoadReport
@@ -83,6 +85,7 @@ def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
             val_fraction=config.val_fraction,
             seed=config.seed,
             max_train_samples=config.max_train_samples,
+            streamed=config.loader == "stream",
         )
 
 
@@ -146,7 +149,7 @@ class Parts:
     model: nn.Module
     load_report: LoadReport | None
     optimizer: torch.optim.Optimizer
-    loaders: dict[str, Loader]
+    loaders: dict[str, AnyLoader]
     ema: ModelEmaV3 | None
 
 
@@ -216,12 +219,11 @@ def make_loader(
     preprocessing: Preprocessing,
     accelerator: Accelerator,
     training: bool,
-) -> Loader:
+) -> AnyLoader:
     """The loader of one split for this rank."""
     device = accelerator.device
     augment = config.augment if training else "none"
     num_workers = choose_num_workers(config.num_workers, accelerator.num_processes, device)
-    kind = choose_loader(split, preprocessing, config.loader, device)
     transform = BatchTransform(
         preprocessing,
         device=device,
@@ -231,19 +233,22 @@ def make_loader(
         seed=config.seed,
         channels_last=config.channels_last,
     )
-    return Loader(
-        split,
-        make_source(FittedImages(split, preprocessing, augment, config.seed), kind, num_workers, device),
-        transform,
-        device=device,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        seed=config.seed,
-        mixup=config.mixup if training else 0.0,
-        cutmix=config.cutmix if training else 0.0,
-        num_classes=len(dataset.class_names),
-        eval_batch_size=config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
-    )
+    images = FittedImages(split, preprocessing, augment, config.seed)
+    common: dict[str, Any] = {
+        "device": device,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "seed": config.seed,
+        "mixup": config.mixup if training else 0.0,
+        "cutmix": config.cutmix if training else 0.0,
+        "num_classes": len(dataset.class_names),
+        "eval_batch_size": config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
+    }
+    if isinstance(split, StreamedSplit):
+        buffer = config.shuffle_buffer
+        return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
+    kind = choose_loader(split, preprocessing, config.loader, device)
+    return Loader(split, make_source(images, kind, num_workers, device), transform, **common)
 
 
 def system_facts(accelerator: Accelerator) -> dict[str, Any]:

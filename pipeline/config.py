@@ -52,9 +52,15 @@ class Config:
         at_least=0,
         below=1,
     )
-    loader: Literal["auto", "device", "workers"] = setting(
+    loader: Literal["auto", "device", "workers", "stream"] = setting(
         "auto",
-        "device keeps the decoded set in device memory, workers decode as they go; auto takes device when it fits",
+        "device keeps the decoded set in device memory, workers decode as they go, stream reads shards (Parquet, Arrow, tar, "
+        "folders) without holding or downloading the set; auto takes device when it fits, else workers",
+    )
+    shuffle_buffer: int = setting(
+        4096,
+        "stream: images, over all processes, among which the order is shuffled; they are in memory, encoded",
+        at_least=1,
     )
     num_workers: int | None = setting(
         None, "worker processes per training process that decode images; null decides from the machine", at_least=0
@@ -265,6 +271,7 @@ def ignored_settings(config: Config) -> list[str]:
         "plateau_patience": ("scheduler plateau", config.scheduler == "plateau"),
         "min_lr_scale": ("scheduler plateau, cosine or linear", config.scheduler in ("plateau", "cosine", "linear")),
         "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
+        "shuffle_buffer": ("loader stream", config.loader == "stream"),
         "num_workers": ("loader workers", config.loader != "device"),
     }
     return [

@@ -257,7 +257,10 @@ def _index_tar(files: list[str], features: Any, label_column: str | None, source
     names = [label_column] if label_column else list(PREFERRED_LABELS)
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda path: read_shard(path, lambda: _tar_members(path, names)), files))
-    spans, labels, sizes, file_of = [], [], [], []
+    spans: list[tuple[int, int]] = []
+    labels: list[int | str] = []
+    sizes: list[int] = []
+    file_of: list[int] = []
     for number, (images, label_of) in enumerate(found):
         without = sorted(images.keys() - label_of.keys())
         if without:
@@ -285,8 +288,8 @@ def _tar_members(path: str, names: list[str]) -> tuple[dict[str, tuple[int, int]
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int | str] = {}
     with open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            archive.members = []  # else tarfile remembers them all
+        while (member := archive.next()) is not None:
+            vars(archive)["members"].clear()  # tarfile would remember them all
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")

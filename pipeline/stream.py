@@ -9,7 +9,7 @@ import torch
 
 from pipeline.images import BadImage
 from pipeline.lanes import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
-from pipeline.loaders import Batch, FittedImages, as_it_is
+from pipeline.loaders import Batch, FittedImages, Loader, as_it_is
 from pipeline.metrics import IGNORED
 from pipeline.shards import LostShard, StreamedSplit
 from pipeline.transforms import BatchTransform, mix
@@ -177,3 +177,6 @@ class StreamLoader:
                 )
         mixed, soft_labels = zip(*parts)
         return torch.cat(mixed), torch.cat(soft_labels)
+
+
+AnyLoader = Loader | StreamLoader

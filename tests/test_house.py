@@ -14,9 +14,10 @@ from pipeline.parsing import read_config
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
     {"config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
-    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems"},
+    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems", "lanes"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
-    {"folders", "hub", "models", "loaders", "resume", "saving"},
+    {"folders", "hub", "models", "loaders", "shards", "resume", "saving"},
+    {"shard_index", "stream"},
     {"datasets", "memory"},
     {"assembly", "evaluate", "state"},
     {"run", "plan", "model_card"},
