@@ -96,11 +96,16 @@ def epoch_order(starts: np.ndarray, lanes: int, shuffle_buffer: int, place: tupl
     is_first[1:] = (np.diff(number_of_chunk) != 0) | (np.diff(lane_of) != 0)
     pieces = np.cumsum(is_first) - 1
     piece_starts = positions[is_first]
-    if place is not None:
-        # a window is the pieces of a lane that begin within one stretch of it: the part of the buffer that the lane has
-        windows = (piece_starts - cuts[lane_of[is_first]]) // max(1, shuffle_buffer // lanes)
-        by_draw = np.lexsort((uniforms(rows, 1, *place, WITHIN_WINDOW)[:, 0], windows[pieces], lane_of))
-        rows, pieces = rows[by_draw], pieces[by_draw]
+    lane_of_piece = lane_of[is_first]
+    # Every other lane runs backwards, so that both parts of a chunk that was cut are needed at the same time.
+    from_start = piece_starts - cuts[lane_of_piece]
+    from_end = cuts[lane_of_piece + 1] - np.append(piece_starts[1:], starts[-1])
+    depth = np.where(lane_of_piece % 2, from_end, from_start)
+    # A window is the pieces of a lane that begin within one stretch of it: its part of the buffer.
+    windows = depth // (1 if place is None else max(1, shuffle_buffer // lanes))
+    draws = positions if place is None else uniforms(rows, 1, *place, WITHIN_WINDOW)[:, 0]
+    by_draw = np.lexsort((draws, windows[pieces], lane_of))
+    rows, pieces = rows[by_draw], pieces[by_draw]
     return EpochOrder(rows, cuts, merged(counts), pieces, order[number_of_chunk[is_first]])
 
 
