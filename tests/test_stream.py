@@ -1,5 +1,6 @@
 """Streams: every sample once, the same batches for any number of processes and workers, nothing held, nothing downloaded."""
 
+import dataclasses
 import gc
 import io
 import json
@@ -9,10 +10,13 @@ import resource
 import shutil
 import sys
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +31,8 @@ from pipeline.config import Config
 from pipeline.datasets import load_image_dataset
 from pipeline.lanes import EpochOrder, epoch_order, lane_cuts, lanes_of, merged, num_lanes, plan_batches
 from pipeline.loaders import FittedImages
+from pipeline.parsing import from_yaml
+from pipeline.resume import check_same_settings
 from pipeline.run import TrainingFailed
 from pipeline.shards import LostShard, Shards, StreamedSplit
 from pipeline.stream import StreamLoader
@@ -114,6 +120,16 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hf_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`datasets` leaves its locks in a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("hf_cache")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", str(cache))  # of processes that are started
+        yield
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same images in every format."""
@@ -170,8 +186,7 @@ def test_every_format_gives_each_sample_once_with_its_label(sets, kind):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "files"])
-def test_streamed_splits_are_those_of_the_other_loaders(sets, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_streamed_splits_are_those_of_the_other_loaders(sets, kind):
     streamed, held = (
         load_image_dataset(str(sets[kind]), seed=3, max_train_samples=150, streamed=streamed)
         for streamed in (True, False)
@@ -376,7 +391,7 @@ def test_a_shard_that_comes_back_in_time_is_read(tmp_path, monkeypatch):
         split.encoded(0)
 
 
-def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, run_training, tmp_path):
+def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, tmp_path):
     with pytest.raises(ValueError, match="--loader stream"):
         load_image_dataset(str(sets["tar"]))
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
@@ -385,11 +400,123 @@ def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, run_
         archive.addfile(info, io.BytesIO(picture(1)))
     with pytest.raises(ValueError, match="a has no label"):
         load_image_dataset(str(tmp_path), streamed=True)
-    cut_back(whole_run, tmp_path / "run", step=3)
-    ended = run_process(
-        "train.py", *flags(**{**STREAM, "loader": "auto"}, dataset=sets["parquet"], output_dir=tmp_path)
+    begun = from_yaml(whole_run / "config.yaml")
+    check_same_settings(dataclasses.replace(begun, num_workers=3))
+    with pytest.raises(ValueError, match="loader stream -> auto"):
+        check_same_settings(dataclasses.replace(begun, loader="auto"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a stream asks of the Hub: one set, whose files lie in a folder."""
+
+    folder: Path
+    asked: list[tuple[str, int, int]]  # the ranges of files that were served
+    fail: Callable[[str, int], int]  # file name and first byte to a status, 0 for none
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        files = sorted(self.folder.iterdir())
+        if path.startswith("/api/") and "/tree/" in path:
+            found = [
+                {"type": "file", "path": file.name, "oid": file.name, "size": file.stat().st_size} for file in files
+            ]
+            return self.answer(200, json.dumps([] if path.endswith("/data") else found).encode())
+        if path.startswith("/api/"):
+            siblings = [{"rfilename": file.name} for file in files]
+            facts = {
+                "id": "owner/pets",
+                "sha": "0" * 40,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "siblings": siblings,
+            }
+            return self.answer(200, json.dumps(facts).encode())
+        file = self.folder / path.rpartition("/")[2]
+        if not file.is_file():
+            return self.answer(404, b"")
+        data, status = file.read_bytes(), 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            first, last = map(int, asked.groups())
+            status = self.fail(file.name, first) or 206
+            if status == 206:
+                self.asked.append((file.name, first, last))
+            data = data[first : last + 1] if status == 206 else b""
+        self.answer(status, data)
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(sets, tmp_path) -> Iterator[Callable[..., tuple[Any, list[tuple[str, int, int]]]]]:
+    """Streams the Parquet set from a Hub on this machine; returns the ended process and the ranges it was sent."""
+    Hub.folder = sets["parquet"]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def stream(fail: Callable[[str, int], int]) -> tuple[Any, list[tuple[str, int, int]]]:
+        Hub.asked, Hub.fail = [], staticmethod(fail)
+        settings = {**STREAM, "val_fraction": 0, "num_workers": 2, "dataset": "owner/pets", "output_dir": tmp_path}
+        home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        ended = run_process("train.py", *flags(**settings), HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint, **home)
+        return ended, Hub.asked
+
+    yield stream
+    server.shutdown()
+    server.server_close()
+
+
+def row_group_starts(path: Path) -> list[int]:
+    """The first byte of the images of each row group."""
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(number).column(0) for number in range(metadata.num_row_groups)]
+    return [group.dictionary_page_offset or group.data_page_offset for group in groups]
+
+
+def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, sets, tmp_path):
+    stumbles = ["train-0.parquet"] * 2  # the server fails twice, then is well again
+
+    def fail(name: str, first: int) -> int:
+        starts = row_group_starts(sets["parquet"] / name)
+        if name in stumbles and first == starts[3]:
+            stumbles.remove(name)
+            return 500
+        return 0
+
+    ended, asked = hub(fail)
+    assert ended.returncode == 0, ended.stderr
+    assert not stumbles
+    for name in ("train-0.parquet", "train-1.parquet"):
+        starts = row_group_starts(sets["parquet"] / name)
+        read = Counter(first for file, first, _ in asked if file == name and first in starts)
+        looked_at = starts[:4] if name == "train-0.parquet" else []  # the first 32 images, for their size and mode
+        assert len(starts) > 10 and read == Counter(starts * 2 + looked_at)
+    kept = sum(path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file())
+    assert kept < 5000 < sum(path.stat().st_size for path in sets["parquet"].iterdir())
+    assert len(lines_of(tmp_path / "run")) > 10
+
+
+def test_a_hub_set_that_goes_away_ends_the_run_with_one_line(hub, tmp_path):
+    ended, asked = hub(lambda name, first: 404 if name == "train-1.parquet" and len(Hub.asked) > 60 else 0)
+    assert ended.returncode == 1
+    assert re.fullmatch(
+        r"error: Cannot read the shard hf://datasets/owner/pets.*train-1.parquet: .*", ended.stderr.strip()
     )
-    assert ended.returncode == 2 and "loader stream -> auto" in ended.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 def measure(folder: str) -> None:
