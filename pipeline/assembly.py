@@ -23,6 +23,8 @@ from pipeline.optimizers import check_optimizer_name, classifier_names, create_o
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images
+from pipeline.shards import StreamedSplit
+from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
 from pipeline.weights import LoadReport
@@ -85,6 +87,7 @@ def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
             seed=config.seed,
             max_train_samples=config.max_train_samples,
             skip_bad_headers=config.on_bad_image == "skip",
+            streamed=config.loader == "stream",
         )
         return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
 
@@ -159,7 +162,7 @@ class Parts:
     model: nn.Module
     load_report: LoadReport | None
     optimizer: torch.optim.Optimizer
-    loaders: dict[str, Loader]
+    loaders: dict[str, AnyLoader]
     ema: ModelEmaV3 | None
 
 
@@ -239,15 +242,14 @@ def make_loader(
     preprocessing: Preprocessing,
     accelerator: Accelerator,
     training: bool,
-) -> Loader:
+) -> AnyLoader:
     """The loader of one split for this rank."""
     device = accelerator.device
     augment = config.augment if training else "none"
     num_workers = choose_num_workers(config.num_workers, accelerator.num_processes, device)
-    kind = choose_loader(split, preprocessing, config.loader, device)
+    kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(split, preprocessing, config.loader, device)
     if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
         preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))
-    images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
     transform = BatchTransform(
         preprocessing,
         device=device,
@@ -257,19 +259,21 @@ def make_loader(
         seed=config.seed,
         channels_last=config.channels_last,
     )
-    return Loader(
-        split,
-        make_source(images, kind, num_workers, device),
-        transform,
-        device=device,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        seed=config.seed,
-        mixup=config.mixup if training else 0.0,
-        cutmix=config.cutmix if training else 0.0,
-        num_classes=len(dataset.class_names),
-        eval_batch_size=config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
-    )
+    common: dict[str, Any] = {
+        "device": device,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "seed": config.seed,
+        "mixup": config.mixup if training else 0.0,
+        "cutmix": config.cutmix if training else 0.0,
+        "num_classes": len(dataset.class_names),
+        "eval_batch_size": config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
+    }
+    images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
+    if isinstance(split, StreamedSplit):
+        buffer = config.shuffle_buffer
+        return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
+    return Loader(split, make_source(images, kind, num_workers, device), transform, **common)
 
 
 def system_facts(accelerator: Accelerator) -> dict[str, Any]:

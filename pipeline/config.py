@@ -52,9 +52,15 @@ class Config:
         at_least=0,
         below=1,
     )
-    loader: Literal["auto", "device", "workers"] = setting(
+    loader: Literal["auto", "device", "workers", "stream"] = setting(
         "auto",
-        "device keeps the decoded set in device memory, workers decode as they go; auto takes device when it fits",
+        "device keeps the decoded set in device memory, workers decode as they go, stream reads shards (Parquet, Arrow, tar, "
+        "folders) without holding or downloading the set; auto takes device when it fits, else workers",
+    )
+    shuffle_buffer: int = setting(
+        4096,
+        "stream: images, over all processes, among which the order is shuffled; they are in memory, encoded",
+        at_least=1,
     )
     num_workers: int | None = setting(
         None, "worker processes per training process that decode images; null decides from the machine", at_least=0
@@ -254,6 +260,9 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     yield any(epoch >= config.epochs for epoch in schedule), (
         f"batch_size_schedule {schedule} begins a size at or after the run's end, epochs {config.epochs}."
     )
+    yield config.loader == "stream" and config.on_bad_image == "skip", (
+        "on_bad_image skip looks at every image before training, which a stream does not; mend the set, or take loader workers."
+    )
     yield any(step <= 0 for step in steps) or steps != sorted(steps), (
         f"step_epochs {config.step_epochs} must be above 0, and rising when it is a list."
     )
@@ -270,6 +279,7 @@ def ignored_settings(config: Config) -> list[str]:
         "plateau_patience": ("scheduler plateau", config.scheduler == "plateau"),
         "min_lr_scale": ("scheduler plateau, cosine or linear", config.scheduler in ("plateau", "cosine", "linear")),
         "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
+        "shuffle_buffer": ("loader stream", config.loader == "stream"),
         "num_workers": ("loader workers", config.loader != "device"),
     }
     return [

@@ -13,6 +13,8 @@ from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Datase
 from pipeline.folders import read_class_folders
 from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
 from pipeline.images import GREY_MODES, BadImage, decode_image, image_header
+from pipeline.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
+from pipeline.shards import LostShard
 from pipeline.splits import Split, stratified_rows
 
 __all__ = [
@@ -86,13 +88,15 @@ def load_image_dataset(
     seed: int = 0,
     max_train_samples: int | None = None,
     skip_bad_headers: bool = False,
+    streamed: bool = False,
 ) -> ImageDataset:
     """The image set of that name, with its training split cut to max_train_samples and its validation split carved.
 
     The set's own validation split is used where there is one beside a test split; else `val_fraction` of the training
     split, stratified, chosen by the seed; with 0, the test split. A set without a test split holds out a stratified
     fifth, the same for every seed. skip_bad_headers: whether images without a readable header are passed over when size
-    and channels are found. Raises ValueError for what the set or a setting cannot give.
+    and channels are found. streamed: the splits are StreamedSplits, of the same rows, whose images are neither
+    downloaded nor held. Raises ValueError for what the set or a setting cannot give.
     """
     check_dataset_name(name)
     if not 0 <= val_fraction < 1:
@@ -100,7 +104,7 @@ def load_image_dataset(
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"max_train_samples must be 1 or more, got {max_train_samples}.")
     row = _find_row(name)
-    source, splits, class_names, notes = _read(name, row, label_column, hub_config)
+    source, splits, class_names, notes = _read(name, row, label_column, hub_config, streamed)
     notes = list(notes)
     for split_name, split in splits.items():
         if not len(split):
@@ -138,7 +142,7 @@ def _find_row(name: str) -> DatasetRow | None:
 
 
 def _read(
-    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None
+    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool
 ) -> tuple[str, dict[str, Split], list[str], list[str]]:
     """The source in words, the splits that are there, the class names and notes."""
     if row and label_column is not None and label_column not in row.label_columns:
@@ -148,11 +152,16 @@ def _read(
     hub_id = row.hub_id if row else None if folder.is_dir() else name
     if hub_id is not None:
         column = label_column or (row.label_column if row else None)
-        return f"Hub set {hub_id}", *read_hub_set(hub_id, hub_config or (row.config if row else None), row, column)
+        read = stream_hub_set if streamed else read_hub_set
+        return f"Hub set {hub_id}", *read(hub_id, hub_config or (row.config if row else None), row, column)
     if hub_config is not None:
         raise ValueError(f"--hub_config {hub_config} has no meaning for {name!r}, which is no Hub set. Leave it out.")
     if row:
-        return "scikit-learn's digits, in this package", *_read_digits(row)
+        return "scikit-learn's digits, in this package", *(_stream_digits if streamed else _read_digits)(row)
+    if streamed:
+        return f"folder {folder}", *stream_folder(folder, label_column)
+    if is_tar_folder(folder):
+        raise ValueError(f"{folder} holds tar files (webdataset); they are read by --loader stream only.")
     if is_table_folder(folder):
         return f"folder {folder}", *read_table_folder(folder, label_column)
     if label_column is not None:
@@ -172,6 +181,10 @@ def _read_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str
         labels = np.array(table.column(row.label_column).to_pylist(), np.int64)
         splits[name] = Split(name, table, row.image_column, labels)
     return splits, list(row.class_names), []
+
+
+def _stream_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str]]:
+    return stream_parquet_files({name: str(DIGITS / f"{file}.parquet") for name, file in row.splits.items()}, row)
 
 
 def _with_test(splits: dict[str, Split], notes: list[str]) -> tuple[Split, Split | None, Split]:
@@ -216,14 +229,16 @@ def _without(split: Split, rows: np.ndarray) -> Split:
 
 
 def _peek(split: Split, skip_bad: bool) -> tuple[int | None, int]:
-    """image_size and channels from the headers of up to 32 images spread over the split."""
+    """image_size and channels from the headers of up to 32 images."""
     headers, bad = [], []
-    for row in np.unique(np.linspace(0, len(split) - 1, 32).astype(np.int64)):
+    for row in split.some_rows(32):
         try:
             headers.append(image_header(split.encoded(row)))
         except BadImage as error:
             advice = "Mend or remove it, or leave out such images with --on_bad_image skip."
             bad.append(BadImage(f"{split.where(row)}: {error} {advice}"))
+        except LostShard as error:
+            raise ValueError(str(error)) from error
     if bad and not (skip_bad and headers):
         raise bad[0]
     sizes = {(width, height) for width, height, _ in headers}

@@ -5,12 +5,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.loaders import Loader
 from pipeline.metrics import add_batch, add_confusion, figures, zero_sums
+from pipeline.stream import AnyLoader
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> tuple[dict[str, float | int], Tensor]:
+def evaluate(model: nn.Module, loader: AnyLoader, accelerator: Accelerator) -> tuple[dict[str, float | int], Tensor]:
     """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
 
     Every rank calls it, with the unwrapped model.

@@ -27,7 +27,7 @@ def read_hub_set(
 
     try:
         loaded = datasets.load_dataset(hub_id, config)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except load_errors() as error:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = str(error).rstrip(".")
         raise ValueError(
@@ -36,6 +36,13 @@ def read_hub_set(
             "HF_ENDPOINT names another Hub; without a network only a set that is in the cache (HF_HOME) can be used."
         ) from error
     return _to_splits(loaded, f"The Hub set {hub_id}", row, label_column)
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """What `datasets` raises when a set cannot be had or read."""
+    import datasets
+
+    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def is_table_folder(folder: Path) -> bool:
@@ -55,7 +62,7 @@ def read_table_folder(folder: Path, label_column: str | None) -> tuple[dict[str,
     saved = any((folder / mark).exists() for mark in SAVED_MARKS)
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except load_errors() as error:
         raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
@@ -114,25 +121,25 @@ def _to_splits(
     image_column = find_image_column(features, source)
     label_column = find_label_column(features, source, label_column)
     known = row.label_columns.get(label_column) if row else None
-    classes, class_names = _classes(loaded[found["train"]], label_column, known, source)
+    classes, class_names = label_classes(loaded[found["train"]], label_column, known)
     splits, notes = {}, []
     for ours, theirs in found.items():
         dataset = loaded[theirs]
         if dataset.features.get(label_column) != features[label_column]:
             raise ValueError(f"{source}: column {label_column} differs between {found['train']} and {theirs}.")
-        if _is_unlabelled(dataset, label_column):
+        if is_unlabelled(dataset, label_column):
             if ours == "train":
                 raise ValueError(f"{source}: column {label_column} of {theirs} holds no label, only -1 or null.")
             notes.append(f"The split {theirs} has no labels and is not used.")
             continue
         if not isinstance(dataset.features[image_column], datasets.Image):
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        labels = _labels(dataset, label_column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
+        labels = label_ids(dataset, label_column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
         splits[ours] = Split(ours, dataset.data, image_column, labels, origin=theirs)
     return splits, class_names, notes
 
 
-def _classes(train: Any, column: str, known: tuple[str, ...] | None, source: str) -> tuple[list[Any], list[str]]:
+def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tuple[list[Any], list[str]]:
     """The column's values in the order of their label ids, and the class names.
 
     ClassLabel columns carry their names; integer columns of a known set have the table's; else the sorted distinct
@@ -152,13 +159,13 @@ def _classes(train: Any, column: str, known: tuple[str, ...] | None, source: str
     return values, [str(value) for value in values]
 
 
-def _is_unlabelled(dataset: Any, column: str) -> bool:
+def is_unlabelled(dataset: Any, column: str) -> bool:
     import pyarrow.compute as pc
 
     return set(pc.unique(dataset.data.column(column)).to_pylist()) <= {-1, None} and len(dataset) > 0
 
 
-def _labels(dataset: Any, column: str, classes: list[Any], where: str) -> np.ndarray:
+def label_ids(dataset: Any, column: str, classes: list[Any], where: str) -> np.ndarray:
     """Label ids, int64 [N]. Raises ValueError naming the first row whose label is missing or no class."""
     import pyarrow as pa
     import pyarrow.compute as pc

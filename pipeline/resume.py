@@ -21,6 +21,8 @@ FREE_SETTINGS = {
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that a run keeps from its beginning to its end, as JSON holds them."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+    # the stream has an order of its own; all other loaders share one
+    settings["loader"] = config.loader if config.loader == "stream" else DEFAULTS.loader
     fixed: dict[str, Any] = json.loads(json.dumps(settings))
     return fixed
 

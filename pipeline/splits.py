@@ -126,6 +126,10 @@ class Split:
         except OSError as error:
             raise BadImage(f"Cannot read {path}: {error.strerror}.") from error
 
+    def some_rows(self, count: int) -> np.ndarray:
+        """Rows to look at, spread over the split; int64 [count] or fewer."""
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+
     def where(self, row: int) -> str:
         """The image's file path, or words such as "row 17 of train", for messages."""
         _, path = self._image(row)

@@ -32,7 +32,6 @@ from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluate import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
-from pipeline.loaders import Loader
 from pipeline.memory import is_out_of_memory, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
@@ -42,7 +41,9 @@ from pipeline.resume import ended_summary
 from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
+from pipeline.shards import LostShard
 from pipeline.state import TrainState, average_buffers
+from pipeline.stream import AnyLoader
 
 DROPOUT = 4  # purpose in the addresses of randomness
 
@@ -91,7 +92,7 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
         raise
-    except (TrainingFailed, BadImage) as error:
+    except (TrainingFailed, BadImage, LostShard) as error:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
     except RuntimeError as error:
@@ -122,7 +123,7 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
     return "completed"
 
 
-def train_epoch(state: TrainState, loader: Loader, run: Run) -> dict[str, Any]:
+def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any]:
     """Trains from where the state stands to the end of its epoch; returns the epoch's figures over all ranks."""
     config = run.config
     batch_size = batch_size_at(state.epoch, config)

@@ -19,6 +19,7 @@ SETTINGS = {
     "image_size": ("64", 64),
     "val_fraction": ("0.2", 0.2),
     "loader": ("workers", "workers"),
+    "shuffle_buffer": ("1000", 1000),
     "num_workers": ("2", 2),
     "on_bad_image": ("skip", "skip"),
     "max_train_samples": ("5000", 5000),

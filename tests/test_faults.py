@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SMALL_RUN, flags, lines_of, same_weights, timeless
+from conftest import ROOT, flags, lines_of, same_weights, timeless
 
 from pipeline import saving
 from pipeline.failures import TrainingFailed

@@ -1,4 +1,4 @@
-"""Going on: from any step to the same last digit, from the newest checkpoint that is whole and this run's own, never in two places."""
+"""Going on: from any step to the same last digit, from the newest whole checkpoint of this run, never in two places."""
 
 import json
 import multiprocessing

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 import yaml
-from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun, weights_of
+from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun
 
 from pipeline.assembly import make_loader
 from pipeline.config import Config

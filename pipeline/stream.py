@@ -1,0 +1,186 @@
+"""The stream loader: batches of a split that is read from its shards as it goes, each process and worker its own part."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pipeline.images import BadImage
+from pipeline.lanes import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
+from pipeline.loaders import Batch, FittedImages, Loader, as_it_is
+from pipeline.metrics import IGNORED
+from pipeline.mixing import mix
+from pipeline.shards import LostShard, StreamedSplit
+from pipeline.transforms import BatchTransform
+
+AHEAD_BATCHES = 8  # a chunk is fetched so long before its first sample is needed
+
+
+class StreamedImages(torch.utils.data.Dataset):
+    """What a worker process runs: a Task to its images, uint8 [B, C, S, S]; the chunks it reads stay with it."""
+
+    def __init__(self, images: FittedImages, split: StreamedSplit):
+        self.images, self.split = images, split
+
+    def __getitem__(self, task: Task) -> torch.Tensor:
+        if task.begins:
+            self.split.release_all()
+        self.split.expect(task.fetch)
+        images = self.images.__getitems__((task.epoch, task.rows)) if len(task.rows) else torch.zeros(0, dtype=torch.uint8)
+        self.split.release(task.drop)
+        return images
+
+
+class TaskQueue:
+    """What the data loader takes its work from: the tasks of the epoch under way, as they are planned."""
+
+    def __init__(self) -> None:
+        self.tasks: Iterator[Task] = iter(())
+
+    def __iter__(self) -> Iterator[Task]:
+        return self.tasks
+
+
+class StreamLoader:
+    """Batches of one split for one rank, with the interface of loaders.Loader, from a split that is not held.
+
+    shuffle_buffer: samples among which an epoch's order is shuffled, over all processes.
+    """
+
+    kind = "stream"
+    resident_bytes = 0
+
+    def __init__(
+        self,
+        split: StreamedSplit,
+        images: FittedImages,
+        transform: BatchTransform,
+        *,
+        num_workers: int,
+        shuffle_buffer: int,
+        device: torch.device,
+        rank: int = 0,
+        num_processes: int = 1,
+        seed: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        num_classes: int,
+        eval_batch_size: int,
+    ):
+        split.release_all()
+        self.transform, self.device, self.shuffle_buffer = transform, device, shuffle_buffer
+        self.rank, self.num_processes, self.seed = rank, num_processes, seed
+        self.mixup, self.cutmix, self.num_classes = mixup, cutmix, num_classes
+        self.eval_batch_size = eval_batch_size
+        self.labels = split.labels
+        self.preprocessing = images.preprocessing
+        self.chunks, self.starts = split.chunk_starts()
+        self.lanes = num_lanes(len(self.chunks), len(split), shuffle_buffer, num_processes)
+        self.own = lanes_of(rank, num_processes, self.lanes)
+        workers = min(num_workers, len(self.own))
+        parts = [lanes_of(worker, max(workers, 1), len(self.own)) for worker in range(max(workers, 1))]
+        self.lanes_of_workers = [self.own[part.start : part.stop] for part in parts]
+        self.tasks = TaskQueue()
+        # Results come in the order of the tasks, and tasks go to the workers in turn: each worker gets those of its lanes.
+        self.loader = torch.utils.data.DataLoader(
+            StreamedImages(images, split),
+            sampler=self.tasks,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=as_it_is,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Samples in the split."""
+        return len(self.labels)
+
+    def load(self) -> None:
+        """Nothing: images are read as they are asked for."""
+
+    def train_epoch(self, epoch: int, batch_size: int, num_batches: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The epoch's shuffled, augmented batches from first_batch on; a share without samples holds one IGNORED one."""
+        batches = range(first_batch, num_batches)
+        for batch, (plan, images) in zip(batches, self._batches(epoch, (self.seed, epoch), batch_size, batches)):
+            rows, labels = plan.rows, self._labels(plan.rows)
+            if not len(rows):
+                rows, labels = np.zeros(1, np.int64), torch.full([1], IGNORED, device=self.device)
+                side, channels = self.preprocessing.fitted_size, self.preprocessing.channels
+                images = torch.zeros(1, channels, side, side, dtype=torch.uint8, device=self.device)
+            images = self.transform.train(images, rows, epoch)
+            if self.mixup or self.cutmix:
+                images, labels = self._mixed(images, labels, plan.counts, (self.seed, epoch, batch))
+            yield images, labels
+
+    def eval_epoch(self) -> Iterator[Batch]:
+        """Every sample of the split once over all ranks, without augmentation."""
+        batch_size = self.eval_batch_size * self.num_processes
+        for plan, images in self._batches(0, None, batch_size, range(-(-len(self) // batch_size))):
+            if len(plan.rows):
+                yield self.transform.eval(images), self._labels(plan.rows)
+
+    def _labels(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.labels[rows]).to(self.device, non_blocking=True)
+
+    def _batches(
+        self, epoch: int, place: tuple[int, int] | None, batch_size: int, batches: range
+    ) -> Iterator[tuple[BatchPlan, torch.Tensor]]:
+        """This rank's share of each batch: its plan, and its images on the device. Raises BadImage and LostShard."""
+        order = epoch_order(self.starts, self.lanes, self.shuffle_buffer, place)
+        order = replace(order, chunks=self.chunks[order.chunks])
+        plans: deque[BatchPlan] = deque()
+
+        def tasks() -> Iterator[Task]:
+            for plan in plan_batches(order, epoch, batch_size, batches, self.lanes_of_workers, AHEAD_BATCHES):
+                plans.append(plan)
+                yield from plan.tasks
+
+        self.tasks.tasks = tasks()
+        results = iter(self.loader)
+        for _ in batches:
+            try:
+                parts = [next(results) for _ in self.lanes_of_workers]
+            except (BadImage, LostShard) as error:
+                # torch puts a worker's traceback before what it said
+                kind = type(error)
+                raise kind(
+                    str(error).strip().splitlines()[-1].partition(f"{kind.__name__}: ")[2] or str(error)
+                ) from None
+            parts = [part for part in parts if len(part)] or parts[:1]
+            images = parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield plans.popleft(), images.to(self.device, non_blocking=True)
+
+    def _mixed(
+        self, images: torch.Tensor, labels: torch.Tensor, counts: np.ndarray, place: tuple[int, int, int]
+    ) -> Batch:
+        """Neighbours of a lane mixed in pairs; the odd one that a lane may have stays as it is, and comes last."""
+        own = counts[self.own.start : self.own.stop]
+        numbers = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
+        is_paired = numbers < np.repeat(own - own % 2, own)
+        if not own.any():
+            is_paired = np.zeros(1, bool)
+        even = counts - counts % 2
+        parts = []
+        for chosen, mixup, cutmix in ((is_paired, self.mixup, self.cutmix), (~is_paired, 0.0, 0.0)):
+            where = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
+            if len(where):
+                parts.append(
+                    mix(
+                        images[where],
+                        labels[where],
+                        num_classes=self.num_classes,
+                        mixup=mixup,
+                        cutmix=cutmix,
+                        place=place,
+                        first_position=int(even[: self.own.start].sum()),
+                        global_batch=int(even.sum()),
+                    )
+                )
+        mixed, soft_labels = zip(*parts)
+        return torch.cat(mixed), torch.cat(soft_labels)
+
+
+AnyLoader = Loader | StreamLoader
