@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from pipeline.batchnorm import convert_batchnorm
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
@@ -198,11 +199,9 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
             )
         timm_model.set_grad_checkpointing()
     if config.sync_batchnorm and accelerator.num_processes > 1:
-        if accelerator.device.type == "cpu":
-            raise ValueError("sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU form. Leave it out.")
         from timm.layers import convert_sync_batchnorm
 
-        model = convert_sync_batchnorm(model)
+        model = convert_batchnorm(model) if accelerator.device.type == "cpu" else convert_sync_batchnorm(model)
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -46,6 +46,12 @@ def share_of(num_samples: int, rank: int, num_processes: int) -> tuple[int, int]
     return start, num_samples if rank == num_processes - 1 else stop
 
 
+def largest_share(num_samples: int, num_processes: int) -> int:
+    """The samples of a global batch that fall to the rank that has most of them."""
+    shares = [share_of(num_samples, rank, num_processes) for rank in range(num_processes)]
+    return max(stop - start for start, stop in shares)
+
+
 class FittedImages(torch.utils.data.Dataset):
     """Encoded images to images of one size: what worker processes run, and the device loader once for each image.
 

@@ -5,6 +5,7 @@ that batch is cut up.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluate import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
-from pipeline.loaders import Loader
+from pipeline.loaders import Loader, largest_share, share_of
 from pipeline.memory import is_out_of_memory, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
@@ -194,13 +195,11 @@ def accumulate_gradient(
     """
     torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
     weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
-    size = config.images_at_once or len(share.images)
     total = torch.zeros((), device=share.images.device)
-    for start in range(0, len(share.images), size):
-        is_last = start + size >= len(share.images)
-        with contextlib.nullcontext() if sync and is_last else accelerator.no_sync(state.model):
-            labels = share.labels[start : start + size]
-            logits = state.model(share.images[start : start + size])
+    parts = micro_batches(share, config, accelerator)
+    for number, (images, labels) in enumerate(parts, 1):
+        with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
+            logits = state.model(images)
             loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
             # checkpointed layers run again in the backward pass, and would count the batch's statistics twice
             with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
@@ -209,6 +208,22 @@ def accumulate_gradient(
             add_batch(sums, logits, hard_labels(labels), loss_sum)
         total += loss_sum.detach()
     return total
+
+
+def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
+    """The share's images and labels in parts of at most micro_batch_size.
+
+    With sync_batchnorm the ranks meet in every layer: each has as many parts as the largest share, some of them empty.
+    """
+    size = config.images_at_once or len(share.images)
+    parts = list(zip(share.images.split(size), share.labels.split(size)))
+    if config.sync_batchnorm and accelerator.num_processes > 1:
+        largest = largest_share(share.count, accelerator.num_processes)
+        start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
+        parts = parts if stop > start else []
+        number = math.ceil(largest / (config.images_at_once or largest))
+        parts += [(share.images[:0], share.labels[:0])] * (number - len(parts))
+    return parts
 
 
 def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:
