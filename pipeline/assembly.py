@@ -4,12 +4,14 @@ import dataclasses
 import math
 import os
 import time
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -28,6 +30,7 @@ from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
 from pipeline.weights import LoadReport
 
+PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
 
 
@@ -49,8 +52,10 @@ def make_accelerator(config: Config) -> Accelerator:
     # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
     # A backbone that is frozen at first has no gradients to wait for.
     unused = config.freeze_epochs > 0
+    warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)  # Accelerate knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp, patience])
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
     return accelerator
@@ -59,10 +64,13 @@ def make_accelerator(config: Config) -> Accelerator:
 def name_run(config: Config, accelerator: Accelerator) -> Config:
     """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
 
-    A checkpoint to resume from brings the name and folder of its run.
+    A checkpoint to resume from brings the name and folder of its run. Raises ValueError for a launcher that restarts
+    processes which would then begin anew under another name.
     """
     if config.run_name is not None:
         return config
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and config.resume == "auto":
+        raise ValueError("max_restarts needs a --run_name: what is restarted goes on in that run's folder.")
     if config.resume not in ("auto", "never"):
         run_dir = Path(config.resume).resolve().parent.parent
         return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))

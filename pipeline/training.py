@@ -37,6 +37,7 @@ from pipeline.loaders import Loader, largest_share, share_of
 from pipeline.memory import is_out_of_memory, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
+from pipeline.peers import failing_together
 from pipeline.plan import lr_of_step, plan_text
 from pipeline.randomness import address
 from pipeline.resume import ended_summary
@@ -56,7 +57,12 @@ def train(config: Config) -> dict[str, Any]:
     """
     check_settings(config)
     accelerator = make_accelerator(config)
-    config = name_run(config, accelerator)
+    with failing_together():
+        return train_on(accelerator, name_run(config, accelerator))
+
+
+def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
+    """train, for each of the processes."""
     if accelerator.is_main_process:
         for sentence in warnings_of(config):
             console.warn(sentence)
@@ -88,7 +94,8 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)
     try:
-        return finish(state, parts, run, train_epochs(state, parts, run))
+        with failing_together():
+            return finish(state, parts, run, train_epochs(state, parts, run))
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
         raise

@@ -15,12 +15,13 @@ from conftest import SMALL_RUN, in_processes, lines_of, run_process, timeless, w
 
 # 80 training images in batches of 39, 39 and 2: of the last, with four processes three have nothing. 20 validate, 359 test.
 UNEVEN = {"batch_size": 39, "drop_last": False, "log_every": 1, "augment": "light", "lr": 0.02}
+BATCHNORM = {"sync_batchnorm": True, "batch_size": 37, "image_size": 16, "lr": 0.002}  # with four processes, one has nothing of the last 6
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "mlp, mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005},
     "mlp, growing batch": {"batch_size": 13, "batch_size_schedule": {1: 39}, "batch_lr_scaling": "linear", "epochs": 3},
-    "batchnorm": {"model_name": "test_resnet", "sync_batchnorm": True, "ema_decay": 0.3, "batch_size": 37, "image_size": 16},
-    "batchnorm with sam": {"model_name": "test_efficientnet", "sync_batchnorm": True, "optimizer": "sam", "epochs": 1, "batch_size": 37, "image_size": 16},
+    "batchnorm": {**BATCHNORM, "model_name": "test_resnet", "ema_decay": 0.3},
+    "batchnorm of timm with sam": {**BATCHNORM, "model_name": "test_efficientnet", "sam_rho": 0.05, "drop_last": True, "epochs": 1},
 }  # fmt: skip
 IN_MEMORY, ONE_BY_ONE = {"loader": "device"}, {"loader": "workers", "num_workers": 0}
 # name: number of processes, model, and the settings that may make no difference
@@ -31,12 +32,12 @@ CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2, device, mixed": (2, "mlp, mixed", IN_MEMORY),
     "2, growing batch": (2, "mlp, growing batch", {"micro_batch_size": 9}),
     "2, batchnorm": (2, "batchnorm", ONE_BY_ONE),
-    "2, batchnorm with sam": (2, "batchnorm with sam", IN_MEMORY),
+    "2, batchnorm of timm with sam": (2, "batchnorm of timm with sam", IN_MEMORY),
     "4, device, micro-batches": (4, "mlp", {"micro_batch_size": 3, **IN_MEMORY}),
     "4, workers, mixed": (4, "mlp, mixed", {"loader": "workers", "num_workers": 2}),
     "4, growing batch": (4, "mlp, growing batch", IN_MEMORY),
     "4, batchnorm": (4, "batchnorm", IN_MEMORY),
-    "4, batchnorm with sam": (4, "batchnorm with sam", {"loader": "workers", "num_workers": 1}),
+    "4, batchnorm of timm with sam": (4, "batchnorm of timm with sam", {"loader": "workers", "num_workers": 1}),
 }
 
 
@@ -123,7 +124,7 @@ def test_processes_workers_and_micro_batches_change_no_figure(folder, plain, nam
     summary = json.loads((folder / name / "summary.json").read_text())
     assert summary["num_processes"] == number and summary["status"] == "completed"
     ours, theirs = timeless(lines_of(folder / name)), timeless(lines_of(plain[model]))
-    assert len(ours) == len(theirs) > 5
+    assert len(ours) == len(theirs) >= 5
     for our, their in zip(ours, theirs):
         assert our.keys() == their.keys()
         for key, value in our.items():
