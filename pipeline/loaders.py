@@ -283,6 +283,17 @@ class Loader:
             yield self.transform.eval(images), self.labels[torch.from_numpy(rows_of_batches[batch]).to(self.device)]
 
 
+    def most_eval_batches(self) -> int:
+        """Batches in eval_epoch of the rank that has most of them."""
+        return -(-largest_share(len(self), self.num_processes) // self.eval_batch_size)
+
+    def blank_image(self) -> Tensor:
+        """A batch of one image of zeros, as the model takes them."""
+        preprocessing = self.transform.preprocessing
+        shape = (1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+        return torch.zeros(shape, device=self.device)
+
+
 def device_memory(device: torch.device) -> int:
     """Bytes of memory that the device has: a GPU's own, or the machine's."""
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline import console
+from pipeline import console, sharding
 from pipeline.assembly import (
     Parts,
     assemble,
@@ -24,6 +24,7 @@ from pipeline.assembly import (
     load_images,
     make_accelerator,
     name_run,
+    prepared,
     system_facts,
     warnings_of,
 )
@@ -44,6 +45,7 @@ from pipeline.resume import ended_summary
 from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
+from pipeline.sharding import whole
 from pipeline.state import TrainState, average_buffers
 
 DROPOUT = 4  # purpose in the addresses of randomness
@@ -89,7 +91,7 @@ def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
 def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
     accelerator = run.accelerator
-    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    model, optimizer = prepared(parts, accelerator)
     bad_step = torch.tensor(-1, device=accelerator.device)
     state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)
@@ -180,7 +182,7 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
     if sharp:
         sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
-        norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+        norm = whole(accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
     state.optimizer.step()
     state.optimizer.zero_grad()
     if before is not None and state.optimizer.step_was_skipped:
@@ -220,16 +222,19 @@ def accumulate_gradient(
 def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
     """The share's images and labels in parts of at most micro_batch_size.
 
-    With sync_batchnorm the ranks meet in every layer: each has as many parts as the largest share, some of them empty.
+    With sync_batchnorm or a sharded model the ranks meet in every layer, and each has as many parts as the largest share:
+    the others are empty, or where statistics do not count them, one sample whose label is IGNORED.
     """
     size = config.images_at_once or len(share.images)
     parts = list(zip(share.images.split(size), share.labels.split(size)))
-    if config.sync_batchnorm and accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and (config.sync_batchnorm or sharding.is_asked_for()):
         largest = largest_share(share.count, accelerator.num_processes)
         start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
+        filling = 0 if config.sync_batchnorm else 1
+        unlabelled = torch.full_like(share.labels[:filling], IGNORED if share.labels.ndim == 1 else 0)
         parts = parts if stop > start else []
         number = math.ceil(largest / (config.images_at_once or largest))
-        parts += [(share.images[:0], share.labels[:0])] * (number - len(parts))
+        parts += [(share.images[:filling], unlabelled)] * (number - len(parts))
     return parts
 
 

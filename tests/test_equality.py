@@ -105,7 +105,7 @@ def work(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all cells' runs."""
     folder = tmp_path_factory.mktemp("cells")
-    done = run_process(__file__, str(folder), PYTHONPATH=str(Path(__file__).parents[1]))
+    done = run_process(__file__, str(folder), PYTHONPATH=str(Path(__file__).parents[1]), timeout=400)
     assert done.returncode == 0, done.stderr
     return folder
 

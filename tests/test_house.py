@@ -13,7 +13,7 @@ from pipeline.parsing import read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
-    {"batchnorm", "config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
+    {"batchnorm", "config", "console", "failures", "files", "metrics", "muon", "randomness", "sharding", "signals"},
     {"linefile", "lock", "peers", "schedule", "parsing", "images", "randaugment", "ema", "stems", "cache"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
     {"folders", "hub", "models", "mixing", "decoded", "screening", "resume", "saving"},

@@ -107,15 +107,15 @@ def fork_all(folder: str) -> None:
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which fork_all worked."""
     folder = tmp_path_factory.mktemp("forked")
-    done = run_process(__file__, str(folder), PYTHONPATH=str(ROOT))
+    done = run_process(__file__, str(folder), PYTHONPATH=str(ROOT), timeout=400)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def end_of(forked: Path, name: str) -> tuple[list[int], list[str], dict[str, Any]]:
-    """Exit statuses and last line of each rank, and the summary, of a group that ended within half a minute."""
+    """Exit statuses and last line of each rank, and the summary, of a group that ended within two minutes, importing included."""
     statuses, seconds = json.loads((forked / "ended.json").read_text())[name]
-    assert seconds < 30
+    assert seconds < 120
     last = [(forked / f"{name}-{rank}.txt").read_text().splitlines()[-1:] for rank in (0, 1)]
     path = forked / name / "summary.json"
     return statuses, [line for lines in last for line in lines], json.loads(path.read_text()) if path.is_file() else {}
@@ -160,7 +160,7 @@ def test_two_machines_survive_a_lost_process_and_end_as_one_machine_would(forked
     wait_for_port(port, agents[0])  # it also checks that nobody else has it
     agents.append(start_process(*launcher, "--machine_rank=1", __file__, str(tmp_path), PYTHONPATH=str(ROOT)))
     for agent in agents:
-        _, err = agent.communicate(timeout=150)
+        _, err = agent.communicate(timeout=400)
         assert agent.returncode == 0, err
     said = (tmp_path / "restarted-0.txt").read_text()
     assert "Going on from" in said and "step 6." in said
