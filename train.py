@@ -4,6 +4,7 @@
 import sys
 from collections.abc import Sequence
 
+from pipeline import console
 from pipeline.parsing import parse_config
 
 
@@ -16,10 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.error(error)
         return 2
     except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        console.error(error)
         return 1
     except Interrupted as interruption:
         return 128 + interruption.signal_number

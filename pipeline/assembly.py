@@ -1,25 +1,37 @@
 """From settings to the things of a run: checks, accelerator, dataset, preprocessing, loaders, model."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from pipeline import sharding
+from pipeline.batchnorm import convert_batchnorm
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source, usable_cores
-from pipeline.memory import with_micro_batch_size
+from pipeline.memory import meet_in_layers, with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
-from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
+from pipeline.optimizers import (
+    check_optimizer_name,
+    classifier_names,
+    create_optimizer,
+    ignored_optimizer_settings,
+    sam_rho,
+)
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images
@@ -29,6 +41,7 @@ from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
 from pipeline.weights import LoadReport
 
+PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
 
 
@@ -50,20 +63,87 @@ def make_accelerator(config: Config) -> Accelerator:
     # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
     # A backbone that is frozen at first has no gradients to wait for.
     unused = config.freeze_epochs > 0
+    warnings.filterwarnings(
+        "ignore", ".*broadcast_buffers. is deprecated", FutureWarning
+    )  # Accelerate knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    with without_accelerates_fsdp():
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp, patience])
+    check_sharding(config, accelerator)
+    check_meetings(config, accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
     return accelerator
 
 
+@contextlib.contextmanager
+def without_accelerates_fsdp() -> Iterator[None]:
+    """Inside, Accelerate does not see that FSDP is asked for: pipeline.sharding does it, on CPUs too."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    yield
+    if asked is not None:
+        os.environ["ACCELERATE_USE_FSDP"] = asked
+
+
+def check_meetings(config: Config, accelerator: Accelerator) -> None:
+    """Raises ValueError for what cannot be while the processes meet in every layer, which each must enter equally often."""
+    if not meet_in_layers(config, accelerator):
+        return
+    what = "sync_batchnorm" if config.sync_batchnorm else "FSDP2"
+    if config.loader == "stream":
+        raise ValueError(
+            f"loader stream gives processes unequal shares, which {what} does not take. Use loader workers."
+        )
+    if config.micro_batch_size == "auto":
+        raise ValueError(
+            f"micro_batch_size auto tries for each process alone, which {what} does not take. Give a number."
+        )
+
+
+def check_sharding(config: Config, accelerator: Accelerator) -> None:
+    """Raises ValueError for what a sharded model cannot do, or has not been shown to do right."""
+    if not sharding.is_asked_for():
+        return
+    wrong = {
+        "fsdp_version 1: this trainer shards by FSDP2. Set fsdp_version: 2": sharding.launcher_says("VERSION", "1")
+        != "2",
+        "fsdp_offload_params. Leave it out": sharding.launcher_says("OFFLOAD_PARAMS", "false") == "true",
+        "fsdp_activation_checkpointing. Use --gradient_checkpointing true": (
+            sharding.launcher_says("ACTIVATION_CHECKPOINTING", "false") == "true"
+        ),
+        "fsdp_transformer_layer_cls_to_wrap: a model's blocks are found by themselves. Leave it out": (
+            sharding.launcher_says("TRANSFORMER_CLS_TO_WRAP", "") != ""
+        ),
+        "SAM: it puts other weights in place of the model's, and FSDP2 gathers from a buffer of its own. Leave sam_rho out": (
+            sam_rho(config) > 0
+        ),
+        "optimizer muon: it orthogonalises whole matrices. Use adamw": config.optimizer == "muon",
+        "freeze_epochs: FSDP2 gathers weights that are frozen and weights that are not together. Use --layer_decay": (
+            config.freeze_epochs > 0
+        ),
+        "channels_last: FSDP2 shards contiguous weights. Leave it out": config.channels_last,
+        "compile: it would trace around every gathering. Leave it out": config.compile,
+        "fp16: its scaler would judge each shard alone. Use --mixed_precision bf16": accelerator.mixed_precision
+        == "fp16",
+    }
+    for what, met in wrong.items():
+        if met:
+            raise ValueError(
+                f"A sharded model (distributed_type FSDP) does not go with {what}, or launch with multi_gpu.yaml."
+            )
+
+
 def name_run(config: Config, accelerator: Accelerator) -> Config:
     """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
 
-    A checkpoint to resume from brings the name and folder of its run.
+    A checkpoint to resume from brings the name and folder of its run. Raises ValueError for a launcher that restarts
+    processes which would then begin anew under another name.
     """
     if config.run_name is not None:
         return config
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and config.resume == "auto":
+        raise ValueError("max_restarts needs a --run_name: what is restarted goes on in that run's folder.")
     if config.resume not in ("auto", "never"):
         run_dir = Path(config.resume).resolve().parent.parent
         return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))
@@ -153,7 +233,8 @@ def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, m
 class Parts:
     """What a run is put together from.
 
-    config: the settings with batch_size filled in; loaders: of the train, val and test splits, for this rank.
+    config: the settings with batch_size filled in; loaders: of the train, val and test splits, for this rank; skeleton: the
+    model without weights if it is sharded.
     """
 
     config: Config
@@ -164,6 +245,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     loaders: dict[str, AnyLoader]
     ema: ModelEmaV3 | None
+    skeleton: nn.Module | None = None
 
 
 def assemble(config: Config, accelerator: Accelerator) -> Parts:
@@ -187,8 +269,26 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     config = with_micro_batch_size(config, model, preprocessing, accelerator)
     for loader in loaders.values():
         loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
+    ema, skeleton = create_ema(model, config), None
+    if is_to_be_sharded(accelerator):
+        skeleton = sharding.skeleton_of(model)
+        for whole in [model] if ema is None else [model, ema.module]:
+            sharding.shard(whole, accelerator.device)
     optimizer = create_optimizer(model, config, accelerator.mixed_precision)
-    return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, create_ema(model, config))
+    return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, ema, skeleton)
+
+
+def is_to_be_sharded(accelerator: Accelerator) -> bool:
+    return sharding.is_asked_for() and accelerator.num_processes > 1
+
+
+def prepared(parts: Parts, accelerator: Accelerator) -> tuple[nn.Module, Any]:
+    """Model and optimizer as Accelerate wraps them. A sharded model it only wraps for mixed precision."""
+    if is_to_be_sharded(accelerator):
+        model = accelerator.prepare_model(parts.model, evaluation_mode=True)  # no DDP around it
+        return model, accelerator.prepare_optimizer(parts.optimizer)
+    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    return model, optimizer
 
 
 def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
@@ -201,12 +301,11 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
             )
         timm_model.set_grad_checkpointing()
     if config.sync_batchnorm and accelerator.num_processes > 1:
-        if accelerator.device.type == "cpu":
-            raise ValueError("sync_batchnorm needs GPUs: torch's SyncBatchNorm has no CPU form. Leave it out.")
         from timm.layers import convert_sync_batchnorm
 
-        model = convert_sync_batchnorm(model)
-    model.to(accelerator.device)
+        model = convert_batchnorm(model) if accelerator.device.type == "cpu" else convert_sync_batchnorm(model)
+    if not is_to_be_sharded(accelerator):  # what does not fit goes there shard by shard
+        model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:

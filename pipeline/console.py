@@ -1,6 +1,7 @@
 """What a person sees in the terminal: warnings, a bar and a line per epoch, the closing table."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -17,6 +18,13 @@ def say(message: str, shown: bool = True, file: TextIO | None = None) -> None:
 
 def warn(message: str) -> None:
     say(f"warning: {message}", file=sys.stderr)
+
+
+def error(message: object) -> None:
+    """Why the program ends, and of several processes which one says so."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    where = f" in process {os.environ.get('RANK')} of {number}" if number != "1" else ""
+    say(f"error{where}: {message}", file=sys.stderr)
 
 
 def progress_bar(total: int, initial: int, description: str, shown: bool, unit: str = "step") -> Any:

@@ -1,9 +1,11 @@
 """An exponential moving average of the weights, beside them."""
 
+import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.sharding import is_sharded, local
 
 
 def create_ema(model: nn.Module, config: Config) -> ModelEmaV3 | None:
@@ -18,4 +20,18 @@ def update_ema(ema: ModelEmaV3, model: nn.Module, ema_decay: float, epochs: floa
     forgets the initial weights (the warm-up of TensorFlow's ExponentialMovingAverage).
     """
     ema.decay = min(ema_decay**epochs, (1 + step) / (10 + step))
-    ema.update(model)
+    if is_sharded(model):
+        update_shards(ema, model)
+    else:
+        ema.update(model)
+
+
+@torch.no_grad()
+def update_shards(ema: ModelEmaV3, model: nn.Module) -> None:
+    """timm's update, each rank of its own shards: torch has no operation on lists of shared and plain tensors together."""
+    pairs = zip(ema.module.state_dict().values(), model.state_dict().values())
+    for average, value in ((local(average), local(value)) for average, value in pairs):
+        if average.is_floating_point():
+            average.lerp_(value, 1 - ema.decay)
+        else:
+            average.copy_(value)

@@ -18,6 +18,7 @@ from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.run import Run
 from pipeline.schedule import best_epoch, best_kind
+from pipeline.sharding import load_weights, with_weights
 from pipeline.state import TrainState
 from pipeline.weights import save_model
 
@@ -33,12 +34,13 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     model = accelerator.unwrap_model(state.model)
     entry = state.history[best_epoch(state.history, run.config) or 0]
     try:
-        model.load_state_dict(read_tensors(best, WEIGHTS[best_kind(entry, run.config)]))
+        weights = read_tensors(best, WEIGHTS[best_kind(entry, run.config)])
     except BadCheckpoint as error:
         raise TrainingFailed(
             f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Bring it back and go on; or start anew "
             f"from the weights of the last epoch with --init_from {checkpoint_path(run.config.run_dir, state.step)}."
         ) from error
+    load_weights(model, weights)
     test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
     run.read_clock(state)
     summary = make_summary(state, run, status)
@@ -49,7 +51,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     summary["test"]["confusion_matrix"] = confusion.tolist()
     if accelerator.is_main_process:
         save_model(
-            model,
+            model if parts.skeleton is None else with_weights(parts.skeleton, weights),
             run.config.run_dir / "model",
             label_names=parts.dataset.class_names,
             image_size=parts.preprocessing.image_size,

@@ -46,6 +46,12 @@ def share_of(num_samples: int, rank: int, num_processes: int) -> tuple[int, int]
     return start, num_samples if rank == num_processes - 1 else stop
 
 
+def largest_share(num_samples: int, num_processes: int) -> int:
+    """The samples of a global batch that fall to the rank that has most of them."""
+    shares = [share_of(num_samples, rank, num_processes) for rank in range(num_processes)]
+    return max(stop - start for start, stop in shares)
+
+
 class FittedImages(torch.utils.data.Dataset):
     """Encoded images to images of one size: what worker processes run, and the device loader once for each image.
 
@@ -275,6 +281,16 @@ class Loader:
         rows_of_batches = [rows[first : first + size] for first in range(0, len(rows), size)]
         for batch, images in enumerate(self.source.batches(0, rows_of_batches)):
             yield self.transform.eval(images), self.labels[torch.from_numpy(rows_of_batches[batch]).to(self.device)]
+
+    def most_eval_batches(self) -> int:
+        """Batches in eval_epoch of the rank that has most of them."""
+        return -(-largest_share(len(self), self.num_processes) // self.eval_batch_size)
+
+    def blank_image(self) -> Tensor:
+        """A batch of one image of zeros, as the model takes them."""
+        preprocessing = self.transform.preprocessing
+        shape = (1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+        return torch.zeros(shape, device=self.device)
 
 
 def device_memory(device: torch.device) -> int:

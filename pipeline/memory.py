@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.optimizers import sam_rho
 from pipeline.schedule import first_batch_size
+from pipeline.sharding import is_asked_for
 from pipeline.transforms import Preprocessing
 
 MOMENTS = 2  # tensors of an optimizer's state for each parameter, at most
@@ -20,7 +21,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def largest_share(config: Config, num_processes: int) -> int:
+def meet_in_layers(config: Config, accelerator: Accelerator) -> bool:
+    """Whether every pass of a process waits for the others', so that none can try one alone."""
+    return accelerator.num_processes > 1 and (config.sync_batchnorm or is_asked_for())
+
+
+def most_images(config: Config, num_processes: int) -> int:
     """The most images that a process gets of any global batch of the run."""
     return math.ceil(max(first_batch_size(config), *config.batch_size_schedule.values(), 1) / num_processes)
 
@@ -77,7 +83,7 @@ def with_micro_batch_size(
         return config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     copies = MOMENTS + (sam_rho(config) > 0) + (accelerator.num_processes > 1)
-    most = largest_share(config, accelerator.num_processes)
+    most = most_images(config, accelerator.num_processes)
     size = largest_micro_batch(model, preprocessing, most, copies * weights, accelerator)
     if accelerator.num_processes > 1:
         size = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
@@ -97,12 +103,13 @@ def out_of_memory_advice(
     accelerator: Accelerator,
 ) -> str:
     """What to do after training ran out of memory, with a micro_batch_size that would fit."""
-    used = largest_share(config, accelerator.num_processes)
+    used = most_images(config, accelerator.num_processes)
     used = min(config.images_at_once or used, used)
     first_line = str(error).strip().splitlines()[0]
     model.zero_grad(set_to_none=True)
-    size = largest_micro_batch(model, preprocessing, math.ceil(used / 2), 0, accelerator)
-    if size:
+    if meet_in_layers(config, accelerator):
+        what = f"Try --micro_batch_size {math.ceil(used / 2)}"
+    elif size := largest_micro_batch(model, preprocessing, math.ceil(used / 2), 0, accelerator):
         what = f"The passes of {size} images would fit: go on with --micro_batch_size {size}"
     else:
         what = "Not even one image's passes would fit: use a smaller model or image_size"

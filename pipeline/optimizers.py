@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import DEFAULTS, Config, did_you_mean
 from pipeline.muon import Muon
 from pipeline.schedule import USUAL_BATCH_SIZE, first_batch_size
+from pipeline.sharding import fitted, is_sharded
 
 # What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
 MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING, VECTOR = (
@@ -212,9 +213,10 @@ def create_optimizer(model: nn.Module, config: Config, mixed_precision: str) -> 
     on_cpu = next(model.parameters()).device.type == "cpu"
     # On a CPU the fused step takes half the time of the others, but twice the time on channels-last weights. Under fp16 a
     # fused optimizer hides from Accelerate whether its step was skipped. A fused SGD cannot take up weights, thawed ones,
-    # after its first step. None is torch's own choice of the others.
+    # after its first step, and shards not at all. None is torch's own choice of the others.
     possible = not (on_cpu and config.channels_last) and mixed_precision != "fp16" and config.freeze_epochs == 0
-    fused = True if possible else None
+    shards_of_sgd = is_sharded(model) and OPTIMIZERS[config.optimizer].build is build_sgd
+    fused = True if possible and not shards_of_sgd else None
     return OPTIMIZERS[config.optimizer].build(parameter_groups(model, config), config, fused)
 
 
@@ -244,8 +246,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise ValueError(f"The optimizer state has {full_name} of shape {list(value.shape)}; this model has not.")
         # in the parameter's memory order, which the file does not keep and fused kernels take for granted
-        fitted = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-        state.setdefault(parameter, {})[key] = fitted
+        state.setdefault(parameter, {})[key] = fitted(value, parameter) if value.shape == parameter.shape else value
     saved = optimizer.state_dict()
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]

@@ -10,6 +10,7 @@ from pipeline.assembly import Parts, system_facts
 from pipeline.config import Config
 from pipeline.optimizers import peak_lr
 from pipeline.schedule import History, batch_size_at, lr_scale, steps_per_epoch
+from pipeline.sharding import blocks_of
 
 
 def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:
@@ -40,6 +41,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
             "device",
             f"{facts['device']}, processes: {facts['num_processes']}, mixed precision {facts['mixed_precision']}",
         ),
+        *([("sharded", f"FSDP2, in {len(blocks_of(parts.skeleton))} blocks")] if parts.skeleton is not None else []),
         ("run", str(Path(config.run_dir))),
     ]
     text = console.table(rows)

@@ -105,7 +105,7 @@ class Run:
 
     def progress_bar(self, state: TrainState, num_batches: int) -> Any:
         description = f"epoch {state.epoch + 1}/{self.config.epochs}"
-        return console.progress_bar(num_batches, state.batch, description, shown=self.accelerator.is_local_main_process)
+        return console.progress_bar(num_batches, state.batch, description, shown=self.accelerator.is_main_process)
 
     def after_step(self, state: TrainState, lr: float, batch_size: int, norm: Tensor | None, is_last: bool) -> None:
         """Logs, saves and stops when it is time to. norm: the gradient's norm, None when nobody asked for it."""

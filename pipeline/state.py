@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
 from pipeline.optimizers import load_state_tensors, state_tensors
 from pipeline.schedule import History
+from pipeline.sharding import gathered, load_weights
 
 COUNTED = ("epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds")
 TOLD = ("history", "logged", "last_loss")
@@ -67,6 +68,7 @@ def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str
     facts = {name: getattr(state, name) for name in (*COUNTED, *TOLD)}
     if accelerator.scaler is not None:
         facts["scaler"] = accelerator.scaler.state_dict()
+    tensors = {name: gathered(part, keep=accelerator.is_main_process) for name, part in tensors.items()}
     return tensors, facts | {"sums": accelerator.reduce(state.sums).tolist()}
 
 
@@ -88,9 +90,9 @@ def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -
             accelerator.scaler.load_state_dict(facts["scaler"])
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder} does not fit this run: {error}") from error
-    model.load_state_dict(weights)
+    load_weights(model, weights)
     if state.ema is not None and average is not None:
-        state.ema.module.load_state_dict(average)
+        load_weights(state.ema.module, average)
     state.sums.copy_(sums)
     for name, value in values.items():
         setattr(state, name, value)

@@ -28,7 +28,9 @@ class StreamedImages(torch.utils.data.Dataset):
         if task.begins:
             self.split.release_all()
         self.split.expect(task.fetch)
-        images = self.images.__getitems__((task.epoch, task.rows)) if len(task.rows) else torch.zeros(0, dtype=torch.uint8)
+        images = (
+            self.images.__getitems__((task.epoch, task.rows)) if len(task.rows) else torch.zeros(0, dtype=torch.uint8)
+        )
         self.split.release(task.drop)
         return images
 

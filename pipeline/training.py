@@ -5,6 +5,7 @@ that batch is cut up.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.assembly import (
     load_images,
     make_accelerator,
     name_run,
+    prepared,
     system_facts,
     warnings_of,
 )
@@ -32,15 +34,18 @@ from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluate import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
-from pipeline.memory import is_out_of_memory, out_of_memory_advice
+from pipeline.loaders import largest_share, share_of
+from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
+from pipeline.peers import failing_together
 from pipeline.plan import lr_of_step, plan_text
 from pipeline.randomness import address
 from pipeline.resume import ended_summary
 from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
+from pipeline.sharding import whole
 from pipeline.shards import LostShard
 from pipeline.state import TrainState, average_buffers
 from pipeline.stream import AnyLoader
@@ -56,7 +61,12 @@ def train(config: Config) -> dict[str, Any]:
     """
     check_settings(config)
     accelerator = make_accelerator(config)
-    config = name_run(config, accelerator)
+    with failing_together():
+        return train_on(accelerator, name_run(config, accelerator))
+
+
+def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
+    """train, for each of the processes."""
     if accelerator.is_main_process:
         for sentence in warnings_of(config):
             console.warn(sentence)
@@ -83,12 +93,13 @@ def train(config: Config) -> dict[str, Any]:
 def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
     accelerator = run.accelerator
-    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    model, optimizer = prepared(parts, accelerator)
     bad_step = torch.tensor(-1, device=accelerator.device)
     state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)
     try:
-        return finish(state, parts, run, train_epochs(state, parts, run))
+        with failing_together():
+            return finish(state, parts, run, train_epochs(state, parts, run))
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
         raise
@@ -173,7 +184,7 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
     if sharp:
         sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
-        norm = accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+        norm = whole(accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
     state.optimizer.step()
     state.optimizer.zero_grad()
     if before is not None and state.optimizer.step_was_skipped:
@@ -195,13 +206,11 @@ def accumulate_gradient(
     """
     torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
     weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
-    size = config.images_at_once or len(share.images)
     total = torch.zeros((), device=share.images.device)
-    for start in range(0, len(share.images), size):
-        is_last = start + size >= len(share.images)
-        with contextlib.nullcontext() if sync and is_last else accelerator.no_sync(state.model):
-            labels = share.labels[start : start + size]
-            logits = state.model(share.images[start : start + size])
+    parts = micro_batches(share, config, accelerator)
+    for number, (images, labels) in enumerate(parts, 1):
+        with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
+            logits = state.model(images)
             loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
             # checkpointed layers run again in the backward pass, and would count the batch's statistics twice
             with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
@@ -210,6 +219,25 @@ def accumulate_gradient(
             add_batch(sums, logits, hard_labels(labels), loss_sum)
         total += loss_sum.detach()
     return total
+
+
+def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
+    """The share's images and labels in parts of at most micro_batch_size.
+
+    With sync_batchnorm or a sharded model the ranks meet in every layer, and each has as many parts as the largest share:
+    the others are empty, or where statistics do not count them, one sample whose label is IGNORED.
+    """
+    size = config.images_at_once or len(share.images)
+    parts = list(zip(share.images.split(size), share.labels.split(size)))
+    if meet_in_layers(config, accelerator):
+        largest = largest_share(share.count, accelerator.num_processes)
+        start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
+        filling = 0 if config.sync_batchnorm else 1
+        unlabelled = torch.full_like(share.labels[:filling], IGNORED if share.labels.ndim == 1 else 0)
+        parts = parts if stop > start else []
+        number = math.ceil(largest / (config.images_at_once or largest))
+        parts += [(share.images[:filling], unlabelled)] * (number - len(parts))
+    return parts
 
 
 def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:

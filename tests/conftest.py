@@ -1,6 +1,7 @@
 """What tests share: small runs in this process, real processes, a clean slate for Accelerate."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -79,15 +80,50 @@ def run_process(
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def torchrun(
     num_processes: int, *arguments: str, program: str = "train.py", timeout: float = 180
 ) -> subprocess.CompletedProcess:
     """Runs train.py, or another program, in several gloo processes on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", str(port)]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(num_processes),
+        "--master_port",
+        str(free_port()),
+    ]
     return run_process(*launcher, program, *arguments, timeout=timeout, PYTHONPATH=str(ROOT))
+
+
+def in_processes(number: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[int]:
+    """Forks so many processes that find each other over gloo, as a launcher would, each to do the work; for a program that
+    has imported torch, with one thread, and used nothing of it. Returns their exit statuses.
+    """
+    port = str(free_port())
+
+    def work_as(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
+        )  # fmt: skip
+        if number == 1:
+            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        work(*arguments)
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work_as, args=(rank,)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

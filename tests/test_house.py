@@ -13,8 +13,8 @@ from pipeline.parsing import read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [
-    {"config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
-    {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems", "cache", "lanes"},
+    {"batchnorm", "config", "console", "failures", "files", "metrics", "muon", "randomness", "sharding", "signals"},
+    {"linefile", "lock", "peers", "schedule", "parsing", "images", "randaugment", "ema", "stems", "cache", "lanes"},
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
     {"folders", "hub", "models", "mixing", "decoded", "screening", "shards", "resume", "saving"},
     {"loaders", "shard_index", "memory"},

@@ -1,0 +1,114 @@
+"""BatchNorm over all processes together on CPUs, for which torch's SyncBatchNorm has no form."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Normalize(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) with mean and variance per channel over all ranks' values, each value counted once.
+
+    x: float [B, C, ...], B may be 0. Returns the normalised x, and mean, biased variance and count over all ranks, float64 [C],
+    [C] and []. Every rank calls it, and its backward pass, alike. The sums are taken in float64, so the result does not
+    depend on how the values are shared out by more than float32's rounding. Gradient as in https://arxiv.org/abs/1502.03167.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        others = [dimension for dimension in range(x.ndim) if dimension != 1]
+        count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64)
+        own_var, own_mean = (torch.zeros(x.shape[1]),) * 2
+        if x.numel():
+            own_var, own_mean = torch.var_mean(x.float(), others, correction=0)
+        own_mean, own_var = own_mean.double(), own_var.double()
+        sums = torch.cat([count * own_mean, count * (own_var + own_mean**2), count])
+        dist.all_reduce(sums)
+        mean, squares, count = *(sums[:-1] / sums[-1]).chunk(2), sums[-1]
+        var = (squares - mean**2).clamp(min=0)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = (var + eps).rsqrt().float()
+        normalised = (x.float() - mean.float().view(shape)) * scale.view(shape)
+        context.save_for_backward(normalised, scale, count)
+        context.others, context.shape = others, shape
+        context.mark_non_differentiable(mean, var, count)
+        return normalised.to(x.dtype), mean, var, count
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        normalised, scale, count = context.saved_tensors
+        wide = gradients[0].float()
+        sums = torch.stack([wide.sum(context.others), (wide * normalised).sum(context.others)]).double()
+        dist.all_reduce(sums)
+        mean, projection = ((part / count).float().view(context.shape) for part in sums)
+        return ((wide - mean - normalised * projection) * scale.view(context.shape)).to(gradients[0].dtype), None
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """nn.BatchNorm1d, 2d or 3d of the global batch: in training its statistics are those over all ranks, also empty ones."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"BatchNorm takes [B, C, ...], got {list(input.shape)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        normalised, mean, var, count = Normalize.apply(input, self.eps)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            self.update_running(self.running_mean, self.running_var, mean, var * count / (count - 1).clamp(min=1))
+        if self.weight is None:
+            return normalised
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+    @torch.no_grad()
+    def update_running(self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics by momentum, or keeps their plain mean when momentum is None, as torch does."""
+        weight = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            weight = 1 / int(self.num_batches_tracked) if weight is None else weight
+        running_mean.lerp_(mean.to(running_mean), weight or 0.0)
+        running_var.lerp_(var.to(running_var), weight or 0.0)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's BatchNormAct2d, over all ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+def convert_batchnorm(module: nn.Module) -> nn.Module:
+    """The module with GlobalBatchNorm in place of every BatchNorm in it; parameters, buffers and names stay.
+
+    Raises ValueError for a kind of BatchNorm that it does not know.
+    """
+    from timm.layers import BatchNormAct2d
+
+    for name, child in module.named_children():
+        setattr(module, name, convert_batchnorm(child))
+    if not isinstance(module, _BatchNorm):
+        return module
+    kinds: dict[type, type[GlobalBatchNorm]] = {
+        BatchNormAct2d: GlobalBatchNormAct,
+        **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), GlobalBatchNorm),
+    }
+    if type(module) not in kinds:
+        known = ", ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"sync_batchnorm on CPUs knows {known}; this model has a {type(module).__name__}. Leave sync_batchnorm out."
+        )
+    converted = kinds[type(module)](
+        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+    )
+    converted.__dict__.update(module.__dict__)  # parameters, buffers, submodules and hooks, the very same
+    return converted
