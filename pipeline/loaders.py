@@ -149,6 +149,7 @@ class DeviceImages:
     """
 
     def __init__(self, images: FittedImages, device: torch.device, num_threads: int):
+        assert not images.is_cropped, "photos that are cropped anew each epoch need a kept_size to stay on the device"
         self.fitted, self.device, self.num_threads = images, device, num_threads
         self.images: Tensor | None = None  # uint8 [M, C, S, S]
         self.places = np.arange(len(images.split))  # where among them a row's image is
