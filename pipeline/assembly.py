@@ -56,13 +56,16 @@ def make_accelerator(config: Config) -> Accelerator:
 def name_run(config: Config, accelerator: Accelerator) -> Config:
     """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
 
-    A checkpoint to resume from brings the name and folder of its run.
+    A checkpoint to resume from brings the name and folder of its run. Under `wandb agent` the name is made of W&B's ids, so
+    that a trial that is queued again goes on in its own folder.
     """
     if config.run_name is not None:
         return config
     if config.resume not in ("auto", "never"):
         run_dir = Path(config.resume).resolve().parent.parent
         return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        return dataclasses.replace(config, run_name=f"{os.environ['WANDB_SWEEP_ID']}-{os.environ['WANDB_RUN_ID']}")
     words = [os.path.basename(os.path.normpath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
     base = "-".join("".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word) for word in words)
     name, number = base, 2
