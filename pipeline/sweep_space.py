@@ -129,7 +129,7 @@ class Parameter:
         return DISTRIBUTIONS[self.distribution].value(drawn, self.spec)
 
     def quantile(self, fraction: float) -> Any:
-        """The value below which the given fraction of all draws lies, from [0, 1)."""
+        """The value below which the given fraction of all draws lies, from 0 to 1."""
         low, high, is_log = self.bounds
         if self.distribution in WHOLE:
             return self.value(min(low + math.floor(fraction * (high - low + 1)), high))
@@ -154,7 +154,7 @@ class Parameter:
 
     def examples(self) -> list[Any]:
         """Values to check before the first trial: all that are listed, else the ends of the range."""
-        return list(self.spec.get("values", [])) or [self.quantile(0.0), self.quantile(1 - EDGE)]
+        return list(self.spec.get("values", [])) or [self.quantile(0.0), self.quantile(1.0)]
 
 
 def read_parameter(name: str, spec: Any) -> Parameter:
@@ -163,7 +163,7 @@ def read_parameter(name: str, spec: Any) -> Parameter:
         raise ValueError(f"Parameter {name} is {spec!r}; write {{value: {spec}}}, or {{values: [...]}} to vary it.")
     if "parameters" in spec:
         raise ValueError(f"Parameter {name} nests others, but the settings of train.py are flat. Write them beside it.")
-    kind = spec.get("distribution", implied_distribution(name, spec))
+    kind = spec["distribution"] if "distribution" in spec else implied_distribution(name, spec)
     if kind not in DISTRIBUTIONS:
         raise ValueError(
             f"Unknown distribution {kind!r} of parameter {name}.{did_you_mean(str(kind), DISTRIBUTIONS)} "

@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -27,6 +26,7 @@ from pipeline.sweep_file import Sweep
 from pipeline.sweep_space import WHOLE, Parameter
 from pipeline.sweep_stopping import keeps_up
 
+OPENINGS = 4  # attempts to open a database
 BEAT_SECONDS = 30.0
 SILENCE_SECONDS = 300.0  # an agent on another machine that has not stirred for so long is dead
 
@@ -45,13 +45,24 @@ def open_storage(text: str) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if "://" not in text:
-            Path(text).parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(text))
-        return optuna.storages.get_storage(text)
+        return open_database(text)
     except ImportError as error:
         raise ValueError(f"--storage {text} needs a package that is not installed: {error}.") from error
     except Exception as error:  # whatever a database's driver raises
         raise ValueError(f"Cannot open --storage {text}: {' '.join(str(error).split())}") from error
+
+
+def open_database(url: str) -> BaseStorage:
+    """Tries again after a moment: of agents that begin together, only one can make the tables."""
+    for _ in range(OPENINGS - 1):
+        try:
+            return optuna.storages.get_storage(url)
+        except ImportError:
+            raise
+        except Exception:  # whatever a database's driver raises
+            time.sleep(1.0)
+    return optuna.storages.get_storage(url)
 
 
 def optuna_distribution(parameter: Parameter) -> BaseDistribution:
@@ -87,8 +98,7 @@ class PlaceSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         seeded = optuna.samplers.TPESampler(
-            seed=address(self.seed, trial.number, zlib.crc32(param_name.encode())) % 2**32,
-            warn_independent_sampling=False,
+            seed=address(self.seed, trial.number, zlib.crc32(param_name.encode())) % 2**32
         )
         return seeded.sample_independent(study, trial, param_name, param_distribution)
 

@@ -18,7 +18,6 @@ from pipeline.checkpoint import (
 from pipeline.files import write_json
 
 
-
 def save(run_dir, step, value=1.0):
     return save_checkpoint(run_dir, step, {"model": {"weight": torch.full((4, 3), value)}}, {"epoch": step})
 
