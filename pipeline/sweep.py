@@ -131,7 +131,7 @@ class Agent:
         """Whether trials of other agents are under way, which this one takes over should they die."""
         unfinished = self.study.unfinished()
         if unfinished and not self.told_waiting:
-            print(f"{unfinished} trials run elsewhere; this agent waits for them to end. Ctrl-C leaves it.", flush=True)
+            print(f"Other agents run {unfinished} more; this one waits for them to end. Ctrl-C leaves it.", flush=True)
             self.told_waiting = True
         return unfinished > 0
 

@@ -18,7 +18,15 @@ from conftest import ROOT, SMALL_RUN, flags, lines_of, run_process, same_weights
 
 from pipeline.parsing import read_config
 from pipeline.sweep import main
-from pipeline.sweep_file import ARGUMENT_FORMS, DEFAULT_COMMAND, Hyperband, check_trials, fill_command, sweep_of
+from pipeline.sweep_file import (
+    ARGUMENT_FORMS,
+    DEFAULT_COMMAND,
+    Hyperband,
+    check_trials,
+    fill_command,
+    read_sweep,
+    sweep_of,
+)
 from pipeline.sweep_space import Space, read_parameter
 from pipeline.sweep_stopping import keeps_up
 from pipeline.sweep_study import SweepStudy
@@ -445,3 +453,22 @@ def test_an_agent_elsewhere_is_dead_when_its_beat_stops(tmp_path, monkeypatch):
     assert [row["status"] for row in rows_of(here.places(), sweep)] == ["interrupted"]
     there.end(claim.trial, "completed", 0.5, {})  # it lived after all: what it has now belongs to nobody
     assert here.claim().place == 0
+
+
+# -- the files in sweeps/
+
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_every_sweep_file_opens_with_its_command_and_its_number_of_runs_and_would_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines[: lines.index("program: train.py")]]
+    assert all(line.startswith("# ") for line in comments)
+    assert comments[0].startswith(f"# python -m pipeline.sweep sweeps/{path.name}")
+    assert comments[1].startswith(f"# wandb sweep sweeps/{path.name}")
+    sweep = read_sweep(path)
+    assert f"# {sweep.limit} runs" in "\n".join(comments) and any("Expected: " in line for line in comments)
+    assert sweep.name == path.stem and len(check_trials(sweep)) > 1

@@ -52,48 +52,36 @@ def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None)
     return worked.stdout + worked.stderr
 
 
-def test_an_agent_runs_train_py_which_takes_every_form_of_value(tmp_path):
-    settings = {**SETTINGS, **ODD, "output_dir": str(tmp_path)}
-    commands = iter([run_command("run", "run1", settings), [{"type": "exit"}]])
-    with wandb_server(lambda server, under_way: [] if under_way else next(commands)) as server:
-        said = sweep_with(server, tmp_path)
-    run_dir = tmp_path / "sweep1-run1"  # of W&B's ids
-    config = from_yaml(run_dir / "config.yaml")
-    assert ODD["batch_size_schedule"] == {"1": 32}  # JSON has no other keys
-    for name, value in {**settings, "batch_size_schedule": {1: 32}}.items():
-        assert getattr(config, name) == value, name
-    (run,) = server.runs.values()
-    assert run["starts"] == 1 and run["exit_codes"] == [0] and run["project"] == PROJECT
-    told = [line["accuracy"] for line in lines_of(run_dir) if line["split"] == "val"]
-    assert [row["val/accuracy"] for row in run["rows"] if "val/accuracy" in row] == told and len(told) == 2
-    assert run["summary"]["status"] == "completed" and run["config"]["seed"]["value"] == 0
-    assert "locked" not in said  # no warning for each setting that the sweep has set
-
-
-def test_a_trial_that_is_stopped_and_queued_again_goes_on_in_its_own_folder(tmp_path):
-    """As early termination stops it, and as a preempted one is started again: with the argument that W&B then adds."""
-    settings = {**SETTINGS, "lr": 0.1, "epochs": 60, "output_dir": str(tmp_path)}
+def test_train_py_takes_what_the_agent_writes_and_goes_on_when_its_trial_is_queued_again(tmp_path):
+    """Stopped as early termination stops it, started again as a preempted one is: with the argument that W&B then adds."""
+    settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
     again = {**settings, "_wandb": {"resume": 1}}
     commands = iter([run_command("run", "run1", settings), run_command("resume", "run1", again), [{"type": "exit"}]])
-    stops = []
+    run_dir, stops = tmp_path / "sweep1-run1", []  # of W&B's ids
 
     def decide(server: Server, under_way: list[str]) -> list[dict[str, Any]]:
         if not under_way:
             return next(commands)
-        has_begun = (tmp_path / "sweep1-run1" / "checkpoints").is_dir()
-        if not stops and has_begun:
+        if not stops and (run_dir / "checkpoints").is_dir():
             stops.append("run1")
             return [{"type": "stop", "run_id": "run1"}]
         return []
 
     with wandb_server(decide) as server:
         said = sweep_with(server, tmp_path)
-    run_dir = tmp_path / "sweep1-run1"
-    assert stops and "Going on from" in said and [path.name for path in tmp_path.glob("sweep1-*")] == ["sweep1-run1"]
+    assert stops and "Going on from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
+    config = from_yaml(run_dir / "config.yaml")
+    assert ODD["batch_size_schedule"] == {"1": 32}  # JSON has no other keys
+    for name, value in {**settings, "batch_size_schedule": {1: 32}}.items():
+        assert getattr(config, name) == value, name
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["status"] == "completed" and summary["epochs"] == 60
+    assert summary["status"] == "completed" and summary["epochs"] == 40
     (run,) = server.runs.values()
-    assert run["exit_codes"][-1] == 0 and run["summary"]["status"] == "completed"
+    assert run["starts"] == 2 and run["exit_codes"][-1] == 0 and run["project"] == PROJECT
+    assert run["summary"]["status"] == "completed" and run["config"]["seed"]["value"] == 0
+    told = {line["accuracy"] for line in lines_of(run_dir) if line["split"] == "val"}
+    assert {row["val/accuracy"] for row in run["rows"] if "val/accuracy" in row} == told
+    assert "locked" not in said  # no warning for each setting that the sweep has set
 
 
 def test_several_processes_are_one_run(tmp_path):
