@@ -137,11 +137,14 @@ def check_sharding(config: Config, accelerator: Accelerator) -> None:
 def name_run(config: Config, accelerator: Accelerator) -> Config:
     """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
 
-    A checkpoint to resume from brings the name and folder of its run. Raises ValueError for a launcher that restarts
-    processes which would then begin anew under another name.
+    A checkpoint to resume from brings the name and folder of its run. Under `wandb agent` the name is made of W&B's ids, so
+    that a trial that is queued again goes on in its own folder. Raises ValueError for a launcher that restarts processes
+    which would then begin anew under another name.
     """
     if config.run_name is not None:
         return config
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        return dataclasses.replace(config, run_name=f"{os.environ['WANDB_SWEEP_ID']}-{os.environ['WANDB_RUN_ID']}")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and config.resume == "auto":
         raise ValueError("max_restarts needs a --run_name: what is restarted goes on in that run's folder.")
     if config.resume not in ("auto", "never"):

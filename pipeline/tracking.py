@@ -67,6 +67,8 @@ class Tracker:
             folder = {"logging_dir": str(config.run_dir)} if kind.requires_logging_directory else {}
             tracker = kind(name if folder else config.project, **folder)
         tracker.start()
+        if name == "wandb":  # a sweep has set its own already and locked them
+            settings = {key: value for key, value in settings.items() if key not in tracker.run.config}
         tracker.store_init_configuration(settings)
         self.outside[name] = tracker
         if name == "wandb":

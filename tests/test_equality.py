@@ -26,7 +26,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp, mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005},
     "mlp, growing batch": {"batch_size": 13, "batch_size_schedule": {1: 39}, "batch_lr_scaling": "linear", "epochs": 3},
     "batchnorm": {**BATCHNORM, "model_name": "test_resnet", "ema_decay": 0.3},
-    "batchnorm of timm with sam": {**BATCHNORM, "model_name": "test_efficientnet", "sam_rho": 0.05, "drop_last": True, "epochs": 1},
+    "batchnorm of timm with sam": {
+        **BATCHNORM, "model_name": "test_efficientnet", "sam_rho": 0.05, "drop_last": True,
+        "epochs": 1,
+    },
 }  # fmt: skip
 IN_MEMORY, ONE_BY_ONE = {"loader": "device"}, {"loader": "workers", "num_workers": 0}
 # name: number of processes, model, and the settings that may make no difference

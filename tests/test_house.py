@@ -24,6 +24,12 @@ FLOORS = [
     {"ending"},
     {"training"},
     {"benchmark"},
+    {"sweep_space"},
+    {"sweep_file"},
+    {"sweep_stopping", "sweep_trials"},
+    {"sweep_study"},
+    {"sweep_table"},
+    {"sweep"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -51,7 +57,11 @@ def test_a_module_imports_only_from_a_floor_below():
 
 def test_readme_names_every_file_and_every_section_of_settings():
     text = (ROOT / "README.md").read_text()
-    for path in [*(ROOT / "pipeline").glob("*.py"), *(ROOT / "accelerate_configs").iterdir()]:
+    for path in [
+        *(ROOT / "pipeline").glob("*.py"),
+        *(ROOT / "accelerate_configs").iterdir(),
+        *(ROOT / "sweeps").iterdir(),
+    ]:
         assert path.name in text, path.name
     for section in SECTIONS.values():
         assert section in text

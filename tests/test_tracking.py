@@ -39,6 +39,7 @@ def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, 
 
     class Run:
         id = "abc123"
+        config: dict = {}
         summary = type("Summary", (), {"update": lambda self, values: received["summary"].update(values)})()
 
         def log(self, values, step=None, **kwargs):
