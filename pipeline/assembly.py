@@ -45,13 +45,18 @@ def warnings_of(config: Config) -> list[str]:
     return ignored_settings(config) + ignored_optimizer_settings(config)
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """Device, precision and processes as the launcher and the settings say. Raises ValueError for fp16 without a GPU."""
+def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
+    """Device, precision and processes as the launcher and the settings say; device: auto, cpu or cuda.
+
+    Raises ValueError for fp16 without a GPU, and where the device is not there.
+    """
     # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
     # A backbone that is frozen at first has no gradients to wait for.
     unused = config.freeze_epochs > 0
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision, kwargs_handlers=[ddp])
+    if device not in ("auto", accelerator.device.type):
+        raise ValueError(f"No device {device} was found, but {accelerator.device.type}. Use --device auto or cpu.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
     return accelerator

@@ -29,7 +29,7 @@ from pipeline.assembly import (
 from pipeline.config import Config
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
-from pipeline.evaluate import evaluate
+from pipeline.evaluation import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.memory import is_out_of_memory, out_of_memory_advice

@@ -15,15 +15,15 @@ from pipeline.parsing import read_config
 FLOORS = [
     {"config", "console", "failures", "files", "metrics", "muon", "randomness", "signals"},
     {"linefile", "lock", "schedule", "parsing", "images", "randaugment", "ema", "stems", "cache", "lanes"},
-    {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking"},
-    {"folders", "hub", "models", "mixing", "decoded", "screening", "shards", "resume", "saving"},
+    {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
+    {"folders", "hub", "models", "mixing", "decoded", "screening", "shards", "resume", "saving", "publishing"},
     {"loaders", "shard_index", "memory"},
-    {"datasets", "stream"},
-    {"assembly", "evaluate", "state"},
-    {"run", "plan", "model_card"},
+    {"datasets", "stream", "saved_model"},
+    {"assembly", "evaluation", "state", "prediction"},
+    {"run", "plan", "model_card", "saved_evaluation", "exporting"},
     {"ending"},
     {"training"},
-    {"benchmark"},
+    {"benchmark", "evaluate", "predict", "export"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
