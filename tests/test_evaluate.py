@@ -1,13 +1,17 @@
 """python -m pipeline.evaluate: a run's own figures to the last digit, other sets by the names of their classes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import run_process, torchrun
+from conftest import ROOT, run_process, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -224,3 +228,34 @@ def test_help_imports_no_torch(command):
     )
     done = run_process("-c", program)
     assert done.returncode == 0 and f"python -m pipeline.{command}" in done.stdout, done.stderr
+
+
+def test_the_readmes_five_minutes_run_as_written(tmp_path):
+    """The commands of 'Own data in five minutes', with the project's folder as the working folder would be."""
+    text = (ROOT / "README.md").read_text().split("### Own data in five minutes", 1)[1]
+    commands = text.split("```sh\n", 1)[1].split("```", 1)[0]
+    assert [line.split()[:3] for line in commands.splitlines()] == [
+        ["python", "train.py", "--dataset"],
+        *(["python", "-m", f"pipeline.{name}"] for name in ("evaluate", "predict", "export")),
+    ]
+    for name in ("train.py", "pipeline"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = draw.integers(0, 100, (12, 12, 3)) + 150 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.jpg")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1 and "calibration" in done.stdout
+    rows = (tmp_path / "answers.csv").read_text().splitlines()
+    assert len(rows) == 41 and rows[0] == "image,label_1,probability_1,label_2,probability_2"
+    assert all(row.split(",")[1] in ("cat", "dog") for row in rows[1:])
+    names = {path.name for path in (tmp_path / "runs" / "photos" / "export" / "onnx").iterdir()}
+    assert names == {"model.onnx", "preprocessing.json"}
