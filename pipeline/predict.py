@@ -17,6 +17,8 @@ from pipeline.command_line import CommandParser, at_least, check_output, exit_st
 if TYPE_CHECKING:
     from pipeline.prediction import Answer
 
+LONGEST_NAME = 32  # in a table; ImageNet's go up to 131 letters
+
 # a label, its class number and its probability; the most probable first
 Ranked = list[tuple[str, int, float]]
 
@@ -49,11 +51,13 @@ def csv_row(cells: Sequence[str]) -> str:
 
 
 def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
-    """A line per image: its path, then labels and probabilities in columns."""
+    """A line per image: its path, then labels, cut where they are long, and probabilities in columns."""
     path_width, name_width = (max((len(text) for text in texts), default=0) for texts in (paths, names))
+    name_width = min(name_width, LONGEST_NAME)
 
     def line(path: str, ranked: Ranked) -> str:
-        cells = [f"{name:<{name_width}} {console.percent(value):>8}" for name, _, value in ranked]
+        short = [name if len(name) <= name_width else f"{name[: name_width - 3]}..." for name, _, _ in ranked]
+        cells = [f"{name:<{name_width}} {console.percent(value):>8}" for name, (_, _, value) in zip(short, ranked)]
         return f"{path:<{path_width}}  {'  '.join(cells)}\n"
 
     return "", line

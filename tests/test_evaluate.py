@@ -62,6 +62,16 @@ def test_a_runs_own_test_figures_come_out_to_the_last_digit(run_training, capsys
     assert 0 < told["expected_calibration_error"] < 1 and told["images_per_second"] > 0
 
 
+def test_the_precision_is_what_the_launcher_said_then(run_training, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    summary, run_dir = run_training()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    told = evaluated(capsys, run_dir)
+    assert told["mixed_precision"] == "bf16" and figures(told) == figures(summary["test"])
+    told = evaluated(capsys, run_dir, "--mixed_precision", "no")
+    assert told["mixed_precision"] == "no" and told["loss"] != summary["test"]["loss"]
+
+
 def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, photos, capsys):
     settings = {"dataset": str(photos), "image_size": 16, "num_workers": 0, "batch_size": 4, "val_fraction": 0.3}
     summary, run_dir = run_training(**settings, max_train_samples=None)

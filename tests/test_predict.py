@@ -114,6 +114,15 @@ def test_the_formats_tell_the_same_and_top_k_is_at_most_the_classes(run_training
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_long_label_is_cut_in_the_table_only():
+    names = ["cat", "American Staffordshire terrier, Staffordshire terrier, pit bull terrier"]
+    _, line = predict.table_lines(["a.png"], names, 2)
+    ranked = [(names[1], 1, 0.75), (names[0], 0, 0.25)]
+    cells = f"a.png  American Staffordshire terrie...  75.00 %  {'cat':<32}  25.00 %\n"
+    assert line("a.png", ranked) == cells
+    assert names[1] in predict.csv_lines(["a.png"], names, 2)[1]("a.png", ranked)
+
+
 def test_bad_files_are_named_and_the_rest_go_on(run_training, photos, capsys):
     _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
     (photos / "cat" / "3.png").write_bytes((photos / "cat" / "3.png").read_bytes()[:50])
