@@ -141,7 +141,7 @@ def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
             raise ValueError(f"--images: {problems[0] if problems else 'there is no image.'}")
         images = [image for image in read if isinstance(image, Tensor)]
     elif saved.config is not None:
-        config = dataclasses.replace(saved.config, mixed_precision="no")
+        config = dataclasses.replace(saved.config, mixed_precision="no", loader="auto")
         test = load_data(config, make_accelerator(config, "cpu")).test
         try:
             images = [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]

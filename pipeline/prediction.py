@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.folders import EXTENSIONS, images_below
-from pipeline.images import BadImage, decode_image
+from pipeline.images import BadImage, decode_pixels
 from pipeline.loaders import usable_cores
 from pipeline.saved_model import SavedModel
 from pipeline.transforms import BatchTransform, Preprocessing, fit_for_eval
@@ -64,7 +64,7 @@ def what_is_missing(place: str) -> str:
 
 def read_image(encoded: bytes, preprocessing: Preprocessing) -> Tensor:
     """The image as it travels to the device, uint8 [C, S, S], as the loaders of training read it. Raises BadImage."""
-    return fit_for_eval(decode_image(encoded, preprocessing.channels), preprocessing)
+    return fit_for_eval(decode_pixels(encoded, preprocessing.channels), preprocessing)
 
 
 def read_file(path: str, preprocessing: Preprocessing) -> Tensor | str:

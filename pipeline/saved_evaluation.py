@@ -65,6 +65,8 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     calibration = zero_calibration(accelerator.device)
     try:
         loader = make_loader(config, split, dataset, preprocessing, accelerator, training=False)
+        with accelerator.local_main_process_first():  # as in training: the others find what it decoded
+            loader.load()
         start = perf_counter()
         figures, confusion = evaluate(answers, loader, accelerator, calibration)
         seconds = perf_counter() - start
