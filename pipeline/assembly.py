@@ -58,8 +58,11 @@ def warnings_of(config: Config) -> list[str]:
     return ignored_settings(config) + ignored_optimizer_settings(config)
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """Device, precision and processes as the launcher and the settings say. Raises ValueError for fp16 without a GPU."""
+def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
+    """Device, precision and processes as the launcher and the settings say; device: auto, cpu or cuda.
+
+    Raises ValueError for fp16 without a GPU, and where the device is not there.
+    """
     # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
     # A backbone that is frozen at first has no gradients to wait for.
     unused = config.freeze_epochs > 0
@@ -68,8 +71,11 @@ def make_accelerator(config: Config) -> Accelerator:
     )  # Accelerate knows no other name
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    cpu, precision = device == "cpu", config.mixed_precision
     with without_accelerates_fsdp():
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[ddp, patience])
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, patience])
+    if device not in ("auto", accelerator.device.type):
+        raise ValueError(f"No device {device} was found, but {accelerator.device.type}. Use --device auto or cpu.")
     check_sharding(config, accelerator)
     check_meetings(config, accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

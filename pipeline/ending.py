@@ -12,7 +12,7 @@ from pipeline import console
 from pipeline.assembly import Parts
 from pipeline.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
 from pipeline.config import Config
-from pipeline.evaluate import evaluate
+from pipeline.evaluation import evaluate
 from pipeline.failures import TrainingFailed
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
@@ -61,6 +61,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             interpolation=parts.preprocessing.interpolation,
             crop_pct=parts.preprocessing.crop_pct,
             readme=model_card(run.config, parts, summary),
+            source_size=parts.preprocessing.source_size,
         )
     run.end(summary)
     return summary

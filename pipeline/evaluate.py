@@ -1,36 +1,104 @@
-"""Evaluation: exact sums and counts over a split, whatever the number of processes."""
+"""`python -m pipeline.evaluate RUN|MODEL`: what a saved model reaches on its own test split or on another set.
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+Loss, top-1 and top-5 accuracy, accuracy by class, the confusion matrix, images per second, and the expected calibration
+error over 15 bins of equal width (arXiv 1706.04599). `--tta flip` averages the probabilities of each image and its mirror
+image.
+"""
 
-from pipeline.loaders import Loader
-from pipeline.metrics import add_batch, add_confusion, figures, zero_sums
-from pipeline.sharding import is_sharded
-from pipeline.stream import AnyLoader
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import console
+from pipeline.command_line import CommandParser, at_least, exit_status, one_of
+
+MOST_CLASSES_SHOWN = 20  # of the confusion matrix; of more, the pairs that are most often confused
+MOST_PAIRS_SHOWN = 10
 
 
-@torch.no_grad()  # FSDP2 could not train any more with weights that it gathered in inference mode
-def evaluate(model: nn.Module, loader: AnyLoader, accelerator: Accelerator) -> tuple[dict[str, float | int], Tensor]:
-    """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m pipeline.evaluate", description=__doc__)
+    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model's name")
+    parser.add_argument("--dataset", help="as train.py's; without it a run's own set, with its splits and settings")
+    parser.add_argument("--split", type=one_of("train", "val", "test"), default="test", help="train, val or test")
+    parser.add_argument("--label_column", help="of --dataset, as train.py's")
+    parser.add_argument("--hub_config", help="of --dataset, as train.py's")
+    text = "none or flip: the mean of the probabilities of an image and its mirror image"
+    parser.add_argument("--tta", type=one_of("none", "flip"), default="none", help=text)
+    parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; else the run's, or 64")
+    parser.add_argument("--num_workers", type=at_least(0), help="decoding processes per process; else by the cores")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    precisions = one_of("no", "fp16", "bf16")
+    parser.add_argument("--mixed_precision", type=precisions, help="no, fp16 or bf16; else what the run was tested in")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
 
-    Every rank calls it, with the unwrapped model.
-    """
-    sums = zero_sums(accelerator.device)
-    confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
-    was_training = model.training
-    model.eval()
-    num_batches = 0
-    for images, labels in loader.eval_epoch():
-        with accelerator.autocast():
-            logits = model(images).float()
-        num_batches += 1
-        add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
-        add_confusion(confusion, logits, labels)
-    if is_sharded(model):  # every rank is needed for every pass of any
-        assert isinstance(loader, Loader), "a stream is refused before"
-        for _ in range(loader.most_eval_batches() - num_batches):
-            model(loader.blank_image())
-    model.train(was_training)
-    return figures(accelerator.reduce(sums)), accelerator.reduce(confusion)
+
+def report(result: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    margin = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / result["num_samples"])
+    rows = [
+        ("model", result["model"]),
+        ("data", f"{result['split']} split of {result['dataset']}, {result['num_samples']:,} images"),
+        ("accuracy", f"{console.percent(result['accuracy'])} +- {100 * margin:.2f}"),
+        ("top-5 accuracy", console.percent(result["top5_accuracy"])),
+        ("loss", f"{result['loss']:.4f}"),
+        ("calibration", f"{console.percent(result['expected_calibration_error'])} expected error, 15 bins"),
+        ("speed", f"{result['images_per_second']:,.0f} images/s on {result['device']}"),
+    ]
+    if result["tta"] != "none":
+        rows.insert(2, ("augmentation", f"{result['tta']}, probabilities averaged"))
+    names = list(result["per_class_accuracy"])
+    detail = confusion_table(names, result) if len(names) <= MOST_CLASSES_SHOWN else confused_pairs(names, result)
+    return f"{console.table(rows)}\n\n{detail}"
+
+
+def confusion_table(names: list[str], result: dict[str, Any]) -> str:
+    """A line for each true class: its accuracy, then how often it was taken for each class, by number."""
+    label = max(len(f"{number} {name}") for number, name in enumerate(names))
+    cell = max(len(str(count)) for row in result["confusion_matrix"] for count in (*row, len(names)))
+    lines = [f"{'true class':<{label}} {'accuracy':>9}  taken for class"]
+    lines.append(f"{'':<{label}} {'':>9}  {' '.join(f'{number:>{cell}}' for number in range(len(names)))}")
+    for number, (name, row) in enumerate(zip(names, result["confusion_matrix"])):
+        accuracy = console.percent(result["per_class_accuracy"][name])
+        lines.append(f"{f'{number} {name}':<{label}} {accuracy:>9}  {' '.join(f'{count:>{cell}}' for count in row)}")
+    return "\n".join(lines)
+
+
+def confused_pairs(names: list[str], result: dict[str, Any]) -> str:
+    """The classes that were recognised least often, and the pairs that were most often confused."""
+    known = {name: value for name, value in result["per_class_accuracy"].items() if value is not None}
+    worst = sorted(known, key=lambda name: known[name])[:MOST_PAIRS_SHOWN]
+    matrix = result["confusion_matrix"]
+    pairs = [
+        (count, true, taken)
+        for true, row in enumerate(matrix)
+        for taken, count in enumerate(row)
+        if count and true != taken
+    ]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS_SHOWN]
+    lines = ["lowest accuracy by class", *(f"{console.percent(known[name]):>9}  {name}" for name in worst)]
+    lines += ["", "most often confused"]
+    lines += [f"{count:>9}  {names[true]} taken for {names[taken]}" for count, true, taken in pairs]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates and prints; returns the exit status: 0 done, 1 an image that cannot be read, 2 wrong input."""
+    args = make_parser().read(argv)
+
+    def run() -> int:
+        from pipeline.saved_evaluation import evaluate_saved  # after the arguments: --help costs no import of torch
+
+        result = evaluate_saved(args)
+        if result is not None:
+            print(json.dumps(result) if args.json else report(result))
+        return 0
+
+    return exit_status(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

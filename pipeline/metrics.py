@@ -7,10 +7,16 @@ IGNORED = -100  # the label of a sample that only fills a place; torch's cross_e
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
 
+NUM_BINS = 15  # of calibration, as in arXiv 1706.04599
+
 
 def zero_sums(device: torch.device) -> Tensor:
     """Sums of loss, correct, correct within five, and samples; float64 [4] (float32 where the device has no float64)."""
-    return torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return torch.zeros(4, dtype=sum_dtype(device), device=device)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
@@ -48,3 +54,27 @@ def per_class_accuracy(confusion: Tensor) -> list[float | None]:
     """The fraction of each class's samples that were classified right; None for a class without samples."""
     totals = confusion.sum(dim=1).tolist()
     return [right / total if total else None for right, total in zip(confusion.diagonal().tolist(), totals)]
+
+
+def zero_calibration(device: torch.device) -> Tensor:
+    """For each bin of confidence its samples, those of them that are right, and their confidences added up; [3, NUM_BINS]."""
+    return torch.zeros(3, NUM_BINS, dtype=sum_dtype(device), device=device)
+
+
+@torch.no_grad()
+def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Adds a batch to the bins in place. The confidence is the largest probability; bin m holds those in (m/15, (m+1)/15]."""
+    confidence, predicted = logits.to(bins.dtype).softmax(dim=1).max(dim=1)
+    places = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
+    bins.index_add_(
+        1, places, torch.stack([torch.ones_like(confidence), (predicted == labels).to(bins.dtype), confidence])
+    )
+
+
+def calibration_error(bins: Tensor) -> float:
+    """The expected calibration error (ECE) over 15 bins of equal width, https://arxiv.org/abs/1706.04599, equation 3.
+
+    The mean over the samples of |accuracy - mean confidence| of a sample's bin: a fraction, 0 for no samples.
+    """
+    counts, correct, confidences = bins
+    return float((correct - confidences).abs().sum() / counts.sum().clamp(min=1))

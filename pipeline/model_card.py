@@ -50,7 +50,15 @@ Classes: {classes}.
 
 Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summary["num_processes"]} process(es), with {versions}.
 
-## Loading
+## Using it
+
+With the project that trained it, on images, folders or a list, with the preprocessing above:
+
+```sh
+python -m pipeline.predict local-dir:PATH_OF_THIS_FOLDER IMAGE...
+```
+
+With timm alone:
 
 ```python
 import timm

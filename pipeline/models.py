@@ -46,6 +46,7 @@ __all__ = [
     "input_settings",
     "is_small_stem_possible",
     "load_model",
+    "load_published",
     "load_weights",
     "save_model",
 ]
@@ -281,6 +282,25 @@ def _pretrained_report(model: nn.Module, name: str) -> LoadReport:
         adapted=tuple(key for key in changed if key not in classifier),
         reinitialised=tuple(key for key in changed if key in classifier),
     )
+
+
+def load_published(name: str) -> nn.Module:
+    """The model of a timm name or of `hf-hub:owner/name` as it was published, in training mode on the CPU.
+
+    Raises ValueError for an unknown name, one without weights, and what cannot be fetched or built.
+    """
+    check_model_name(name)
+    try:
+        _check_has_weights(name, resolve_model_input_args(name)["pretrained_cfg"])
+        return timm.create_model(name, pretrained=True)
+    except OSError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Could not fetch {name!r} from the Hugging Face Hub ({type(error).__name__}: {cause}). "
+            "Check the name and the network; a private model needs HF_TOKEN."
+        ) from error
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{name!r} is not a model that timm {timm.__version__} can load: {error}.") from error
 
 
 def input_settings(model: nn.Module) -> InputSettings:

@@ -31,7 +31,7 @@ from pipeline.assembly import (
 from pipeline.config import Config
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
-from pipeline.evaluate import evaluate
+from pipeline.evaluation import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import largest_share, share_of

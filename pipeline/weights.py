@@ -154,9 +154,11 @@ def save_model(
     interpolation: str,
     crop_pct: float,
     readme: str,
+    source_size: int | None = None,
 ) -> None:
     """Writes the folder from which timm, after `import pipeline`, rebuilds the model: bit for bit the same logits.
 
+    source_size: as in transforms.Preprocessing; timm has no word for it, so it stands beside timm's entries.
     The folder is written aside, synced and renamed; one that is there is replaced. Only rank 0 may call this, with the
     unwrapped model. Raises ValueError where the names, the size or the channels are not those of the model.
     """
@@ -171,13 +173,14 @@ def save_model(
         save_for_hf(
             plain,
             str(aside),
-            model_config={"label_names": list(label_names)},
+            model_config={"label_names": list(label_names), "source_size": source_size},
             data_config={
                 "input_size": (in_chans, image_size, image_size),
                 "mean": tuple(mean),
                 "std": tuple(std),
                 "interpolation": interpolation,
                 "crop_pct": crop_pct,
+                "crop_mode": "center",  # ours, whatever the published weights were made with
             },
             safe_serialization=True,
         )

@@ -67,7 +67,7 @@ def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_trainin
     from accelerate import Accelerator
 
     from pipeline.assembly import load_data, make_preprocessing
-    from pipeline.evaluate import evaluate
+    from pipeline.evaluation import evaluate
 
     summary, run_dir = run_training(epochs=4)
     model = timm.create_model(f"local-dir:{run_dir / 'model'}", pretrained=True)

@@ -1,0 +1,136 @@
+"""`python -m pipeline.predict RUN|MODEL PATH...`: what a saved model sees in images, with its own preprocessing."""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pipeline import console
+from pipeline.command_line import CommandParser, at_least, check_output, exit_status, one_of
+
+if TYPE_CHECKING:
+    from pipeline.prediction import Answer
+
+LONGEST_NAME = 32  # in a table; ImageNet's go up to 131 letters
+
+# a label, its class number and its probability; the most probable first
+Ranked = list[tuple[str, int, float]]
+
+
+def json_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
+    """An object a line: image, label and probability of the best class, and top, a list of label, class, probability."""
+
+    def line(path: str, ranked: Ranked) -> str:
+        top = [{"label": name, "class": number, "probability": value} for name, number, value in ranked]
+        best = {"label": ranked[0][0], "probability": ranked[0][2]}
+        return json.dumps({"image": path, **best, "top": top}, ensure_ascii=False) + "\n"
+
+    return "", line
+
+
+def csv_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
+    """A header, then image, label_1, probability_1, label_2 and so on."""
+
+    def line(path: str, ranked: Ranked) -> str:
+        return csv_row([path, *(cell for name, _, value in ranked for cell in (name, f"{value:.6f}"))])
+
+    numbers = range(1, min(top_k, len(names)) + 1)
+    return csv_row(["image", *(f"{what}_{number}" for number in numbers for what in ("label", "probability"))]), line
+
+
+def csv_row(cells: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
+    """A line per image: its path, then labels, cut where they are long, and probabilities in columns."""
+    path_width, name_width = (max((len(text) for text in texts), default=0) for texts in (paths, names))
+    name_width = min(name_width, LONGEST_NAME)
+
+    def line(path: str, ranked: Ranked) -> str:
+        short = [name if len(name) <= name_width else f"{name[: name_width - 3]}..." for name, _, _ in ranked]
+        cells = [f"{name:<{name_width}} {console.percent(value):>8}" for name, (_, _, value) in zip(short, ranked)]
+        return f"{path:<{path_width}}  {'  '.join(cells)}\n"
+
+    return "", line
+
+
+FORMATS = {"table": table_lines, "jsonl": json_lines, "csv": csv_lines}
+
+
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m pipeline.predict", description=__doc__)
+    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model's name")
+    text = "image, folder (with all below it), quoted pattern, or - for a list of files on standard input"
+    parser.add_argument("paths", metavar="PATH", nargs="+", help=text)
+    parser.add_argument("--top_k", type=at_least(1), default=3, metavar="K", help="most probable classes to tell")
+    parser.add_argument("--format", type=one_of(*FORMATS), default="table", help="table, jsonl or csv")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, metavar="N", help="images at once")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predicts and writes; 1 if a file was bad, else 0. Raises ValueError when there is no image or no such model."""
+    from pipeline import prediction  # after the arguments: --help costs no import of torch
+    from pipeline.saved_model import load_saved_model
+
+    check_output(args.output)
+    device = prediction.choose_device(args.device)
+    paths, problems = prediction.find_images(args.paths, sys.stdin if "-" in args.paths else ())
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    if not paths:
+        raise ValueError("There is no image to look at. Give images, folders, patterns, or - and a list.")
+    saved = load_saved_model(args.model)
+    header, line = FORMATS[args.format](paths, saved.shown_names, args.top_k)
+    answers = prediction.predict(saved, paths, top_k=args.top_k, batch_size=args.batch_size, device=device)
+    aside = args.output and args.output.with_name(f".{args.output.name}.tmp-{os.getpid()}")
+    num_bad = len(problems)
+    try:
+        with open(aside, "w", encoding="utf-8") if aside else contextlib.nullcontext(sys.stdout) as out:
+            out.write(header)
+            # results that scroll by on the terminal show progress enough
+            shown = aside is not None or not sys.stdout.isatty()
+            with console.progress_bar(len(paths), 0, "predicting", shown, unit="image") as bar:
+                for answer in answers:
+                    num_bad += write(answer, out, line, saved.shown_names, bar)
+            out.flush()
+        if aside is not None:
+            os.replace(aside, args.output)
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+    if num_bad:
+        done = len(paths) + len(problems) - num_bad
+        print(f"{done:,} images done, {num_bad:,} could not be read.", file=sys.stderr)
+    return 1 if num_bad else 0
+
+
+def write(answer: "Answer", out: TextIO, line: Callable[[str, Ranked], str], names: Sequence[str], bar: Any) -> int:
+    """Writes an answer, or tells on standard error what was wrong; 1 then, else 0."""
+    bar.update()
+    if answer.problem is not None:
+        bar.write(f"error: {answer.problem}", file=sys.stderr)
+        return 1
+    out.write(line(answer.path, [(names[k], k, value) for k, value in zip(answer.classes, answer.probabilities)]))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predicts; returns the exit status: 0 done, 1 done but for files that could not be read, 2 wrong input."""
+    args = make_parser().read(argv)
+    return exit_status(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""A run, a timm folder, a Hub id or a timm name becomes a model with its preprocessing and its label names."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from pipeline import console
+from pipeline.config import Config, did_you_mean
+from pipeline.models import input_settings, load_model, load_published
+from pipeline.parsing import from_yaml
+from pipeline.transforms import Preprocessing
+from pipeline.weights import CONFIG_FILE, read_config
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A trained model and what belongs to it.
+
+    source: as it was asked for; model: in evaluation mode, on the CPU; label_names: one for each class, None where nobody
+    says; descriptions: words for label names that are codes, such as ImageNet's; folder: the timm folder, None for a
+    published model; config and run_dir: those of a run, None for any other model.
+    """
+
+    source: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    label_names: list[str] | None
+    descriptions: dict[str, str]
+    folder: Path | None = None
+    config: Config | None = None
+    run_dir: Path | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return int(vars(self.model)["num_classes"])
+
+    @property
+    def shown_names(self) -> list[str]:
+        """What a person reads for each class: its description, else its label name, else its number."""
+        names = self.label_names or [str(number) for number in range(self.num_classes)]
+        return [self.descriptions.get(name, name) for name in names]
+
+
+def load_saved_model(source: str) -> SavedModel:
+    """The model of a run's folder, a timm folder (`local-dir:PATH` too), a Hub id (`hf-hub:` or not) or a timm name.
+
+    Raises ValueError for what is none of these, cannot be had or is broken.
+    """
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        run_dir = path if (path / "config.yaml").is_file() else None
+        folder = model_folder(path)
+        model = load_model(folder)
+        parts = describe(source, model, read_config(folder / CONFIG_FILE))
+        config = from_yaml(path / "config.yaml") if run_dir else None
+        return dataclasses.replace(parts, folder=folder, config=config, run_dir=run_dir)
+    check_is_no_path(source)
+    is_hub_id = ":" not in source and HUB_ID.fullmatch(source) is not None
+    name = f"hf-hub:{source}" if is_hub_id else source
+    try:
+        model = load_published(name)
+    except ValueError as error:
+        hint = f" (There is no folder {source!r} either.)" if is_hub_id else ""
+        raise ValueError(f"{error}{hint}") from error
+    return describe(source, model, published_config(name))
+
+
+def check_is_no_path(source: str) -> None:
+    """Raises ValueError for what looks like a folder that is not there, with the names beside it that are close."""
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    beside_folders = "/" in source and path.parent.is_dir()
+    if source.startswith((".", "/", "~", "local-dir:")) or source.endswith("/") or beside_folders or path.exists():
+        close = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(
+            f"No folder {source!r}.{did_you_mean(path.name, close)} "
+            "Give a run (runs/NAME), a timm folder, a Hub id (owner/name) or a timm model's name."
+        )
+
+
+def model_folder(path: Path) -> Path:
+    """The timm folder of a run, or the folder itself when it is one. Raises ValueError where there is none."""
+    for folder in (path / "model", path):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is a run without a model: it has not ended. Go on: python train.py --config {path / 'config.yaml'}"
+        )
+    raise ValueError(f"{path} is neither a run (with model/{CONFIG_FILE}) nor a timm folder (with {CONFIG_FILE}).")
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """The config.json of a Hub model, from the cache that loading it filled; empty for a timm name."""
+    if not name.startswith("hf-hub:"):
+        return {}
+    from huggingface_hub import hf_hub_download
+
+    repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    file = hf_hub_download(repo, CONFIG_FILE, revision=revision or None)
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> SavedModel:
+    """The model with its preprocessing and names. Raises ValueError for preprocessing or names that we cannot follow."""
+    settings = input_settings(model)
+    channels, height, width = settings.input_size
+    if height != width:
+        raise ValueError(f"{source!r} takes images of {height} x {width} pixels; only square input is supported.")
+    crop_mode = vars(model)["pretrained_cfg"].get("crop_mode") or "center"
+    if crop_mode != "center":
+        console.warn(f"{source} was made with timm's crop_mode {crop_mode}; images are cut to their centre instead.")
+    preprocessing = Preprocessing(
+        image_size=height,
+        channels=channels,
+        mean=settings.mean,
+        std=settings.std,
+        interpolation=settings.interpolation,
+        crop_pct=settings.crop_pct,
+        source_size=config_json.get("source_size"),
+    )
+    return SavedModel(source, model.eval(), preprocessing, *names_of(source, model))
+
+
+def names_of(source: str, model: nn.Module) -> tuple[list[str] | None, dict[str, str]]:
+    """The label names by class, and words for those that have some; of an ImageNet model timm knows both."""
+    pretrained_cfg, num_classes = vars(model)["pretrained_cfg"], vars(model)["num_classes"]
+    names, descriptions = pretrained_cfg.get("label_names"), pretrained_cfg.get("label_descriptions")
+    if isinstance(names, dict):  # by class number; numbers may be left out
+        names = [names.get(str(number), str(number)) for number in range(num_classes)]
+    if names and len(names) != num_classes:
+        raise ValueError(
+            f"{source!r} has {len(names)} label names for {num_classes} classes; its config.json is wrong."
+        )
+    subset = infer_imagenet_subset(model) if not names else None
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    return [str(name) for name in names] if names else None, dict(descriptions or {})

@@ -1,0 +1,122 @@
+"""A Hub of one process on 127.0.0.1 that takes a commit, through LFS too, and serves what it took."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+TOKEN = "hf_stand_in_token"
+
+
+class StandInHub(BaseHTTPRequestHandler):
+    """repos: files by repository and path; blobs: what LFS holds, by SHA-256; seen: method, path, authorization."""
+
+    protocol_version = "HTTP/1.1"
+    repos: dict[str, dict[str, bytes]]
+    blobs: dict[str, bytes]
+    seen: list[tuple[str, str, str | None]]
+    refuses = False
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, value: object, status: int = 200) -> None:
+        self.answer(status, json.dumps(value).encode(), Content_Type="application/json")
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = urlsplit(self.path).path
+        self.seen.append((self.command, path, self.headers.get("Authorization")))
+        for pattern, method in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match:
+                writes = self.command == "POST"
+                if writes and (self.refuses or self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+                    return self.answer_json({"error": "This token may not write."}, 403)
+                return method(self, body, *match.groups())
+        self.answer_json({"error": f"no such path: {path}"}, 404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked['organization']}/{asked['name']}"
+        self.repos.setdefault(name, {})
+        self.answer_json({"url": f"{self.base}/{name}", "name": name, "id": name})
+
+    def validate_yaml(self, body: bytes) -> None:
+        self.answer_json({"errors": [], "warnings": []})
+
+    def preupload(self, body: bytes, repo: str, revision: str) -> None:
+        modes = {True: "lfs", False: "regular"}
+        files = [
+            {"path": file["path"], "uploadMode": modes[file["path"].endswith(".safetensors")], "shouldIgnore": False}
+            for file in json.loads(body)["files"]
+        ]
+        self.answer_json({"files": files})
+
+    def lfs_batch(self, body: bytes, repo: str) -> None:
+        objects = [
+            {**wanted, "actions": {"upload": {"href": f"{self.base}/blobs/{wanted['oid']}"}}}
+            for wanted in json.loads(body)["objects"]
+        ]
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def put_blob(self, body: bytes, oid: str) -> None:
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.blobs[oid] = body
+        self.answer(200)
+
+    def commit(self, body: bytes, repo: str, revision: str) -> None:
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                self.repos[repo][line["value"]["path"]] = self.blobs[line["value"]["oid"]]
+        self.answer_json({"commitUrl": f"{self.base}/{repo}/commit/1", "commitOid": "1" * 40})
+
+    def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
+        content = self.repos.get(repo, {}).get(path)
+        if content is None:
+            return self.answer(404, X_Error_Code="EntryNotFound" if repo in self.repos else "RepoNotFound")
+        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit="1" * 40)
+
+    ROUTES = [
+        ("/api/repos/create", create),
+        ("/api/validate-yaml", validate_yaml),
+        ("/api/models/([^/]+/[^/]+)/preupload/([^/]+)", preupload),
+        ("/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", lfs_batch),
+        ("/blobs/(.+)", put_blob),
+        ("/api/models/([^/]+/[^/]+)/commit/([^/]+)", commit),
+        ("/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", resolve),
+    ]
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test reads `seen`."""
+
+
+@contextmanager
+def stand_in_hub(refuses: bool = False) -> Iterator[tuple[str, type[StandInHub]]]:
+    """Its address, and the class that holds what it took."""
+    state = type("Hub", (StandInHub,), {"repos": {}, "blobs": {}, "seen": [], "refuses": refuses})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), state)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", state
+    finally:
+        server.shutdown()
+        server.server_close()
