@@ -187,7 +187,12 @@ def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> Non
         handles.append(Line2D([], [], label=f"{others} other{'s' if others > 1 else ''}", **grey))
     longest = max((len(handle.get_label()) for handle in handles), default=1)
     columns = max(min(len(handles), 110 // (longest + 8)), 1)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.8)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.8)
+    # what a legend draws are copies, without the originals' ids
+    for place, (handle, line, name) in enumerate(zip(handles, legend.legend_handles, legend.get_texts())):
+        if line is not None and handle.get_gid():
+            line.set_gid(f"{handle.get_gid()}-line{place}")
+            name.set_gid(f"{handle.get_gid()}-name{place}")
 
 
 def run_entries(runs: Sequence[RunRecord], look_of: dict[str, Look], both_splits: bool = False) -> list[Any]:
@@ -196,7 +201,7 @@ def run_entries(runs: Sequence[RunRecord], look_of: dict[str, Look], both_splits
 
     entries = []
     for look in (look_of[run.name] for run in runs):
-        style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "gid": f"run-{look.index}-legend"}
         if look.named and both_splits:
             dashed = {"linestyle": DASHES[1], "linewidth": 1.1, "markerfacecolor": PAPER}
             entries.append(Line2D([], [], label=f"{look.label}, training", **style | dashed))

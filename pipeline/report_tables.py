@@ -157,9 +157,11 @@ def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: f
     columns += ["validation accuracy", "test accuracy", "time"]
     columns += [f"test accuracy of {percent(target)} or more"] if target is not None else []
     over = sum(is_over(run, target) for run in best_first)
+    lowest = sweep is not None and has_own_metric and not sweep.maximize
     note = (
-        f"Ranked by {metric}{'' if sweep is None or sweep.maximize else ', the lowest first'}: "
-        "the test split chooses nothing, so the test accuracy of the first rank is an honest one. Runs that did not end by themselves have no rank."
+        f"Ranked by {metric}{', the lowest first' if lowest else ''}. Where that is of the validation split, the test split "
+        "chooses nothing, and the first rank's test accuracy is an honest one. "
+        "Runs that did not end by themselves have no rank."
     )
     if target is not None:
         note += f" Marked: test accuracy of {percent(target)} or more, {over} of {len(best_first)} runs."
@@ -170,7 +172,7 @@ def group_name(group: Sequence[RunRecord], runs: Sequence[RunRecord]) -> str:
     """What a group of repeated runs has for itself: its values of the settings in which the runs differ."""
     bare = ("model_name", "optimizer", "dataset")  # values that say what they are
     values = [(name, setting_text(group[0].settings.get(name))) for name in varied_settings(runs)]
-    told = [value if name in bare else f"{name} {value}" for name, value in values if value != "-"]
+    told = [value if name in bare else f"{name} {value}" for name, value in values if value not in ("-", "{}")]
     return ", ".join(told) or str(group[0].settings.get("model_name", group[0].name))
 
 
