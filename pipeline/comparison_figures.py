@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MOST_TICKS = 6  # of an axis of the parallel coordinates
 MOST_NUMBERED = 20  # classes whose confusion matrix has its numbers written in
 MOST_CLASS_NAMES = 40  # classes that are named along an axis
+LONGEST_GROUP_NAME = 80
+FAINTEST_CELL = 0.15  # so that a single mistake among many images is seen
 BEST_LINES = 3  # drawn thick
 WHITE = "#ffffff"  # on the dark cells of the matrix, in dark mode too
 
@@ -63,7 +65,9 @@ def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | No
         spreads = np.array([statistics.stdev(by_epoch[epoch]) for epoch in epochs])
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axes.fill_between(epochs, means - spreads, means + spreads, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(epochs, means, color=colour, marker=marker, label=f"{short(name)} (n = {len(runs)})")
+        axes.plot(
+            epochs, means, color=colour, marker=marker, label=f"{short(name, LONGEST_GROUP_NAME)} (n = {len(runs)})"
+        )
     prepare_axis(axes, "epoch", "")
     axes.set_ylabel("validation accuracy (%)")
     legend_below(figure, axes.get_legend_handles_labels()[0])
@@ -214,7 +218,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: s
     figure, axes = new_figure(f"Confusion matrix of {short(run_name)}, test images", side + 0.8, side)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for row, column in zip(*np.nonzero(counts)):
-        cell = {"facecolor": COLOURS[0], "alpha": max(float(shares[row, column]), 0.06), "linewidth": 0}
+        cell = {"facecolor": COLOURS[0], "alpha": max(float(shares[row, column]), FAINTEST_CELL), "linewidth": 0}
         axes.add_patch(rectangle(column - 0.5, row - 0.5, cell))
         if size <= MOST_NUMBERED:
             dark = shares[row, column] > 0.5

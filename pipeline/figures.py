@@ -131,6 +131,7 @@ def png_and_svg(figure: Figure) -> dict[str, bytes]:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=144, metadata=metadata)
             contents[ending] = buffer.getvalue()
+            figure.set_layout_engine("none")  # it is laid out now, and that takes as long as drawing
     return contents
 
 

@@ -190,6 +190,8 @@ def settings_section(
         "lies between the values of a setting, corrected for what chance would give. It is each setting's effect by itself; "
         "settings that were varied together share theirs. Repeated seeds and chance are in what is missing to 100 %."
     )
+    if shares and not any(shares.values()):
+        note += " Here none stands out from chance."
     few = f"There is no importance of settings: it wants {FEWEST_RUNS} runs that ended, with different results."
     if lines is None:
         return section("settings", "Settings and results")

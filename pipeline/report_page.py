@@ -185,7 +185,8 @@ def inline_svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="run-(\d+)-[^"]*"', r'data-run="\1"', text)
-    text = re.sub(r'\bid="([^"]*)"', rf'id="{figure.stem}-\1"', text)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r'\bid="([^"]*)"', lambda found: f'id="{figure.stem}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{figure.stem}-", text)
     for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (PAPER, "--paper")):
         text = text.replace(colour, f"var({variable})")

@@ -169,9 +169,11 @@ def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: f
 
 
 def group_name(group: Sequence[RunRecord], runs: Sequence[RunRecord]) -> str:
-    """What a group of repeated runs has for itself: its values of the settings in which the runs differ."""
+    """What a group of repeated runs has for itself: its values of the settings in which the repeated runs differ."""
     bare = ("model_name", "optimizer", "dataset")  # values that say what they are
-    values = [(name, setting_text(group[0].settings.get(name))) for name in varied_settings(runs)]
+    several = [run for members in repeated(runs) if len(members) > 1 for run in members]
+    names = sorted(varied_settings(several), key=lambda name: name not in bare)
+    values = [(name, setting_text(group[0].settings.get(name))) for name in names]
     told = [value if name in bare else f"{name} {value}" for name, value in values if value not in ("-", "{}")]
     return ", ".join(told) or str(group[0].settings.get("model_name", group[0].name))
 
