@@ -41,6 +41,7 @@ MOST_NUMBERED = 20  # classes whose confusion matrix has its numbers written in
 MOST_CLASS_NAMES = 40  # classes that are named along an axis
 LONGEST_GROUP_NAME = 80
 FAINTEST_CELL = 0.15  # so that a single mistake among many images is seen
+FAN = 0.07  # height over which the lines of one value are spread
 BEST_LINES = 3  # drawn thick
 WHITE = "#ffffff"  # on the dark cells of the matrix, in dark mode too
 
@@ -79,7 +80,7 @@ def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | 
     shown = [run for run in runs if epoch_rates(run)]
     if not shown:
         return None
-    figure, axes = new_figure("Throughput in training by epoch", height=4.0)
+    figure, axes = new_figure("Throughput in training by epoch")
     for run in shown:
         look, rates = look_of[run.name], epoch_rates(run)
         axes.plot(list(rates), list(rates.values()), marker=look.marker, **look.line("throughput"))
@@ -114,7 +115,7 @@ def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -
         return None
     seconds = [run.facts["seconds"] for run in shown]
     unit, unit_name = time_unit(max(seconds))
-    figure, axes = new_figure("Test accuracy against time", height=4.2)
+    figure, axes = new_figure("Test accuracy against time")
     for run in shown:
         look = look_of[run.name]
         mark = {"marker": look.marker or ".", "markersize": 8 if look.named else 6, "linestyle": ""}
@@ -129,9 +130,14 @@ def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -
 
 
 def parallel_coordinates(
-    runs: Sequence[RunRecord], names: Sequence[str], scores: Sequence[float], score_name: str, look_of: dict[str, Look]
+    runs: Sequence[RunRecord],
+    names: Sequence[str],
+    scores: Sequence[float],
+    score_name: str,
+    look_of: dict[str, Look],
+    higher_is_better: bool = True,
 ) -> Figure | None:
-    """A line for each run through its settings to its score, blue where that is high; None for fewer than two runs.
+    """A line for each run through its settings to its score, the bluer the better; None for fewer than two runs.
 
     names: the settings, an axis each; numbers above zero that span a factor of ten stand on a logarithmic axis.
     """
@@ -145,21 +151,25 @@ def parallel_coordinates(
     columns = [placed([run.settings.get(name) for run in runs]) for name in names]
     columns.append(placed(list(scores), evenly=False))
     heights = np.array([places for places, _ in columns])
-    order = np.argsort(scores, kind="stable")
+    goodness = np.asarray(scores) if higher_is_better else -np.asarray(scores)
+    order = np.argsort(goodness, kind="stable")
+    for heights_of_one in heights[:-1]:
+        if len(set(heights_of_one)) < len(runs):  # the better a run, the higher its line among those of one value
+            heights_of_one[order] += np.linspace(-FAN / 2, FAN / 2, len(runs))
     for place, row in enumerate(order):
-        share = (scores[row] - min(scores)) / (max(scores) - min(scores))
+        share = float((goodness[row] - goodness.min()) / np.ptp(goodness))
         thick = place >= len(order) - BEST_LINES
         line = {"gid": f"run-{look_of[runs[row].name].index}-parallel", "linewidth": 2.6 if thick else 1.2}
         axes.plot(range(len(columns)), heights[:, row], color=ramp(share), alpha=1.0 if thick else 0.75, **line)
     for place, (name, (_, ticks)) in enumerate(zip([*names, score_name], columns)):
-        axes.plot([place, place], [0, 1], color=INK, linewidth=1, zorder=4)
-        axes.text(place, 1.06, on_lines(name), ha="center", va="bottom", weight="bold", fontsize=9)
+        axes.plot([place, place], [-FAN / 2, 1 + FAN / 2], color=INK, linewidth=1, zorder=4)
+        axes.text(place, 1.09, on_lines(name), ha="center", va="bottom", weight="bold", fontsize=9)
         for height, text in ticks:
             box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
             axes.text(place + 0.05, height, short(text, 18), va="center", fontsize=8, bbox=box, zorder=5)
     axes.set_axis_off()
     axes.set_xlim(-0.3, len(columns) - 0.5)
-    axes.set_ylim(-0.06, 1.24)
+    axes.set_ylim(-0.06, 1.25)
     return figure
 
 
@@ -228,7 +238,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: s
     axes.set_ylim(size - 0.5, -0.5)
     axes.set_aspect("equal")
     axes.grid(visible=False)
-    for line in np.arange(0.5, size - 1):
+    for line in np.arange(0.5, size - 1) if size <= MOST_CLASS_NAMES else ():
         axes.axhline(line, color=FAINT, linewidth=0.4)
         axes.axvline(line, color=FAINT, linewidth=0.4)
     name_classes(axes, class_names)
@@ -262,7 +272,10 @@ def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | No
     if not accuracies:
         return None
     hardest = sorted(accuracies.items(), key=lambda item: item[1])[:MOST_CLASS_NAMES]
-    figure, axes = new_figure(f"Test accuracy by class of {short(run_name)}", height=1.6 + 0.23 * len(hardest))
+    which = (
+        "by class" if len(hardest) == len(accuracies) else f"of the hardest {len(hardest)} of {len(accuracies)} classes"
+    )
+    figure, axes = new_figure(f"Test accuracy {which}, {short(run_name)}", height=1.4 + 0.23 * len(hardest))
     names = [short(name) for name, _ in hardest]
     values = [100 * value for _, value in hardest]
     left = max(min(values) - 5, 0)

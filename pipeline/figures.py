@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MOST_NAMED = 12  # runs in one legend
 MOST_MARKERS = 12  # on one line
 MOST_POINTS = 400  # of one line
 LONGEST_NAME = 34
+LEGEND_ROW = 0.2  # height in inches
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -113,7 +115,7 @@ def short(name: str, longest: int = LONGEST_NAME) -> str:
     return name if len(name) <= longest else f"{name[: longest // 2]}…{name[len(name) - (longest - 1) // 2 :]}"
 
 
-def new_figure(title: str, width: float = 8.2, height: float = 4.2, **grid: Any) -> tuple[Figure, Any]:
+def new_figure(title: str, width: float = 8.2, height: float = 3.9, **grid: Any) -> tuple[Figure, Any]:
     """A figure with its title and axes, in inches. To be called, drawn on and saved within matplotlib.rc_context(STYLE)."""
     from matplotlib.figure import Figure
 
@@ -185,9 +187,11 @@ def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> Non
     handles = list(entries)
     if others:
         grey: dict[str, Any] = {"color": OTHERS, "linewidth": 1.0, "alpha": 0.5}
-        handles.append(Line2D([], [], label=f"{others} other{'s' if others > 1 else ''}", **grey))
+        handles.append(Line2D([], [], label=f"{others} more, ranked lower", **grey))
     longest = max((len(handle.get_label()) for handle in handles), default=1)
     columns = max(min(len(handles), 110 // (longest + 8)), 1)
+    rows = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.8)
     # what a legend draws are copies, without the originals' ids
     for place, (handle, line, name) in enumerate(zip(handles, legend.legend_handles, legend.get_texts())):
@@ -233,7 +237,7 @@ def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, a
     together = len(shown) <= MOST_TOGETHER
     columns = 1 if together else 2
     title = f"{quantity.capitalize()} in training and validation by {axis}"
-    figure, grid = new_figure(title, 8.2 if together else 9.4, 4.5, ncols=columns, sharey=True, squeeze=False)
+    figure, grid = new_figure(title, 8.2 if together else 9.4, 3.9, ncols=columns, sharey=True, squeeze=False)
     panels = dict(zip(SPLITS, [grid[0][0]] * 2 if together else grid[0]))
     values = []
     for split, panel in panels.items():
@@ -271,7 +275,7 @@ def schedules(runs: Sequence[RunRecord], look_of: dict[str, Look], axis: str) ->
     if not shown:
         return None
     unit, unit_name = time_unit(max(run.log[-1]["seconds"] for run in shown))
-    figure, (upper, lower) = new_figure(f"Learning rate and batch size by {axis}", 8.6, 5.4, nrows=2, sharex=True)
+    figure, (upper, lower) = new_figure(f"Learning rate and batch size by {axis}", 8.6, 5.0, nrows=2, sharex=True)
     rates: list[float] = []
     for run in shown:
         look, places = look_of[run.name], positions(run.log, axis, unit)

@@ -180,7 +180,7 @@ def settings_section(
     lines = drawing.figure(
         "parallel_coordinates",
         f"A line for each run through its settings to its {label}",
-        lambda: parallel_coordinates(compared, shown, values, label, look_of),
+        lambda: parallel_coordinates(compared, shown, values, label, look_of, sweep is None or sweep.maximize),
     )
     bars = drawing.figure(
         "importance", "Share of the variance of the results by setting", lambda: importance_bars(shares)

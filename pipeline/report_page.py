@@ -12,6 +12,7 @@ from pipeline.report_tables import Cell, Row, Table
 
 # The page asks nobody for anything, whatever a name in it may say.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+PIXELS_PER_POINT = 1.45  # of a figure: its letters are then as large as a table's
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$&])")
 
 

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT, run_process
 
 from pipeline.comparison import ranked, repeated, varied_settings
-from pipeline.comparison_figures import epoch_rates, placed
+from pipeline.comparison_figures import epoch_rates, parallel_coordinates, placed
 from pipeline.config import Config, to_yaml
-from pipeline.figures import MOST_NAMED, STYLE, curves, looks, png_and_svg, short
+from pipeline.figures import COLOURS, MOST_NAMED, STYLE, curves, looks, png_and_svg, short
 from pipeline.importance import importances
 from pipeline.report import main
 from pipeline.report_tables import class_table, confusions_table, ranked_table, seeds_table
@@ -352,6 +352,25 @@ def test_a_sweep_is_ranked_by_its_own_metric_and_shows_failed_trials(tmp_path: P
     assert [run.name for run in ranked(records, sweep)][:3] == ["run-3", "run-4", "run-5"]
     table = ranked_table(ranked(records, sweep), sweep, None)
     assert "val/loss" in table.columns and "the lowest first" in table.note
+
+
+@pytest.mark.parametrize("higher_is_better, best", [(True, "run-0-parallel"), (False, "run-1-parallel")])
+def test_the_best_run_is_the_last_and_bluest_of_the_parallel_coordinates(higher_is_better, best, tmp_path):
+    import matplotlib
+
+    for place, lr in enumerate((1e-4, 1e-3, 1e-2, 1e-1)):
+        write_run(tmp_path / f"run-{place}", (0.8 - place / 10,), lr=lr)
+    records, _ = read_records([tmp_path])
+    look_of = looks(repeated(records), [records[0], records[3], *records[1:3]])
+    with matplotlib.rc_context(STYLE):
+        scores = [run.val_accuracy or 0 for run in records]
+        figure = parallel_coordinates(records, ["lr"], scores, "score", look_of, higher_is_better)
+    assert figure is not None
+    lines = [line for line in figure.axes[0].get_lines() if str(line.get_gid()).startswith("run-")]
+    assert len(lines) == 4 and lines[-1].get_gid() == best
+    assert matplotlib.colors.to_hex(lines[-1].get_color()) == COLOURS[0]
+    ends = [float(line.get_ydata()[-1]) for line in lines]
+    assert ends == pytest.approx([0, 1 / 3, 2 / 3, 1] if higher_is_better else [1, 2 / 3, 1 / 3, 0])
 
 
 def test_importance_goes_to_the_setting_that_matters(tmp_path: Path):
