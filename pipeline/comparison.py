@@ -62,7 +62,7 @@ def score(run: RunRecord, sweep: Sweep | None) -> float | None:
 
 
 def ranked(runs: Sequence[RunRecord], sweep: Sweep | None) -> list[RunRecord]:
-    """The best first; runs that did not end by themselves after those that did, and last those without a figure."""
+    """The best first; runs that have not ended after those that have, and last those without a figure."""
 
     def key(run: RunRecord) -> tuple[bool, bool, float]:
         value = score(run, sweep)

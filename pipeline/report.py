@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.checkpoint import sync_folder, write_atomically
 from pipeline.comparison import ranked
+from pipeline.files import sync_folder, write_atomically
 from pipeline.report_content import best_tested, make_report
 from pipeline.report_page import html_page, markdown_page
 from pipeline.report_tables import results_csv
@@ -85,11 +85,11 @@ def write_report(paths: Sequence[Path], output: Path, target: float | None, num_
     runs, sweep = read_records(paths)
     mistakes = None
     if num_mistakes:
-        from pipeline.mistakes import most_confident_mistakes
-
         tested = best_tested(runs, sweep)
         if tested is None:
-            raise ValueError("--mistakes wants a run that was tested, and none of these ended by itself. Leave it out.")
+            raise ValueError("--mistakes wants a run that was tested, and none of these was. Leave it out.")
+        from pipeline.mistakes import most_confident_mistakes  # loads torch and timm, of which no other part has need
+
         mistakes = most_confident_mistakes(tested, num_mistakes)
     report = make_report(runs, sweep, target, mistakes)
     files = {

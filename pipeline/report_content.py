@@ -1,9 +1,11 @@
 """What stands in a report: from runs to sections of tables, figures and sentences."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +22,6 @@ from pipeline.comparison_figures import (
 from pipeline.console import percent
 from pipeline.figures import AXES, STYLE, Look, curves, looks, png_and_svg, schedules
 from pipeline.importance import FEWEST_RUNS, importances
-from pipeline.mistakes import Mistake
 from pipeline.report_page import Block, Figure, Gallery, Page, Picture, Section, Views
 from pipeline.report_tables import (
     class_table,
@@ -36,6 +37,9 @@ from pipeline.report_tables import (
 )
 from pipeline.run_records import RunRecord
 from pipeline.sweep_records import Sweep
+
+if TYPE_CHECKING:
+    from pipeline.mistakes import Mistake
 
 MOST_PARALLEL = 8  # settings with an axis of the parallel coordinates
 LARGEST_MATRIX = 200  # classes
@@ -164,7 +168,7 @@ def seeds_section(runs: Sequence[RunRecord], drawing: Drawing) -> Section:
 def settings_section(
     best_first: Sequence[RunRecord], sweep: Sweep | None, look_of: dict[str, Look], drawing: Drawing
 ) -> Section:
-    """Parallel coordinates and importance, over the runs that ended by themselves."""
+    """Parallel coordinates and importance, over the runs that ended."""
     compared = [run for run in best_first if run.ended and score(run, sweep) is not None]
     names = varied_settings(compared) if compared else []
     own_metric = sweep is not None and sweep.metric != "val/accuracy" and any(run.trial for run in compared)

@@ -161,7 +161,7 @@ def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: f
     note = (
         f"Ranked by {metric}{', the lowest first' if lowest else ''}. Where that is of the validation split, the test split "
         "chooses nothing, and the first rank's test accuracy is an honest one. "
-        "Runs that did not end by themselves have no rank."
+        "Runs that failed, were interrupted or are going on have no rank."
     )
     if target is not None:
         note += f" Marked: test accuracy of {percent(target)} or more, {over} of {len(best_first)} runs."
@@ -267,11 +267,11 @@ def confusions_table(class_names: Sequence[str], counts: Sequence[Sequence[int]]
 
 
 def unfinished_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Runs that did not end by themselves, and runs whose files are damaged, with what is known of them; None for none."""
+    """Runs that have not ended, and runs whose files are damaged, with what is known of them; None for none."""
     rows = []
     for run in runs:
         told = "; ".join((*([" ".join(run.reason.split())] if run.reason else []), *run.notes))
-        if not run.ended or run.notes:
+        if not run.ended or run.notes or run.status == "stopped":
             steps = max((line["step"] for line in (*run.epochs, *run.log)), default=0)
             cells = (words(run.name), words(run.status), count(len(run.epochs)), count(steps), words(told or "-"))
             rows.append(Row(cells, run.name))

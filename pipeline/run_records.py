@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline import lock
 from pipeline.config import FIELDS, Config
 from pipeline.parsing import SettingsLoader
 from pipeline.tracking import metrics_path
@@ -56,7 +58,8 @@ class RunRecord:
 
     @property
     def ended(self) -> bool:
-        return self.status in ENDED
+        """Whether nothing more is to come: it ended by itself, or its sweep stopped it because others did better."""
+        return self.status in (*ENDED, "stopped")
 
     @property
     def val_accuracy(self) -> float | None:
@@ -214,12 +217,17 @@ def usual_lr(settings: dict[str, Any]) -> float | None:
 
 
 def is_running(run_dir: Path) -> bool:
-    """Whether the process that took the run's lock lives on this machine. The lock itself is not touched."""
+    """Whether the process that took the run's lock seems to live. The lock itself is not touched.
+
+    On this machine its number tells, of another one whether it counted in the file a moment ago.
+    """
+    path = run_dir / ".lock"
+    holder = lock.read(path)
     try:
-        words = (run_dir / ".lock").read_text().split()  # process PID on HOST
-        if len(words) != 4 or words[3] != os.uname().nodename:
-            return False
-        os.kill(int(words[1]), 0)
+        if holder.get("machine") != os.uname().nodename:
+            silence = time.time() - path.stat().st_mtime
+            return "machine" in holder and silence < lock.SILENT_BEATS * lock.BEAT_SECONDS
+        os.kill(int(str(holder.get("process"))), 0)
         return True
     except PermissionError:  # it lives, and is another user's
         return True

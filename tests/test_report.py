@@ -24,7 +24,7 @@ from pipeline.config import Config, to_yaml
 from pipeline.figures import COLOURS, MOST_NAMED, STYLE, curves, looks, png_and_svg, short
 from pipeline.importance import importances
 from pipeline.report import main
-from pipeline.report_tables import class_table, confusions_table, ranked_table, seeds_table
+from pipeline.report_tables import class_table, confusions_table, ranked_table, seeds_table, unfinished_table
 from pipeline.run_records import read_run
 from pipeline.sweep_records import read_records
 
@@ -259,9 +259,14 @@ def test_a_torn_last_line_changes_nothing_but_other_bad_lines_are_told(runs: Pat
 def test_the_state_of_a_run_is_told_from_its_files(tmp_path: Path):
     folder = write_run(tmp_path / "run", (0.3, 0.4), summary=False)
     assert read_run(folder).status == "unfinished"
-    (folder / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+    holder = {"process": os.getpid(), "machine": os.uname().nodename, "beats": 1}
+    (folder / ".lock").write_text(json.dumps(holder))
     assert read_run(folder).status == "running"
-    (folder / ".lock").write_text(f"process {os.getpid()} on another.machine\n")
+    (folder / ".lock").write_text(json.dumps(holder | {"machine": "another"}))
+    assert read_run(folder).status == "running"
+    os.utime(folder / ".lock", (0, 0))  # it has not stirred for long
+    assert read_run(folder).status == "unfinished"
+    (folder / ".lock").write_text("")  # as it is left when a run ends
     assert read_run(folder).status == "unfinished"
     write_summary(folder, (0.3, 0.4), status="interrupted", reason="SIGINT", test=None)
     assert (read_run(folder).status, read_run(folder).reason) == ("interrupted", "SIGINT")
@@ -373,6 +378,18 @@ def test_the_best_run_is_the_last_and_bluest_of_the_parallel_coordinates(higher_
     assert ends == pytest.approx([0, 1 / 3, 2 / 3, 1] if higher_is_better else [1, 2 / 3, 1 / 3, 0])
 
 
+def test_a_trial_that_hyperband_stopped_keeps_its_rank(tmp_path: Path):
+    folder = sweep_folder(tmp_path / "sweep")
+    write_summary(folder / "run-0", (0.9,), status="interrupted", reason="SIGTERM", test=None)
+    text = (folder / "trials.jsonl").read_text()
+    (folder / "trials.jsonl").write_text(text.replace('"status": "completed"', '"status": "stopped"', 1))
+    records, sweep = read_records([folder])
+    first = ranked_table(ranked(records, sweep), sweep, None).rows[0]
+    assert [cell.text for cell in first.cells[:3]] == ["1", "run-0", "stopped"]
+    table = unfinished_table(records)
+    assert table is not None and [row.run for row in table.rows] == ["run-0", "run-6"]
+
+
 def test_importance_goes_to_the_setting_that_matters(tmp_path: Path):
     records, sweep = read_records([sweep_folder(tmp_path / "sweep")])
     ended = [run for run in records if run.ended]
@@ -440,7 +457,7 @@ def test_names_of_two_folders_stay_apart(tmp_path: Path):
         (["RUN", "--output", "EMPTY/no/report"], "Make it first"),
         (["RUN", "--output", "FULL"], "holds no report. Give a new folder"),
         (["RUN", "--target", "90"], "'90' is not a fraction from 0 to 1; 90 % is 0.9"),
-        (["RUN", "--mistakes", "2"], "none of these ended by itself"),
+        (["RUN", "--mistakes", "2"], "none of these was"),
     ],
 )
 def test_what_cannot_be_reported_on_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
