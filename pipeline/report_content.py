@@ -35,7 +35,7 @@ from pipeline.report_tables import (
     seeds_table,
     unfinished_table,
 )
-from pipeline.run_records import RunRecord
+from pipeline.run_records import RunRecord, number
 from pipeline.sweep_records import Sweep
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def overview(
     terms.append(("Device", told(run.facts.get("device") for run in runs)))
     versions = [run.facts["versions"] for run in runs if isinstance(run.facts.get("versions"), dict)]
     terms.append(
-        ("Versions", told(", ".join(f"{name} {number}" for name, number in each.items()) for each in versions))
+        ("Versions", told(", ".join(f"{name} {version}" for name, version in each.items()) for each in versions))
     )
     return tuple((term, text) for term, text in terms if text)
 
@@ -225,7 +225,7 @@ def test_section(run: RunRecord, drawing: Drawing) -> Section:
     if not isinstance(accuracies, dict) or matrix is None:
         return section("test", title)
     names = [str(name) for name in accuracies]
-    known = {str(name): value for name, value in accuracies.items() if value is not None}
+    known = {name: value for name in names if (value := number(accuracies, name)) is not None}
     drawn = None
     if len(names) <= LARGEST_MATRIX:
         alt = "Confusion matrix: true classes by predicted classes"
