@@ -9,10 +9,10 @@ import torch
 
 from pipeline.assembly import choose_image_size, load_data, make_accelerator, make_loader, make_preprocessing
 from pipeline.images import decode_image
-from pipeline.loaders import Loader
 from pipeline.parsing import from_yaml
 from pipeline.run_records import RunRecord
 from pipeline.splits import Split
+from pipeline.stream import AnyLoader
 from pipeline.weights import CONFIG_FILE, load_model, read_config
 
 SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report, in pixels
@@ -65,7 +65,7 @@ def most_confident_mistakes(run: RunRecord, how_many: int) -> tuple[list[Mistake
 
 
 @torch.inference_mode()
-def predict(model: Any, loader: Loader) -> torch.Tensor:
+def predict(model: Any, loader: AnyLoader) -> torch.Tensor:
     """The probabilities of all images in order; float [N, num_classes] on the CPU."""
     return torch.cat([model(images).float().softmax(dim=1).cpu() for images, _ in loader.eval_epoch()])
 
