@@ -1,0 +1,235 @@
+"""Runs on disk, read into plain values, whatever state they are in: ended, going on, stopped or damaged."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import lock
+from pipeline.config import FIELDS, Config
+from pipeline.parsing import SettingsLoader
+from pipeline.tracking import metrics_path
+
+ENDED = ("completed", "early_stopped")  # what a run's summary says when it ended by itself
+PLACE = ("epoch", "step", "seconds")
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a sweep knows of one of its runs; value is that of the sweep's metric, None where there is none."""
+
+    number: int
+    status: str
+    params: dict[str, Any]
+    value: float | None
+    error: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    name is unique among the runs read together. status is the summary's, else running (its process lives) or unfinished.
+    settings hold the learning rate that was used also where none was given. epochs: a dict for each finished epoch with
+    epoch, step, seconds, train and val (figures by name). log: the training lines, with progress in epochs where it is known.
+    best and test: as in summary.json; best is taken from the epochs where there is no summary. facts: the rest of the
+    summary, and image_size, the side of the model's input in pixels.
+    """
+
+    name: str
+    path: Path
+    status: str
+    reason: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    epochs: list[Line] = field(default_factory=list)
+    log: list[Line] = field(default_factory=list)
+    best: Line | None = None
+    test: Line | None = None
+    facts: Line = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    trial: Trial | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to come: it ended by itself, or its sweep stopped it because others did better."""
+        return self.status in (*ENDED, "stopped")
+
+    @property
+    def val_accuracy(self) -> float | None:
+        return number(self.best, "accuracy")
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return number(self.test, "accuracy")
+
+
+def number(line: Any, key: str) -> float | None:
+    """A finite number of a JSON object, else None."""
+    value = line.get(key) if isinstance(line, dict) else None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or metrics_path(path).is_file()
+
+
+def read_run(path: Path) -> RunRecord:
+    """One run's files. What is missing or damaged is left out and told in notes; nothing is raised for it."""
+    notes: list[str] = []
+    summary = read_mapping(path / "summary.json", notes)
+    lines = read_lines(metrics_path(path), notes)
+    epochs = epochs_of(lines)
+    last_step = max((line["step"] for line in lines), default=0)
+    if summary.get("status") not in ENDED and (number(summary, "steps") or 0) < last_step:
+        summary = {}  # of an earlier part of a run that went on
+    status = str(summary.get("status") or ("running" if is_running(path) else "unfinished"))
+    settings = effective_settings(read_mapping(path / "config.yaml", notes))
+    best, test = summary.get("best"), summary.get("test")
+    facts = {key: value for key, value in summary.items() if key not in ("best", "test", "status", "reason")}
+    monitor = "loss" if settings.get("monitor") == "loss" else "accuracy"
+    return RunRecord(
+        name=path.resolve().name,
+        path=path,
+        status=status,
+        reason=str(summary.get("reason", "")),
+        settings=settings,
+        epochs=epochs,
+        log=log_of(lines, epochs),
+        best=best if isinstance(best, dict) else best_of(epochs, monitor),
+        test=test if isinstance(test, dict) else None,
+        facts=facts | {"image_size": used_image_size(settings, path)},
+        notes=tuple(notes),
+    )
+
+
+def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON or YAML file that holds an object; empty where it is not there or not one, with a note."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.load(text, SettingsLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        value = None
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} cannot be read")
+        return {}
+    return value
+
+
+def read_lines(path: Path, notes: list[str]) -> list[Line]:
+    """The lines of metrics.jsonl that are whole and say where they belong. A torn last line is one still being written."""
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().decode(errors="replace").split("\n")
+    lines, unreadable = [], 0
+    for place, text in enumerate(texts):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            unreadable += bool(text.strip()) and place < len(texts) - 1
+            continue
+        if isinstance(line, dict) and all(number(line, key) is not None for key in PLACE):
+            lines.append(line)
+        else:
+            unreadable += 1
+    if unreadable:
+        notes.append(f"{unreadable} unreadable lines of {path.name} are left out")
+    return lines
+
+
+def epochs_of(lines: list[Line]) -> list[Line]:
+    """An entry for each epoch that has a line at its end, in order; of two about one epoch the later counts."""
+    entries: dict[int, Line] = {}
+    for line in lines:
+        split = line.get("split")
+        if split == "val" or (split == "train" and line.get("event") == "epoch"):
+            entry = entries.setdefault(int(line["epoch"]), {"train": {}, "val": {}})
+            entry |= {key: line[key] for key in PLACE}
+            entry[split] = line
+    return [entries[epoch] for epoch in sorted(entries)]
+
+
+def log_of(lines: list[Line], epochs: list[Line]) -> list[Line]:
+    """The training lines, each with `progress`: how many epochs had passed, None in a first epoch that has not ended."""
+    last_steps = {0: 0} | {entry["epoch"]: entry["step"] for entry in epochs}
+    log = []
+    for line in lines:
+        if line.get("split") != "train" or line.get("event") == "epoch":
+            continue
+        epoch = line["epoch"]
+        begin = last_steps.get(epoch - 1)
+        end = last_steps.get(epoch)
+        if end is None and begin is not None and epoch - 2 in last_steps:  # under way: as long as the one before
+            end = 2 * begin - last_steps[epoch - 2]
+        progress = None
+        if begin is not None and end is not None and end > begin:
+            progress = epoch - 1 + (line["step"] - begin) / (end - begin)
+        log.append(line | {"progress": progress})
+    return log
+
+
+def best_of(epochs: list[Line], monitor: str) -> Line | None:
+    """The validation figures of the best epoch so far, of the weights or of their moving average."""
+    best, best_value = None, -math.inf
+    for entry in epochs:
+        for prefix in ("", "ema_"):
+            value = number(entry["val"], prefix + monitor)
+            signed = -math.inf if value is None else value if monitor == "accuracy" else -value
+            if signed > best_value:
+                figures = {key: entry["val"].get(prefix + key) for key in ("loss", "accuracy", "num_samples")}
+                best, best_value = {"epoch": entry["epoch"], **figures}, signed
+    return best
+
+
+def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the learning rate that null stood for, where it can be known."""
+    settings = {str(name): value for name, value in settings.items()}
+    if settings and settings.get("lr") is None:
+        settings["lr"] = usual_lr(settings)
+    return settings
+
+
+def used_image_size(settings: dict[str, Any], path: Path) -> int | None:
+    """Side of the model's input in pixels: the setting, else that of the saved model, else None."""
+    if settings.get("image_size") is not None:
+        return settings["image_size"]
+    model = read_mapping(path / "model" / "config.json", [])
+    size = (model.get("pretrained_cfg") or {}).get("input_size")
+    return size[-1] if isinstance(size, list) and size else None
+
+
+def usual_lr(settings: dict[str, Any]) -> float | None:
+    """The learning rate that these settings get when none is given; None for settings of another version."""
+    from pipeline.optimizers import peak_lr  # imports timm, and most sweeps give a learning rate
+
+    try:
+        return peak_lr(Config(**{name: value for name, value in settings.items() if name in FIELDS}))
+    except (KeyError, TypeError):
+        return None
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether the process that took the run's lock seems to live. The lock itself is not touched.
+
+    On this machine its number tells, of another one whether it counted in the file a moment ago.
+    """
+    path = run_dir / ".lock"
+    holder = lock.read(path)
+    try:
+        if holder.get("machine") != os.uname().nodename:
+            silence = time.time() - path.stat().st_mtime
+            return "machine" in holder and silence < lock.SILENT_BEATS * lock.BEAT_SECONDS
+        os.kill(int(str(holder.get("process"))), 0)
+        return True
+    except PermissionError:  # it lives, and is another user's
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
