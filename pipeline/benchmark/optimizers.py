@@ -1,21 +1,11 @@
-"""Benchmarks, `python -m pipeline.benchmark COMMAND`: what the parts of a run cost, side by side in one process.
+"""`optimizers`: what whole training steps and `optimizer.step` alone cost, side by side in one process.
 
 The calls that are compared take turns (A B C A B C ...), so that whatever else the machine does falls on all alike.
 """
 
 import argparse
 import copy
-import json
-import os
-import platform
-import re
-import shlex
-import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -23,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.benchmark.measuring import Row, Section, summarise
 from pipeline.config import Config
 from pipeline.console import progress_bar
-from pipeline.files import write_atomically
 from pipeline.metrics import zero_sums
 from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 
@@ -53,29 +43,6 @@ OUR_OPTIMIZERS = {
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table: what its rows share, the row that ratios are taken to, the milliseconds of every timed call."""
-
-    title: str
-    reference: str
-    samples: dict[str, list[float]]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row's name, ms (the median), min_ms, max_ms, n, ratio, warmed_up and the samples_ms that these are of.
-
-        The first call of a row warms it up and is left out, unless there was time for no other.
-        """
-        kept = {name: samples[1:] or samples for name, samples in self.samples.items()}
-        medians = {name: statistics.median(samples) for name, samples in kept.items()}
-        return [
-            {"section": self.title, "row": name, "ms": medians[name], "min_ms": min(samples), "max_ms": max(samples)}
-            | {"n": len(samples), "warmed_up": len(self.samples[name]) > 1, "samples_ms": samples}
-            | {"ratio": medians[name] / medians[self.reference], "ratio_to": self.reference}
-            for name, samples in kept.items()
-        ]
-
-
 def take_turns(calls: Calls, args: argparse.Namespace) -> dict[str, list[float]]:
     """The milliseconds of every call, by its name: once each to warm up, then `rounds` times, in turns.
 
@@ -96,6 +63,16 @@ def take_turns(calls: Calls, args: argparse.Namespace) -> dict[str, list[float]]
                 wait()
                 taken.append(1000 * (perf_counter() - start))
     return samples
+
+
+def to_section(title: str, reference: str, samples: dict[str, list[float]], device: str) -> Section:
+    """The first call of a row warms it up and is left out, unless there was time for no other: then it is called cold."""
+    kept = {name: taken[1:] or taken for name, taken in samples.items()}
+    extras: dict[str, Row] = {
+        name: {"device": device, "threads": torch.get_num_threads(), "warmed_up": len(taken) > 1}
+        for name, taken in samples.items()
+    }
+    return Section(title, summarise(kept, "ms", reference, extras), "ms")
 
 
 def make_config(args: argparse.Namespace, **settings: Any) -> Config:
@@ -184,7 +161,7 @@ def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
     return {name: optimizer.step for name, optimizer in alone.items()}
 
 
-def optimizers(args: argparse.Namespace) -> Iterator[Section]:
+def sections(args: argparse.Namespace, settings: list[str]) -> Iterator[Section]:
     """Whole training steps relative to SGD's, then optimizer steps alone relative to timm's Muon."""
     model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
     layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
@@ -192,108 +169,9 @@ def optimizers(args: argparse.Namespace) -> Iterator[Section]:
     for name, settings in WHOLE_STEPS.items():
         calls[name] = our_step(model, images, labels, make_config(args, **settings), accelerator)
     calls["bare loop, torch's sgd"] = bare_step(model, images, labels, make_config(args, **WHOLE_STEPS["sgd"]))
-    yield Section(f"whole training steps, {layout}", "sgd", take_turns(calls, args))
+    yield to_section(f"whole training steps, {layout}", "sgd", take_turns(calls, args), args.device)
     calls.clear()
     accelerator.free_memory()
     cross_entropy(model(images), labels).backward()
-    yield Section(f"optimizer.step alone, {layout}", "timm muon", take_turns(optimizers_alone(model, args), args))
-
-
-def optimizers_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name", default="resnet18", help="any that train.py takes")
-    parser.add_argument("--stem", choices=("imagenet", "small", "auto"), default="imagenet", help="as train.py's")
-    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a step")
-    parser.add_argument("--image_size", type=at_least_one, default=32, metavar="N", help="side in pixels")
-    either, text = ("true", "false"), "keep images and convolutions in channels-last order"
-    parser.add_argument("--channels_last", type=str.lower, choices=either, default="false", help=text)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A benchmark: a sentence for --help, its own arguments, and what it measures, a table at a time."""
-
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    sections: Callable[[argparse.Namespace], Iterator[Section]]
-
-
-COMMANDS = {
-    "optimizers": Command("what each costs, relative to SGD and to timm's Muon", optimizers_arguments, optimizers),
-}
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """A subcommand for each of COMMANDS: the arguments that all have, then its own."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.benchmark", description=__doc__, allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    for name, command in COMMANDS.items():
-        own = subparsers.add_parser(name, help=command.help, description=command.help, formatter_class=defaults)
-        own.allow_abbrev = False
-        command.add_arguments(own)
-        own.add_argument("--rounds", type=at_least_one, default=20, metavar="N", help="turns of each row that count")
-        slow = "a row that would take longer stops early; it runs at least once"
-        own.add_argument("--seconds_per_row", type=float, default=60.0, metavar="S", help=slow)
-        own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-        own.add_argument("--json", type=Path, metavar="FILE", help="also write every row as a line of JSON")
-    return parser
-
-
-def machine_facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What figures depend on: processor, cores, torch's threads, device, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" and torch.cuda.is_available() else args.device,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "timm", "accelerate")},
-        },
-    }
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a section in Markdown, aligned for the terminal."""
-    cells = [["row", "ms", "min", "max", "n", f"ratio to {rows[0]['ratio_to']}"]]
-    for row in rows:
-        times = [f"{row[key]:.2f}" for key in ("ms", "min_ms", "max_ms")]
-        cells.append([row["row"], *times, f"{row['n']}{'' if row['warmed_up'] else ' (cold)'}", f"{row['ratio']:#.3g}"])
-    cells.insert(1, ["---", *["---:"] * 5])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in cells)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints tables, writes the JSON; returns the exit status: 0 done, 2 for what cannot be measured here."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(arguments)
-    facts = {"command": f"python -m pipeline.benchmark {shlex.join(arguments)}", **machine_facts(args)}
-    print("{command}\n{cpu}, {cores} cores, {threads} threads, device {device}".format(**facts))
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    print(f"{versions}\nmedian, least and most milliseconds of n calls in turns", flush=True)
-    rows: list[dict[str, Any]] = []
-    try:
-        if args.json is not None and not args.json.parent.is_dir():
-            raise ValueError(f"There is no folder {args.json.parent} for --json {args.json}. Make it first.")
-        for section in COMMANDS[args.command].sections(args):
-            rows += section.rows()
-            print(f"\n{section.title}\n{table(section.rows())}", flush=True)
-            if args.json is not None:
-                write_atomically(args.json, "".join(json.dumps(row | facts) + "\n" for row in rows).encode())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    alone = take_turns(optimizers_alone(model, args), args)
+    yield to_section(f"optimizer.step alone, {layout}", "timm muon", alone, args.device)

@@ -1,0 +1,28 @@
+"""`loop`: images per second from the encoded images to the updated weights, beside the bare loop and the peers."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from pipeline.benchmark.contenders import BARE, check_comparable, contenders, peer_data, prepared
+from pipeline.benchmark.measuring import Section, column, in_turns, largest, summarise
+from pipeline.parsing import read_config
+
+
+def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
+    """One table. Every turn is a process of its own, and no other contender is there while it runs: so its memory is its own."""
+    clock = {"warmup_steps": args.warmup_steps, "seconds": args.seconds}
+    with prepared(args, settings) as (settings, environment, folder):
+        config = read_config(settings)
+        check_comparable(config)
+        data = peer_data(settings, environment, folder)
+        results = in_turns(contenders(args, settings, environment, data, clock), args.rounds)
+    extras = {
+        name: {key: largest(of_name, key) for key in ("peak_memory_bytes", "gpu_memory_bytes")}
+        | {key: of_name[-1][key] for key in ("device", "threads")}
+        for name, of_name in results.items()
+    }
+    title = (
+        f"{config.model_name}, {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
+        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, peers with {args.peer_workers} workers"
+    )
+    yield Section(title, summarise(column(results, "images_per_second"), "images/s", BARE, extras), "images/s")
