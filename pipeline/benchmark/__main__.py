@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import pipeline.benchmark
 from pipeline.benchmark.measuring import Section, usable_cores
 from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
 from pipeline.failures import Interrupted, TrainingFailed
@@ -38,13 +39,15 @@ def above_zero(text: str) -> float:
     return value
 
 
-def made_set(parser: Parser) -> None:
-    parser.add_argument("--num_images", type=at_least_one, default=5120, metavar="N", help="images of the made set")
+def made_set(parser: Parser, num_images: int = 5120) -> None:
+    parser.add_argument(
+        "--num_images", type=at_least_one, default=num_images, metavar="N", help="images of the made set"
+    )
     parser.add_argument("--made_size", type=at_least_one, default=32, metavar="N", help="their side in pixels")
 
 
-def timed_steps(parser: Parser) -> None:
-    parser.add_argument("--seconds", type=above_zero, default=3.0, metavar="S", help="of each turn that count")
+def timed_steps(parser: Parser, seconds: float = 3.0) -> None:
+    parser.add_argument("--seconds", type=above_zero, default=seconds, metavar="S", help="of each turn that count")
     parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
     made_set(parser)
 
@@ -62,7 +65,7 @@ def loaders_arguments(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a batch")
     parser.add_argument("--num_photos", type=at_least_one, default=256, metavar="N", help="JPEG photos that are made")
     parser.add_argument("--seconds", type=above_zero, default=1.0, metavar="S", help="of each loader and turn")
-    made_set(parser)
+    made_set(parser, num_images=2560)
 
 
 def optimizers_arguments(parser: Parser) -> None:
@@ -85,7 +88,9 @@ def checkpoint_arguments(parser: Parser) -> None:
 
 
 def scaling_arguments(parser: Parser) -> None:
-    parser.add_argument("--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of them")
+    parser.add_argument(
+        "--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of them"
+    )
     parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps of a turn that count")
     parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
     parser.add_argument("--strong", action="store_true", help="batch_size is for all together, not for each process")
@@ -96,7 +101,7 @@ FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size")
 
 
 def efficiency_arguments(parser: Parser) -> None:
-    timed_steps(parser)
+    timed_steps(parser, seconds=2.0)
     text = "numbers of worker processes"
     parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
     text = f"what is changed, one at a time: {', '.join(FACTORS)}; compile takes minutes on a CPU, pin_memory counts on a GPU"
@@ -105,7 +110,9 @@ def efficiency_arguments(parser: Parser) -> None:
 
 
 def lr_arguments(parser: Parser) -> None:
-    parser.add_argument("--num_steps", type=at_least_one, default=100, metavar="N", help="steps, one learning rate each")
+    parser.add_argument(
+        "--num_steps", type=at_least_one, default=100, metavar="N", help="steps, one learning rate each"
+    )
     parser.add_argument("--lr_start", type=above_zero, default=1e-5, metavar="LR", help="the first")
     parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="the last")
 
@@ -133,7 +140,9 @@ class Command:
 
 COMMANDS = {
     "loop": Command("training end to end: the bare loop, ours, and peers that are installed", loop_arguments, 3),
-    "loaders": Command("loaders alone: ours, torch's and timm's, for small PNG images and photos", loaders_arguments, 3),
+    "loaders": Command(
+        "loaders alone: ours, torch's and timm's, for small PNG images and photos", loaders_arguments, 3
+    ),
     "optimizers": Command(
         "what each costs, relative to SGD and to timm's Muon", optimizers_arguments, 20, settings=False
     ),
@@ -147,7 +156,7 @@ COMMANDS = {
 
 def make_parser() -> Parser:
     """A subcommand for each of COMMANDS: its own arguments, then those that all have."""
-    parser = Parser(prog="python -m pipeline.benchmark", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings = "Any setting of train.py may follow, --name value; --dataset synthetic, the default, is made here."
     real = "Any setting of train.py may follow, --name value."

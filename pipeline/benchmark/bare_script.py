@@ -12,7 +12,9 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 architecture = {"in_chans": given["channels"], "num_classes": given["num_classes"]}
 if given["model_name"] == "simple_mlp":  # not timm's: two linear layers will do
     width = given["channels"] * given["image_size"] ** 2
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(width, 512), torch.nn.Linear(512, given["num_classes"]))
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(width, 512), torch.nn.Linear(512, given["num_classes"])
+    )
 else:
     model = timm.create_model(given["model_name"], **architecture)
 model.to(device)

@@ -28,10 +28,15 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     epoch_ms = block[0]["median"] / args.steps * (args.epoch_images // config.batch_size)
     facts = {key: result[key] for key in ("device", "threads")}
     sizes = {THEIRS: result["their_bytes"], HELD: None, WRITTEN: result["our_bytes"]}
-    saving = summarise(result["savings"], "ms", THEIRS, {name: {"bytes_on_disk": size, **facts} for name, size in sizes.items()})
+    saving = summarise(
+        result["savings"], "ms", THEIRS, {name: {"bytes_on_disk": size, **facts} for name, size in sizes.items()}
+    )
     for row in saving:
         row["epoch_share"] = row["median"] / epoch_ms
-    note = f"An epoch of {args.epoch_images:,} images takes {epoch_ms / 1000:,.1f} s. Ours is synced to the disk, save_state's is not."
+    note = (
+        f"An epoch of {args.epoch_images:,} images takes {epoch_ms / 1000:,.1f} s. "
+        "What ours writes is synced to the disk, what save_state writes is not."
+    )
     yield Section(f"saving {config.model_name} with {config.optimizer}", saving, "ms", [note])
     for row in block:
         row["epoch_share"] = (row["median"] - block[0]["median"]) / epoch_ms
@@ -46,11 +51,13 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
 
     from pipeline.benchmark.ours import start
     from pipeline.benchmark.stepclock import wait_for
+    from pipeline.optimizers import peak_lr, set_lr
     from pipeline.training import Share, train_step
 
     parts, run, state = start(settings, folder)
     config, accelerator, loader = parts.config, run.accelerator, parts.loaders["train"]
     batch_size, theirs = config.batch_size or 1, Path(folder) / "save_state"
+    set_lr(state.optimizer, peak_lr(config))
 
     def take_steps() -> None:
         for images, labels in loader.train_epoch(0, batch_size, steps):
@@ -94,7 +101,11 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
         take_steps()  # warms up, and gives the optimizer its state
         with_ours()
         blocks = in_turns(
-            {ALONE: lambda: milliseconds(take_steps), "ours before them": with_ours, f"{THEIRS} before them": with_theirs},
+            {
+                ALONE: lambda: milliseconds(take_steps),
+                "ours before them": with_ours,
+                f"{THEIRS} before them": with_theirs,
+            },
             rounds,
         )
         alone = in_turns({"ours": save_alone, THEIRS: save_state_alone}, rounds)

@@ -38,7 +38,13 @@ def run_child(
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         result_path = Path(folder) / "result.json"
-        own = ["-m", "pipeline.benchmark.child", function, json.dumps({**arguments, "folder": folder}), str(result_path)]
+        own = [
+            "-m",
+            "pipeline.benchmark.child",
+            function,
+            json.dumps({**arguments, "folder": folder}),
+            str(result_path),
+        ]
         return run_program([sys.executable, *options, *launcher, *own], result_path, environment)
 
 

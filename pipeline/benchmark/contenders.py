@@ -71,7 +71,9 @@ def check_comparable(config: Config) -> None:
     changed = [name for name in OURS_ALONE if getattr(config, name) != getattr(DEFAULTS, name)]
     if changed or config.optimizer == "sam":
         names = ", ".join(changed or ["optimizer sam"])
-        raise ValueError(f"The peers' loops have no {names}: the comparison would not be of the same work. Leave it out.")
+        raise ValueError(
+            f"The peers' loops have no {names}: the comparison would not be of the same work. Leave it out."
+        )
 
 
 def installed_peers() -> dict[str, str]:

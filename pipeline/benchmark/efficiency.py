@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.benchmark.contenders import contender, prepared
-from pipeline.benchmark.measuring import Row, Section, column, in_turns, largest, summarise
+from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
 from pipeline.config import Config
 from pipeline.parsing import read_config
 
@@ -17,9 +17,11 @@ WORTH = 1.02  # a choice that gains less than this is not recommended
 def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]]]:
     """The flags of each choice, by factor and by the name of its row; one factor is changed at a time."""
     batch = config.batch_size or 128
-    workers = {f"{count} workers": ["--loader=workers", f"--num_workers={count}"] for count in args.workers}
+    workers = {
+        counted(count, "worker", "workers"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
+    }
     factors = {
-        "loader": {"loader auto": ["--loader=auto"], **workers},
+        "loader": {**({} if config.loader == "auto" else {"loader auto": ["--loader=auto"]}), **workers},
         "precision": {
             "bf16": ["--mixed_precision=bf16"],
             "channels_last": ["--channels_last=true"],
@@ -44,9 +46,11 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         if "pin_memory" in args.factors:
             given = [*settings, "--loader=workers", f"--num_workers={max(args.workers)}"]
             for pin in (True, False):
-                name = f"pin_memory {'on' if pin else 'off'}, {max(args.workers)} workers"
+                name = f"pin_memory {'on' if pin else 'off'}, {counted(max(args.workers), 'worker', 'workers')}"
                 calls[name] = contender("ours.train", given, environment, clock, pin_memory=pin)
-        first = to_section(f"{config.model_name}, batch {config.batch_size}, one choice at a time", in_turns(calls, args.rounds))
+        first = to_section(
+            f"{config.model_name}, batch {config.batch_size}, one choice at a time", in_turns(calls, args.rounds)
+        )
         yield first
         medians = {row["row"]: row["median"] for row in first.rows}
         chosen = recommended(factors, medians)

@@ -3,9 +3,14 @@
 from argparse import Namespace
 from collections.abc import Iterator
 
-from pipeline.benchmark.contenders import BARE, check_comparable, contenders, peer_data, prepared
-from pipeline.benchmark.measuring import Section, column, in_turns, largest, summarise
+from pipeline.benchmark.contenders import BARE, MADE, check_comparable, contenders, peer_data, prepared
+from pipeline.benchmark.measuring import Section, column, counted, in_turns, largest, summarise
 from pipeline.parsing import read_config
+
+MEMORY_NOTE = (
+    "Peak memory: the largest PSS that was seen of the process and its workers; libraries that other programs have open "
+    "count by their share."
+)
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
@@ -13,6 +18,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     clock = {"warmup_steps": args.warmup_steps, "seconds": args.seconds}
     with prepared(args, settings) as (settings, environment, folder):
         config = read_config(settings)
+        name = MADE if environment else config.dataset
         check_comparable(config)
         data = peer_data(settings, environment, folder)
         results = in_turns(contenders(args, settings, environment, data, clock), args.rounds)
@@ -22,7 +28,8 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         for name, of_name in results.items()
     }
     title = (
-        f"{config.model_name}, {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
-        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, peers with {args.peer_workers} workers"
+        f"{config.model_name}, {name}: {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
+        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, peers with {counted(args.peer_workers, 'worker', 'workers')}"
     )
-    yield Section(title, summarise(column(results, "images_per_second"), "images/s", BARE, extras), "images/s")
+    rows = summarise(column(results, "images_per_second"), "images/s", BARE, extras)
+    yield Section(title, rows, "images/s", [MEMORY_NOTE])

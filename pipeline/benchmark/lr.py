@@ -13,10 +13,13 @@ from pipeline.parsing import read_config
 if TYPE_CHECKING:
     from pipeline.assembly import Parts
 
-DIVERGED = 4.0  # times the lowest smoothed loss
-SMOOTHING = 0.9  # what the moving average of the loss keeps at each step
+DIVERGED = 4.0  # times the lowest moving average of the loss
+SMOOTHING = 0.8  # what the moving average of the loss keeps at each step
+WIDTH = 0.03  # standard deviation of the smoothing window, as a share of the steps
 FEWEST_STEPS = 10  # before a suggestion is made
-RULE = "the learning rate at which the smoothed loss fell fastest per factor of the learning rate, before its lowest point"
+RULE = (
+    "the learning rate at which the smoothed loss fell fastest per factor of the learning rate, before its lowest point"
+)
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
@@ -31,7 +34,10 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     check_settings(config)
     accelerator = make_accelerator(config)
     parts = assemble(config, accelerator)
-    lrs = [args.lr_start * (args.lr_end / args.lr_start) ** (step / max(args.num_steps - 1, 1)) for step in range(args.num_steps)]
+    lrs = [
+        args.lr_start * (args.lr_end / args.lr_start) ** (step / max(args.num_steps - 1, 1))
+        for step in range(args.num_steps)
+    ]
     points = train_on(lrs, parts, accelerator)
     lrs, losses = [lr for lr, _ in points], [loss for _, loss in points]
     device = {"device": accelerator.device.type, "threads": torch.get_num_threads()}
@@ -40,7 +46,9 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         for lr, loss, smoothed in zip(lrs, losses, smooth(losses))
     ]
     found = suggestion(lrs, losses)
-    title = f"range test of {config.model_name} on {config.dataset}, {config.optimizer}, batch {parts.config.batch_size}"
+    title = (
+        f"range test of {config.model_name} on {config.dataset}, {config.optimizer}, batch {parts.config.batch_size}"
+    )
     yield Section(title, rows, notes=notes(found, len(losses), args), curve=("lr", "smoothed_loss"), mark=found)
 
 
@@ -85,31 +93,41 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The moving average of the losses up to each step, without a bias towards its start at 0."""
-    average, smoothed = 0.0, []
-    for number, loss in enumerate(losses, 1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed.append(average / (1 - SMOOTHING**number))
+    """The mean of the losses around each step, by a Gaussian window: unlike a moving average it does not lag behind."""
+    width = max(WIDTH * len(losses), 1.0)
+    smoothed = []
+    for centre in range(len(losses)):
+        weights = [math.exp(-(((step - centre) / width) ** 2) / 2) for step in range(len(losses))]
+        smoothed.append(sum(weight * loss for weight, loss in zip(weights, losses)) / sum(weights))
     return smoothed
 
 
+def moving_average(losses: Sequence[float]) -> list[float]:
+    """The average of the losses up to each step, without a bias towards its start at 0."""
+    average, averages = 0.0, []
+    for number, loss in enumerate(losses, 1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        averages.append(average / (1 - SMOOTHING**number))
+    return averages
+
+
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the last loss is not finite, or the smoothed one has risen to DIVERGED times its lowest."""
+    """Whether the last loss is not finite, or its moving average has risen to DIVERGED times its lowest."""
     if not math.isfinite(losses[-1]):
         return True
-    smoothed = smooth(losses)
-    return len(losses) >= FEWEST_STEPS and smoothed[-1] > DIVERGED * min(smoothed)
+    averages = moving_average(losses)
+    return len(losses) >= FEWEST_STEPS and averages[-1] > DIVERGED * min(averages)
 
 
 def suggestion(lrs: Sequence[float], losses: Sequence[float]) -> float | None:
-    """See RULE; the slope is taken over three steps. None when the loss did not fall, or there were too few steps."""
+    """See RULE; a slope is that between the neighbours of a step. None when the loss did not fall, or there were too few steps."""
     smoothed = smooth(losses)
     if len(losses) < FEWEST_STEPS:
         return None
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     slopes = {
         step: (smoothed[step + 1] - smoothed[step - 1]) / math.log(lrs[step + 1] / lrs[step - 1])
-        for step in range(2, min(lowest + 1, len(smoothed) - 1))  # the average is still one of few before
+        for step in range(1, min(lowest + 1, len(smoothed) - 1))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
     return None if steepest is None or slopes[steepest] >= 0 else lrs[steepest]
@@ -123,5 +141,4 @@ def notes(found: float | None, num_steps: int, args: Namespace) -> list[str]:
     )
     if found is None:
         return [ended, "No suggestion: the loss did not fall. Lower --lr_start, or raise --num_steps."]
-    return [ended, f"Suggested: --lr {found:.2g} ({RULE})."]
-
+    return [ended, f"Suggested: --lr {found:.2g}, {RULE}."]

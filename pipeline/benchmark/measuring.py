@@ -67,5 +67,9 @@ def largest(results: Iterable[Row], key: str) -> float | None:
     return max((result[key] for result in results if result.get(key) is not None), default=None)
 
 
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -166,8 +166,8 @@ def sections(args: argparse.Namespace, settings: list[str]) -> Iterator[Section]
     model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
     layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
     calls: Calls = {}
-    for name, settings in WHOLE_STEPS.items():
-        calls[name] = our_step(model, images, labels, make_config(args, **settings), accelerator)
+    for name, changed in WHOLE_STEPS.items():
+        calls[name] = our_step(model, images, labels, make_config(args, **changed), accelerator)
     calls["bare loop, torch's sgd"] = bare_step(model, images, labels, make_config(args, **WHOLE_STEPS["sgd"]))
     yield to_section(f"whole training steps, {layout}", "sgd", take_turns(calls, args), args.device)
     calls.clear()

@@ -1,5 +1,6 @@
 """Our own training as a contender: the very train_epoch of a run, in its folder, with its log lines; only timed."""
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +60,8 @@ def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState
     """All that a run has before its first step, in `folder`. Raises ValueError as a run would."""
     config = read_config([*settings, f"--output_dir={folder}"])
     check_settings(config)
+    if not torch.cuda.is_available():  # without it Accelerate leaves processes on CPUs to themselves
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = make_accelerator(config)
     config = name_run(config, accelerator)
     parts = assemble(config, accelerator)
@@ -92,8 +95,13 @@ def set_pin_memory(loader: Loader, pin_memory: bool) -> None:
         dataloader.pin_memory = pin_memory
 
 
-def train(settings: list[str], folder: str, pin_memory: bool | None = None, **clock: Any) -> dict[str, Any]:
-    """Figures of training steps as a run takes them. clock: StepClock's arguments; pin_memory: None leaves our choice."""
+def train(
+    settings: list[str], folder: str, pin_memory: bool | None = None, with_pieces: bool = False, **clock: Any
+) -> dict[str, Any]:
+    """Figures of training steps as a run takes them.
+
+    clock: StepClock's arguments; pin_memory: None leaves our choice; with_pieces: whether to measure `pieces` afterwards.
+    """
     parts, run, state = start(settings, folder)
     device = run.accelerator.device
     if pin_memory is not None:
@@ -101,7 +109,8 @@ def train(settings: list[str], folder: str, pin_memory: bool | None = None, **cl
     run.clock = StepClock(device, **clock)
     try:
         train_until_time_is_up(state, WaitTimed(parts.loaders["train"], run.clock), run)
-        return {**run.clock.figures(), "loader": parts.loaders["train"].kind, **pieces(parts, run)}
+        figures = {**run.clock.figures(), "loader": parts.loaders["train"].kind}
+        return {**figures, **(pieces(parts, run) if with_pieces else {})}
     finally:
         run.release()
 

@@ -107,5 +107,7 @@ def timm_loader(
         device=device,
         use_prefetcher=True,
     )
-    loader.dataset.transform = transforms.Compose([*image_transforms(data, augment), ToNumpy()])  # the same work as ours
+    loader.dataset.transform = transforms.Compose(
+        [*image_transforms(data, augment), ToNumpy()]
+    )  # the same work as ours
     return loader

@@ -123,8 +123,8 @@ def pytorch_accelerated(
 
     config, device = read_config(settings), find_device()
     assert config.batch_size is not None
-    timer = StepClock(device, **clock)
-    loader: Any = plain_loader(data, config.augment, config.batch_size, workers, device)
+    batch_size, timer = config.batch_size, StepClock(device, **clock)
+    loader: Any = plain_loader(data, config.augment, batch_size, workers, device)
     model, optimizer = make_model(config, data, device)
 
     class TimeUp(Exception):
@@ -132,7 +132,7 @@ def pytorch_accelerated(
 
     class Timing(TrainerCallback):
         def on_train_step_end(self, trainer: Any, **kwargs: Any) -> None:
-            if timer.step(config.batch_size):
+            if timer.step(batch_size):
                 raise TimeUp
 
     class TimedTrainer(Trainer):
@@ -144,7 +144,7 @@ def pytorch_accelerated(
 
     trainer = TimedTrainer(model=model, loss_func=cross_entropy, optimizer=optimizer, callbacks=[Timing])
     try:
-        trainer.train(loader.dataset, num_epochs=10**6, per_device_batch_size=config.batch_size)
+        trainer.train(loader.dataset, num_epochs=10**6, per_device_batch_size=batch_size)
     except TimeUp:
         pass
     return timer.figures()

@@ -41,8 +41,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_memory_bytes": ("peak memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
     "gpu_memory_bytes": ("peak GPU memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
     "modules": ("modules", str),
-    "loss": ("loss", number),
-    "smoothed_loss": ("smoothed loss", number),
+    "loss": ("loss", "{:.4f}".format),
+    "smoothed_loss": ("smoothed loss", "{:.4f}".format),
 }
 
 
@@ -112,7 +112,10 @@ def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None
         draw_curve(panel, section) if section.curve else draw_bars(panel, section)
         panel.set_title(section.title, loc="left", fontsize=10)
         panel.grid(axis="x", alpha=0.3)
-    figure.supxlabel(f"{facts['cpu']}, {facts['cores']} cores, torch {facts['versions']['torch']}, {facts['date']}", fontsize=7)
+        panel.set_axisbelow(True)
+    figure.supxlabel(
+        f"{facts['cpu']}, {facts['cores']} cores, torch {facts['versions']['torch']}, {facts['date']}", fontsize=7
+    )
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)

@@ -7,7 +7,7 @@ from statistics import median
 
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import prepared
-from pipeline.benchmark.measuring import Row, Section, column, in_turns, largest, summarise, usable_cores
+from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise, usable_cores
 from pipeline.benchmark.reporting import number
 from pipeline.parsing import read_config
 
@@ -21,6 +21,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         for processes in args.processes:
             given = [*settings, f"--batch_size={config.batch_size * (1 if args.strong else processes)}"]
             arguments = {"settings": given, "warmup_steps": args.warmup_steps, "seconds": 0.0, "num_steps": args.steps}
+            arguments |= {"with_pieces": True}
             calls[name_of(processes)] = torchrun_call(processes, arguments, environment)
         results = in_turns(calls, args.rounds)
     counts = dict(zip(calls, args.processes))
@@ -36,7 +37,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def name_of(processes: int) -> str:
-    return f"{processes} process{'es' if processes > 1 else ''}"
+    return counted(processes, "process", "processes")
 
 
 def torchrun_call(processes: int, arguments: Row, environment: dict[str, str]) -> Callable[[], Row]:

@@ -30,7 +30,9 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
             given = {"model_name": config.model_name, "batch_size": config.batch_size}
             given |= {key: data[key] for key in ("image_size", "channels", "num_classes")}
             result_path = folder / "bare.json"
-            return run_program([sys.executable, "-P", str(BARE_SCRIPT), json.dumps(given), str(result_path)], result_path)
+            return run_program(
+                [sys.executable, "-P", str(BARE_SCRIPT), json.dumps(given), str(result_path)], result_path
+            )
 
         def first_start() -> Row:
             cache = {"HF_DATASETS_CACHE": str(folder / f"cache-{len(list(folder.iterdir()))}")}
@@ -48,7 +50,9 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
             calls[name] = contender(f"peers.{function}", settings, peers_cache, CLOCK, data=data, workers=0)
         calls["ours, this set, from its cache"]()  # fills the cache
         results = in_turns(calls, args.rounds)
-        timed = run_child("ours.train", {"settings": settings, **CLOCK}, options=["-X", "importtime"], environment=environment)
+        timed = run_child(
+            "ours.train", {"settings": settings, **CLOCK}, options=["-X", "importtime"], environment=environment
+        )
     title = f"start to the end of the first step, {config.model_name}, {data['num_images']:,} images, batch {config.batch_size}"
     yield Section(title, summarise(column(results, "seconds_to_start"), "seconds", BARE), "seconds")
     rows = import_rows(timed["stderr"])
