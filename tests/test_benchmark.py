@@ -267,7 +267,8 @@ def test_a_real_child_returns_its_figures_and_tells_its_errors(tmp_path):
 
 
 def test_the_memory_of_a_process_includes_that_of_its_children():
-    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; b = bytes(range(256)) * 200_000; time.sleep(60)'])"
+    inner = "import time; held = bytes(range(256)) * 200_000; time.sleep(60)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     try:
         limit = time.monotonic() + 30

@@ -29,7 +29,8 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     }
     title = (
         f"{config.model_name}, {name}: {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
-        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, peers with {counted(args.peer_workers, 'worker', 'workers')}"
+        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, "
+        f"peers with {counted(args.peer_workers, 'worker', 'workers')}"
     )
     rows = summarise(column(results, "images_per_second"), "images/s", BARE, extras)
     yield Section(title, rows, "images/s", [MEMORY_NOTE])

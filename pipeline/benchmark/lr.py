@@ -120,7 +120,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def suggestion(lrs: Sequence[float], losses: Sequence[float]) -> float | None:
-    """See RULE; a slope is that between the neighbours of a step. None when the loss did not fall, or there were too few steps."""
+    """See RULE; a slope is that between the neighbours of a step. None when the loss did not fall, or with too few steps."""
     smoothed = smooth(losses)
     if len(losses) < FEWEST_STEPS:
         return None

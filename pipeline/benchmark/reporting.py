@@ -144,6 +144,8 @@ def draw_curve(panel: Any, section: Section) -> None:
     panel.plot(places, [row[y] for row in section.rows], color="#0072b2", label=COLUMNS[y][0])
     if section.mark is not None:
         panel.axvline(section.mark, color="#d55e00", linestyle="--", label=f"suggestion {section.mark:.2g}")
+    before_lowest = section.rows[: 1 + min(range(len(places)), key=lambda place: section.rows[place][y])]
+    panel.set_ylim(0, 1.5 * max(row["loss"] for row in before_lowest))  # what diverged leaves the picture
     panel.set_xscale("log")
     panel.set_xlabel(x)
     panel.set_ylabel("loss")
