@@ -26,7 +26,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     """One curve. Nothing is written: there is no run. Raises ValueError for wrong settings."""
     import torch
 
-    from pipeline.assembly import assemble, check_settings, make_accelerator
+    from pipeline.assembly import assemble, check_settings, load_images, make_accelerator
 
     if args.lr_start >= args.lr_end:
         raise ValueError(f"--lr_start {args.lr_start:g} must be below --lr_end {args.lr_end:g}.")
@@ -34,6 +34,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     check_settings(config)
     accelerator = make_accelerator(config)
     parts = assemble(config, accelerator)
+    load_images(parts, accelerator)
     lrs = [
         args.lr_start * (args.lr_end / args.lr_start) ** (step / max(args.num_steps - 1, 1))
         for step in range(args.num_steps)

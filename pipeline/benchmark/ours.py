@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.assembly import Parts, assemble, check_settings, make_accelerator, name_run, system_facts
+from pipeline.assembly import Parts, assemble, check_settings, load_images, make_accelerator, name_run, system_facts
 from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.loaders import Batch, Loader
 from pipeline.metrics import zero_sums
@@ -65,6 +65,7 @@ def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState
     accelerator = make_accelerator(config)
     config = name_run(config, accelerator)
     parts = assemble(config, accelerator)
+    load_images(parts, accelerator)
     run = TimedRun(parts.config, accelerator, system_facts(accelerator))
     model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
     bad_step = torch.tensor(-1, device=accelerator.device)
