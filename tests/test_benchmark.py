@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import run_process, start_process
+from conftest import ROOT, run_process, start_process
 
-from pipeline.benchmark import child, children, efficiency, lr, startup
-from pipeline.benchmark.__main__ import COMMANDS, main
+from pipeline.benchmark import child, children, efficiency, loop, lr, startup
+from pipeline.benchmark.__main__ import COMMANDS, main, make_parser
 from pipeline.benchmark.children import descendants, run_child, tree_pss
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.failures import TrainingFailed
+from pipeline.parsing import read_config
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
 PEERS = [
@@ -92,6 +94,13 @@ def test_loop_compares_the_bare_loop_ours_and_the_peers(in_this_process, tmp_pat
     for row in rows:
         assert row.keys() >= FACTS and row["unit"] == "images/s" and row["ratio_to"] == "bare loop"
         assert row["peak_memory_bytes"] > 2**20
+
+
+def test_loop_says_how_ours_stands_to_each_peer():
+    medians = {"bare loop": 8.0, "ours": 6.0, "datasets and torchvision": 3.0, "timm's loader": 4.0}
+    rows = [{"row": name, "median": median} for name, median in medians.items()]
+    assert loop.beside_peers(rows) == ["ours: 2.00 times datasets and torchvision, 1.50 times timm's loader"]
+    assert loop.beside_peers(rows[:2]) == []
 
 
 def test_loop_refuses_work_that_the_peers_do_not_do(in_this_process, capsys):
@@ -332,6 +341,16 @@ def test_wrong_settings_are_said_in_a_line(argv, words, capsys):
     assert main(argv) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and all(word in told for word in words)
+
+
+def test_the_commands_of_the_readme_are_understood():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python -m pipeline.benchmark ([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) > 5
+    for command in commands:
+        args, settings = make_parser().parse_known_args(shlex.split(command))
+        assert not settings or COMMANDS[args.command].settings
+        read_config(settings)
 
 
 def test_help_names_every_benchmark(capsys):

@@ -1,5 +1,6 @@
 """Contenders as processes of their own, one at a time, and the memory that each and its descendants take."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pipeline.benchmark.measuring import Row
 from pipeline.failures import TrainingFailed
 
 SAMPLE_SECONDS = 0.2  # between two looks at the memory of a child
-ENDING_SECONDS = 10.0  # that a child gets to end by itself when it is asked to
+ENDING_SECONDS = 60.0  # that a child gets to end by itself when it is asked to; torchrun takes 30 of them
 
 PROJECT = Path(__file__).parents[2]
 
@@ -85,15 +86,14 @@ def end(process: subprocess.Popen) -> None:
     """Ends the process, if it runs, and what it left behind in its session."""
     if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
+                process.wait(ENDING_SECONDS)
+            finally:  # also when somebody asks a second time
+                process.kill()
+                process.wait()
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def watch_memory(process: subprocess.Popen) -> int | None:

@@ -18,7 +18,7 @@ Call = Callable[[], Row]
 MADE = "synthetic"  # the dataset that is made here, for want of a network
 
 # The learning rate costs nothing, and weights that hardly move stay ordinary numbers however many steps are timed.
-SHARED = ["--stem=imagenet", "--batch_size=128", "--lr=1e-5", "--epochs=1000", "--val_fraction=0", "--run_name=run"]
+SHARED = ["--stem=imagenet", "--batch_size=128", "--lr=1e-5", "--val_fraction=0"]
 
 BARE, OURS, FAST = "bare loop", "ours", "ours, bf16 and channels_last"
 PEERS = {"plain": "datasets and torchvision", "timm": "timm's loader", "pytorch_accelerated": "pytorch-accelerated"}

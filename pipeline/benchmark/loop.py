@@ -3,8 +3,18 @@
 from argparse import Namespace
 from collections.abc import Iterator
 
-from pipeline.benchmark.contenders import BARE, MADE, check_comparable, contenders, peer_data, prepared
-from pipeline.benchmark.measuring import Section, column, counted, in_turns, largest, summarise
+from pipeline.benchmark.contenders import (
+    BARE,
+    FAST,
+    MADE,
+    OURS,
+    PEERS,
+    check_comparable,
+    contenders,
+    peer_data,
+    prepared,
+)
+from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
 from pipeline.parsing import read_config
 
 MEMORY_NOTE = (
@@ -33,4 +43,15 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         f"peers with {counted(args.peer_workers, 'worker', 'workers')}"
     )
     rows = summarise(column(results, "images_per_second"), "images/s", BARE, extras)
-    yield Section(title, rows, "images/s", [MEMORY_NOTE])
+    yield Section(title, rows, "images/s", [*beside_peers(rows), MEMORY_NOTE])
+
+
+def beside_peers(rows: list[Row]) -> list[str]:
+    """How many times as fast as each peer ours is."""
+    medians = {row["row"]: row["median"] for row in rows}
+    peers = [name for name in PEERS.values() if name in medians]
+    return [
+        f"{ours}: " + ", ".join(f"{medians[ours] / medians[peer]:.2f} times {peer}" for peer in peers)
+        for ours in (OURS, FAST)
+        if ours in medians and peers
+    ]

@@ -17,6 +17,9 @@ from pipeline.run import Run
 from pipeline.state import TrainState
 from pipeline.training import train_epoch
 
+# whatever file of settings is given: the time decides when it ends, and nobody is told of it
+OWN = ["--epochs=1000", "--resume=never", "--run_name=run", "--log_with=null", "--checkpoint_every_steps=null"]
+
 ALL_REDUCES = 10
 
 
@@ -58,7 +61,7 @@ class WaitTimed:
 
 def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState]:
     """All that a run has before its first step, in `folder`. Raises ValueError as a run would."""
-    config = read_config([*settings, f"--output_dir={folder}"])
+    config = read_config([*settings, *OWN, f"--output_dir={folder}"])
     check_settings(config)
     if not torch.cuda.is_available():  # without it Accelerate leaves processes on CPUs to themselves
         os.environ["ACCELERATE_USE_CPU"] = "true"
