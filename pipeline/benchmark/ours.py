@@ -15,6 +15,7 @@ from pipeline.metrics import zero_sums
 from pipeline.parsing import read_config
 from pipeline.run import Run
 from pipeline.state import TrainState
+from pipeline.stream import AnyLoader
 from pipeline.training import train_epoch
 
 # whatever file of settings is given: the time decides when it ends, and nobody is told of it
@@ -41,7 +42,7 @@ class TimedRun(Run):
 class WaitTimed:
     """A loader's training epochs; the clock is told for how long each next batch was waited."""
 
-    def __init__(self, loader: Loader, clock: StepClock):
+    def __init__(self, loader: AnyLoader, clock: StepClock):
         self.loader, self.clock = loader, clock
 
     def __len__(self) -> int:
@@ -90,9 +91,10 @@ def train_until_time_is_up(state: TrainState, loader: Any, run: TimedRun) -> Non
         return
 
 
-def set_pin_memory(loader: Loader, pin_memory: bool) -> None:
+def set_pin_memory(loader: AnyLoader, pin_memory: bool) -> None:
     """Before the first batch; raises ValueError for a loader that has no workers' DataLoader."""
-    found = [value for value in vars(loader.source).values() if isinstance(value, torch.utils.data.DataLoader)]
+    parts = vars(loader.source) if isinstance(loader, Loader) else {}
+    found = [value for value in parts.values() if isinstance(value, torch.utils.data.DataLoader)]
     if not found:
         raise ValueError("pin_memory is a matter of loader workers. Add --loader workers.")
     for dataloader in found:

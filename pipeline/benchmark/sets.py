@@ -79,7 +79,7 @@ def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
     )
     from pipeline.parsing import read_config
 
-    config = read_config(settings)
+    config = read_config([*settings, "--loader=auto"])  # a stream has no rows to be copied
     check_settings(config)
     dataset = load_data(config, make_accelerator(config))
     image_size = choose_image_size(config, dataset)
