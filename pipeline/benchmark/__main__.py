@@ -1,0 +1,229 @@
+"""The command line of the benchmarks: a table of commands, their arguments, what becomes of their figures."""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import pipeline.benchmark
+from pipeline.benchmark.measuring import Section, usable_cores
+from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
+from pipeline.failures import Interrupted, TrainingFailed
+
+Parser = argparse.ArgumentParser
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def at_least_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def made_set(parser: Parser, num_images: int = 5120) -> None:
+    parser.add_argument(
+        "--num_images", type=at_least_one, default=num_images, metavar="N", help="images of the made set"
+    )
+    parser.add_argument("--made_size", type=at_least_one, default=32, metavar="N", help="their side in pixels")
+
+
+def timed_steps(parser: Parser, seconds: float = 3.0) -> None:
+    parser.add_argument("--seconds", type=above_zero, default=seconds, metavar="S", help="of each turn that count")
+    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
+    made_set(parser)
+
+
+def loop_arguments(parser: Parser) -> None:
+    timed_steps(parser)
+    parser.add_argument("--fast", action="store_true", help="also ours with bf16 and channels_last")
+    text = "worker processes of the peers' loaders"
+    parser.add_argument("--peer_workers", type=at_least_zero, default=usable_cores(), metavar="N", help=text)
+
+
+def loaders_arguments(parser: Parser) -> None:
+    text = "numbers of worker processes"
+    parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
+    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a batch")
+    parser.add_argument("--num_photos", type=at_least_one, default=256, metavar="N", help="JPEG photos that are made")
+    parser.add_argument("--seconds", type=above_zero, default=1.0, metavar="S", help="of each loader and turn")
+    made_set(parser, num_images=2560)
+
+
+def optimizers_arguments(parser: Parser) -> None:
+    parser.add_argument("--model_name", default="resnet18", help="any that train.py takes")
+    parser.add_argument("--stem", choices=("imagenet", "small", "auto"), default="imagenet", help="as train.py's")
+    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a step")
+    parser.add_argument("--image_size", type=at_least_one, default=32, metavar="N", help="side in pixels")
+    either, text = ("true", "false"), "keep images and convolutions in channels-last order"
+    parser.add_argument("--channels_last", type=str.lower, choices=either, default="false", help=text)
+    slow = "a row that would take longer stops early; it runs at least once"
+    parser.add_argument("--seconds_per_row", type=above_zero, default=60.0, metavar="S", help=slow)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+
+
+def checkpoint_arguments(parser: Parser) -> None:
+    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps of a block")
+    text = "images of the epoch that shares are taken of (CIFAR-10's)"
+    parser.add_argument("--epoch_images", type=at_least_one, default=50_000, metavar="N", help=text)
+    made_set(parser)
+
+
+def scaling_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of them"
+    )
+    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps of a turn that count")
+    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
+    parser.add_argument("--strong", action="store_true", help="batch_size is for all together, not for each process")
+    made_set(parser)
+
+
+FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size")
+
+
+def efficiency_arguments(parser: Parser) -> None:
+    timed_steps(parser, seconds=2.0)
+    text = "numbers of worker processes"
+    parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
+    text = f"what is changed, one at a time: {', '.join(FACTORS)}; compile takes minutes on a CPU, pin_memory counts on a GPU"
+    default = ["loader", "precision", "batch_size"]
+    parser.add_argument("--factors", choices=FACTORS, nargs="+", default=default, metavar="FACTOR", help=text)
+
+
+def lr_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--num_steps", type=at_least_one, default=100, metavar="N", help="steps, one learning rate each"
+    )
+    parser.add_argument("--lr_start", type=above_zero, default=1e-5, metavar="LR", help="the first")
+    parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="the last")
+
+
+def up_to(workers: int) -> list[int]:
+    return list(range(max(workers, usable_cores()) + 1)) if usable_cores() <= 4 else [0, *powers_of_two(usable_cores())]
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length())]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A benchmark: a sentence for --help, its own arguments, how many rounds, and whether it takes train.py's settings.
+
+    Its module, pipeline.benchmark.NAME, has `sections(args, settings)`, which yields a Section for each table.
+    """
+
+    help: str
+    add_arguments: Callable[[Parser], None]
+    rounds: int | None
+    settings: bool = True
+
+
+COMMANDS = {
+    "loop": Command("training end to end: the bare loop, ours, and peers that are installed", loop_arguments, 3),
+    "loaders": Command(
+        "loaders alone: ours, torch's and timm's, for small PNG images and photos", loaders_arguments, 3
+    ),
+    "optimizers": Command(
+        "what each costs, relative to SGD and to timm's Muon", optimizers_arguments, 20, settings=False
+    ),
+    "checkpoint": Command("for how long saving holds training up, ours and Accelerate's", checkpoint_arguments, 5),
+    "startup": Command("seconds to the end of the first step, and what is imported in them", made_set, 3),
+    "scaling": Command("one process and several: images/s, bytes all-reduced, efficiency", scaling_arguments, 3),
+    "efficiency": Command("loaders, precision, batch size on this machine, and what to take", efficiency_arguments, 2),
+    "lr": Command("learning-rate range test on the real settings, with a suggestion", lr_arguments, None),
+}
+
+
+def make_parser() -> Parser:
+    """A subcommand for each of COMMANDS: its own arguments, then those that all have."""
+    parser = Parser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    settings = "Any setting of train.py may follow, --name value; --dataset synthetic, the default, is made here."
+    real = "Any setting of train.py may follow, --name value."
+    for name, command in COMMANDS.items():
+        epilog = None if not command.settings else real if name == "lr" else settings
+        own = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            epilog=epilog,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_arguments(own)
+        if command.rounds is not None:
+            text = "turns of each row that count"
+            own.add_argument("--rounds", type=at_least_one, default=command.rounds, metavar="N", help=text)
+        text = f"folder for benchmark-{name}.jsonl and the chart benchmark-{name}.png"
+        own.add_argument("--output", type=Path, metavar="DIR", help=text)
+    return parser
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def measure(args: argparse.Namespace, settings: list[str], arguments: list[str]) -> None:
+    """Measures, prints each table when it is ready, writes files. Raises ValueError, TrainingFailed, OSError."""
+    facts = machine_facts(arguments)
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+    print(heading(facts), flush=True)
+    sections: list[Section] = []
+    for section in importlib.import_module(f"pipeline.benchmark.{args.command}").sections(args, settings):
+        sections.append(section)
+        print(f"\n{text_of(section)}", flush=True)
+        if args.output is not None:
+            write_lines(args.output / f"benchmark-{args.command}.jsonl", sections, facts)
+            draw(args.output / f"benchmark-{args.command}.png", sections, facts)
+    if args.output is not None:
+        print(f"\n{args.output / f'benchmark-{args.command}'}.jsonl and .png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 a failure in measuring, 2 for what cannot be measured, 128 + n for signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    args, settings = parser.parse_known_args(arguments)
+    if settings and not COMMANDS[args.command].settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        measure(args, settings, arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingFailed, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as interruption:
+        return 128 + interruption.signal_number
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""`efficiency`: what each choice about loading and precision does on this machine, and which to take."""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.benchmark.contenders import contender, prepared
+from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
+from pipeline.config import Config
+from pipeline.parsing import read_config
+
+BASE = "as set"
+WORTH = 1.02  # a choice that gains less than this is not recommended
+
+
+def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]]]:
+    """The flags of each choice, by factor and by the name of its row; one factor is changed at a time."""
+    batch = config.batch_size or 128
+    workers = {
+        counted(count, "worker", "workers"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
+    }
+    factors = {
+        "loader": {**({} if config.loader == "auto" else {"loader auto": ["--loader=auto"]}), **workers},
+        "precision": {
+            "bf16": ["--mixed_precision=bf16"],
+            "channels_last": ["--channels_last=true"],
+            "bf16, channels_last": ["--mixed_precision=bf16", "--channels_last=true"],
+        },
+        "compile": {"compile": ["--compile=true"]},
+        "batch_size": {f"batch {size}": [f"--batch_size={size}"] for size in (batch // 2, batch * 2) if size},
+    }
+    return {factor: factors[factor] for factor in factors if factor in args.factors}
+
+
+def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
+    """Two tables: every choice alone, and the recommended choices together."""
+    clock = {"warmup_steps": args.warmup_steps, "seconds": args.seconds}
+    with prepared(args, settings) as (settings, environment, _):
+        config = read_config(settings)
+        factors = choices_of(args, config)
+        flags = {BASE: [], **{name: given for choices in factors.values() for name, given in choices.items()}}
+        calls = {
+            name: contender("ours.train", [*settings, *given], environment, clock) for name, given in flags.items()
+        }
+        if "pin_memory" in args.factors:
+            given = [*settings, "--loader=workers", f"--num_workers={max(args.workers)}"]
+            for pin in (True, False):
+                name = f"pin_memory {'on' if pin else 'off'}, {counted(max(args.workers), 'worker', 'workers')}"
+                calls[name] = contender("ours.train", given, environment, clock, pin_memory=pin)
+        first = to_section(
+            f"{config.model_name}, batch {config.batch_size}, one choice at a time", in_turns(calls, args.rounds)
+        )
+        yield first
+        medians = {row["row"]: row["median"] for row in first.rows}
+        chosen = recommended(factors, medians)
+        together = [flag for name in chosen for flag in flags[name]]
+        calls = {
+            name: contender("ours.train", [*settings, *given], environment, clock)
+            for name, given in {BASE: [], "recommended": together}.items()
+        }
+        second = to_section("the recommended choices together", in_turns(calls, args.rounds))
+        gain = second.rows[1]["ratio"]
+        second.notes.extend(advice(together if gain >= WORTH else [], gain, factors, medians))
+        yield second
+
+
+def to_section(title: str, results: dict[str, list[Row]]) -> Section:
+    """images/s, the share of the time in which the loop stood and waited for data, the largest memory."""
+    extras: dict[str, dict[str, Any]] = {}
+    for name, of_name in results.items():
+        waited = [result["wait_fraction"] for result in of_name]
+        extras[name] = {"wait_fraction": sum(waited) / len(waited), "loader": of_name[-1]["loader"]}
+        extras[name] |= {key: largest(of_name, key) for key in ("peak_memory_bytes", "gpu_memory_bytes")}
+        extras[name] |= {key: of_name[-1][key] for key in ("device", "threads")}
+    return Section(title, summarise(column(results, "images_per_second"), "images/s", BASE, extras), "images/s")
+
+
+def recommended(factors: dict[str, dict[str, list[str]]], medians: dict[str, float]) -> list[str]:
+    """The fastest choice of each factor, where it gains more than WORTH; not the batch size, which changes the training."""
+    best = [
+        max(choices, key=lambda name: medians[name]) for factor, choices in factors.items() if factor != "batch_size"
+    ]
+    return [name for name in best if medians[name] >= WORTH * medians[BASE]]
+
+
+def advice(
+    together: list[str], gain: float, factors: dict[str, dict[str, list[str]]], medians: dict[str, float]
+) -> list[str]:
+    """The recommendation in words, computed from the figures."""
+    if together:
+        lines = [f"For this machine: {shlex.join(together)} ({gain:.2f} times as fast as without)."]
+    else:
+        lines = ["For this machine: the settings as they are; no choice gained 2 % and more together with the others."]
+    for name in factors.get("batch_size", {}):
+        lines.append(
+            f"{name} runs at {medians[name] / medians[BASE]:.2f} times the images per second; it changes the training, "
+            "so no batch size is recommended."
+        )
+    return lines

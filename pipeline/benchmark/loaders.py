@@ -1,0 +1,115 @@
+"""`loaders`: images per second of loaders alone, for small PNG images and for JPEG photos: ours and the peers'."""
+
+import itertools
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.benchmark.children import run_child
+from pipeline.benchmark.contenders import MADE, prepared
+from pipeline.benchmark.measuring import Row, Section, counted, in_turns, summarise
+from pipeline.benchmark.sets import PHOTO_SIZE
+from pipeline.parsing import read_config
+
+DEVICE = "ours, device"
+FEWEST_BATCHES = 8  # of an epoch, so that workers are not always at its beginning or end
+SETTINGS = ["--model_name=simple_mlp"]  # it only says how images are fitted
+
+
+def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
+    """A table for each kind of image, or one for the dataset that is given; ratios are to timm's loader at the most workers."""
+    width, height = PHOTO_SIZE
+    kinds: dict[str, tuple[int, int | None, list[str]]] = {
+        f"PNG {args.made_size}x{args.made_size}": (args.num_images, args.made_size, []),
+        f"JPEG {width}x{height} to 224x224": (args.num_photos, None, ["--image_size=224"]),
+    }
+    dataset = read_config([f"--dataset={MADE}", *settings]).dataset
+    if dataset != MADE:
+        kinds = {dataset: (args.batch_size * FEWEST_BATCHES, None, [])}
+    for title, (num_images, side, more) in kinds.items():
+        own = Namespace(num_images=num_images, made_size=side)
+        given = [
+            *SETTINGS,
+            f"--batch_size={min(args.batch_size, max(num_images // FEWEST_BATCHES, 1))}",
+            *more,
+            *settings,
+        ]
+        with prepared(own, given) as (complete, environment, folder):
+            parquet = str(folder / "peers.parquet")
+            arguments = {"settings": complete, "parquet": parquet, "workers": args.workers, "seconds": args.seconds}
+            environment |= {"HF_DATASETS_CACHE": str(folder / "cache")}
+            turns = in_turns(
+                {title: lambda: run_child("loaders.measure", arguments, environment=environment)}, args.rounds
+            )
+        results = turns[title]
+        samples = {name: [result["rates"][name] for result in results] for name in results[0]["rates"]}
+        extras: dict[str, Row] = {
+            name: {"device": results[0]["device"], "threads": results[0]["threads"]} for name in samples
+        }
+        reference = f"timm, {counted(max(args.workers), 'worker', 'workers')}"
+        yield Section(
+            f"{title}, batches of {results[0]['batch_size']}",
+            summarise(samples, "images/s", reference, extras),
+            "images/s",
+        )
+
+
+def measure(settings: list[str], parquet: str, workers: list[int], seconds: float, folder: str) -> dict[str, Any]:
+    """In a process of its own: images per second of every loader on the set, taken one after another.
+
+    Each first runs one epoch to warm up, in which its workers start; then whole epochs until the seconds have passed.
+    """
+    import torch
+
+    from pipeline.assembly import assemble, make_accelerator
+    from pipeline.benchmark.peer_loaders import plain_loader, timm_loader
+    from pipeline.benchmark.sets import peer_set
+
+    data = peer_set(settings, parquet, folder)
+    config = read_config(settings)
+    assert config.batch_size is not None
+    accelerator = make_accelerator(config)
+    device, num_batches = accelerator.device, data["num_images"] // config.batch_size
+
+    def ours(*more: str) -> Callable[[], Iterator[Any]]:
+        loader = assemble(read_config([*settings, *more]), accelerator).loaders["train"]
+        epochs = itertools.count()
+        return lambda: loader.train_epoch(next(epochs), config.batch_size or 1, num_batches)
+
+    def theirs(make: Callable[..., Any], count: int) -> Callable[[], Iterator[Any]]:
+        loader = make(data, config.augment, config.batch_size, count, device)
+        return lambda: (images.to(device, non_blocking=True) for images, _ in loader)
+
+    rates: dict[str, float] = {}
+    if data["source_size"] is not None:
+        rates[DEVICE] = rate(ours("--loader=device"), config.batch_size, seconds, device)
+    for count in workers:
+        for name, epoch in {
+            "ours": ours("--loader=workers", f"--num_workers={count}"),
+            "datasets and torchvision": theirs(plain_loader, count),
+            "timm": theirs(timm_loader, count),
+        }.items():
+            rates[f"{name}, {counted(count, 'worker', 'workers')}"] = rate(epoch, config.batch_size, seconds, device)
+    return {
+        "rates": rates,
+        "batch_size": config.batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def rate(epoch: Callable[[], Iterator[Any]], batch_size: int, seconds: float, device: Any) -> float:
+    """Images per second over whole epochs, the first one left out."""
+    from pipeline.benchmark.stepclock import wait_for
+
+    images, began = 0, time.perf_counter()
+    for number in range(10**6):
+        if number == 1:
+            wait_for(device)
+            images, began = 0, time.perf_counter()
+        elif number > 1 and time.perf_counter() - began >= seconds:
+            break
+        images += batch_size * sum(1 for _ in epoch())
+        wait_for(device)
+    return images / (time.perf_counter() - began)

@@ -1,0 +1,57 @@
+"""`loop`: images per second from the encoded images to the updated weights, beside the bare loop and the peers."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from pipeline.benchmark.contenders import (
+    BARE,
+    FAST,
+    MADE,
+    OURS,
+    PEERS,
+    check_comparable,
+    contenders,
+    peer_data,
+    prepared,
+)
+from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
+from pipeline.parsing import read_config
+
+MEMORY_NOTE = (
+    "Peak memory: the largest PSS that was seen of the process and its workers; libraries that other programs have open "
+    "count by their share."
+)
+
+
+def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
+    """One table. Every turn is a process of its own, and no other contender is there while it runs: so its memory is its own."""
+    clock = {"warmup_steps": args.warmup_steps, "seconds": args.seconds}
+    with prepared(args, settings) as (settings, environment, folder):
+        config = read_config(settings)
+        name = MADE if environment else config.dataset
+        check_comparable(config)
+        data = peer_data(settings, environment, folder)
+        results = in_turns(contenders(args, settings, environment, data, clock), args.rounds)
+    extras = {
+        name: {key: largest(of_name, key) for key in ("peak_memory_bytes", "gpu_memory_bytes")}
+        | {key: of_name[-1][key] for key in ("device", "threads")}
+        for name, of_name in results.items()
+    }
+    title = (
+        f"{config.model_name}, {name}: {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
+        f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, "
+        f"peers with {counted(args.peer_workers, 'worker', 'workers')}"
+    )
+    rows = summarise(column(results, "images_per_second"), "images/s", BARE, extras)
+    yield Section(title, rows, "images/s", [*beside_peers(rows), MEMORY_NOTE])
+
+
+def beside_peers(rows: list[Row]) -> list[str]:
+    """How many times as fast as each peer ours is."""
+    medians = {row["row"]: row["median"] for row in rows}
+    peers = [name for name in PEERS.values() if name in medians]
+    return [
+        f"{ours}: " + ", ".join(f"{medians[ours] / medians[peer]:.2f} times {peer}" for peer in peers)
+        for ours in (OURS, FAST)
+        if ours in medians and peers
+    ]

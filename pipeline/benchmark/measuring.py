@@ -1,0 +1,75 @@
+"""What benchmarks share: samples taken in turns become rows with median, least, most, n and ratio; rows make a section."""
+
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.console import progress_bar
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table and one part of the chart.
+
+    rows: dicts with a row's name under "row"; unit: of their medians; notes: lines below the table;
+    curve: the keys of x and y when the rows are points of a line; mark: an x to point out on it.
+    """
+
+    title: str
+    rows: list[Row]
+    unit: str = ""
+    notes: list[str] = field(default_factory=list)
+    curve: tuple[str, str] | None = None
+    mark: float | None = None
+
+
+def summarise(
+    samples: Mapping[str, Sequence[float]], unit: str, reference: str, extras: Mapping[str, Row] | None = None
+) -> list[Row]:
+    """A row for each name: median, least, most, n, the samples, and the ratio of its median to the reference's.
+
+    A name without samples is left out. extras: further figures of a row, by its name.
+    """
+    medians = {name: statistics.median(values) for name, values in samples.items() if values}
+    return [
+        {"row": name, "unit": unit, "median": median, "least": min(samples[name]), "most": max(samples[name])}
+        | {"n": len(samples[name]), "ratio": median / medians[reference], "ratio_to": reference}
+        | {"samples": list(samples[name]), **(extras or {}).get(name, {})}
+        for name, median in medians.items()
+    ]
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """What the calls returned, by name, over so many rounds: A B C A B C ...
+
+    So whatever else the machine does falls on all alike. There is a progress bar.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in calls}
+    with progress_bar(rounds * len(calls), 0, "measuring", shown=True) as bar:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                results[name].append(call())
+                bar.update()
+    return results
+
+
+def column(results: Mapping[str, Iterable[Row]], key: str) -> dict[str, list[float]]:
+    """One figure of all results, by name."""
+    return {name: [result[key] for result in of_name] for name, of_name in results.items()}
+
+
+def largest(results: Iterable[Row], key: str) -> float | None:
+    """The largest of a figure, None where none was measured."""
+    return max((result[key] for result in results if result.get(key) is not None), default=None)
+
+
+def counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

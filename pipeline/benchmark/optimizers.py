@@ -1,0 +1,177 @@
+"""`optimizers`: what whole training steps and `optimizer.step` alone cost, side by side in one process.
+
+The calls that are compared take turns (A B C A B C ...), so that whatever else the machine does falls on all alike.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.benchmark.measuring import Row, Section, summarise
+from pipeline.config import Config
+from pipeline.console import progress_bar
+from pipeline.metrics import zero_sums
+from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
+
+Call = Callable[[], object]
+Calls = dict[str, Call]
+
+NUM_CLASSES = 10
+LR = 1e-5  # the cost does not depend on it, and the weights stay ordinary numbers however many steps are timed
+
+WHOLE_STEPS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd"},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw"},
+    "sam (sgd + SAM)": {"optimizer": "sam"},
+    "muon": {"optimizer": "muon"},
+    "muon + SAM": {"optimizer": "muon", "sam_rho": 0.05},
+}
+# a row of OPTIMIZERS, and whether in torch's fused form
+OUR_OPTIMIZERS = {
+    "sgd, fused": ("sgd", True),
+    "sgd, for-loop": ("sgd", False),
+    "adamw, fused": ("adamw", True),
+    "adamw, for-loop": ("adamw", False),
+    "muon": ("muon", False),
+}
+
+
+def take_turns(calls: Calls, args: argparse.Namespace) -> dict[str, list[float]]:
+    """The milliseconds of every call, by its name: once each to warm up, then `rounds` times, in turns.
+
+    A call rests when another one as long as its last would take it past `seconds_per_row`; each runs at least once.
+    """
+    wait: Call = (lambda: None) if args.device == "cpu" else torch.accelerator.synchronize
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with progress_bar((args.rounds + 1) * len(calls), 0, "measuring", shown=True) as bar:
+        for _ in range(args.rounds + 1):
+            for name, call in calls.items():
+                bar.update()
+                taken = samples[name]
+                if taken and sum(taken) + taken[-1] > 1000 * args.seconds_per_row:
+                    continue
+                wait()
+                start = perf_counter()
+                call()
+                wait()
+                taken.append(1000 * (perf_counter() - start))
+    return samples
+
+
+def to_section(title: str, reference: str, samples: dict[str, list[float]], device: str) -> Section:
+    """The first call of a row warms it up and is left out, unless there was time for no other: then it is called cold."""
+    kept = {name: taken[1:] or taken for name, taken in samples.items()}
+    extras: dict[str, Row] = {
+        name: {"device": device, "threads": torch.get_num_threads(), "warmed_up": len(taken) > 1}
+        for name, taken in samples.items()
+    }
+    return Section(title, summarise(kept, "ms", reference, extras), "ms")
+
+
+def make_config(args: argparse.Namespace, **settings: Any) -> Config:
+    settings |= {name: getattr(args, name) for name in ("model_name", "batch_size", "image_size", "stem")}
+    return Config(**settings, channels_last=args.channels_last == "true")
+
+
+def make_accelerator(args: argparse.Namespace) -> Any:
+    """An Accelerator in fp32 on the device. Raises ValueError when there is no such device."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    if accelerator.device.type != args.device:
+        raise ValueError(f"No {args.device} device was found, but {accelerator.device.type}. Use --device cpu.")
+    return accelerator
+
+
+def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model, images [B, 3, S, S] and labels [B] that stay on the device; all from seed 0."""
+    from pipeline.assembly import fit_to_machine
+    from pipeline.models import create_model
+
+    config = make_config(args)
+    torch.manual_seed(0)
+    model, _ = create_model(config.model_name, num_classes=NUM_CLASSES, image_size=args.image_size, stem=config.stem)
+    model = fit_to_machine(model, config, accelerator)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).to(accelerator.device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return model, images, torch.randint(NUM_CLASSES, (args.batch_size,)).to(accelerator.device)
+
+
+def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, accelerator: Any) -> Call:
+    """A training step as a run takes it: forward, backward, optimizer, metrics, on a copy of the model."""
+    from pipeline.state import TrainState
+    from pipeline.training import Share, train_step
+
+    own = copy.deepcopy(model)
+    prepared, optimizer = accelerator.prepare(own, create_optimizer(own, config, accelerator.mixed_precision))
+    set_lr(optimizer, LR)
+    bad_step = torch.tensor(-1, device=images.device)
+    state = TrainState(prepared, optimizer, zero_sums(images.device), bad_step)
+    share = Share(images, labels, len(images), epochs=0.0)
+    return lambda: train_step(state, share, config, accelerator)
+
+
+def bare_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config) -> Call:
+    """The shortest loop that a person would write with torch alone, with the very SGD that ours takes."""
+    own = copy.deepcopy(model)
+    fused = create_optimizer(own, config, "no").defaults["fused"]
+    optimizer = torch.optim.SGD(own.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+
+    def step() -> None:
+        cross_entropy(own(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
+    """`step` of each optimizer on its own copy of the model; all share the model's gradients, which no step changes."""
+    import timm.optim
+
+    def groups(config: Config) -> list[dict[str, Any]]:
+        own = copy.deepcopy(model)
+        for mine, parameter in zip(own.parameters(), model.parameters()):
+            mine.grad = parameter.grad
+        return parameter_groups(own, config)
+
+    alone: dict[str, torch.optim.Optimizer] = {}
+    for label, (name, fused) in OUR_OPTIMIZERS.items():
+        config = make_config(args, optimizer=name)
+        alone[label] = OPTIMIZERS[name].build(groups(config), config, fused)
+    config = make_config(args, optimizer="muon")
+    alone["timm muon"] = timm.optim.Muon(groups(config))  # its own defaults, our choice of what goes to AdamW
+    for optimizer in alone.values():
+        set_lr(optimizer, LR)
+
+    matrices = []
+    for filters in (p for group in groups(config) if group["use_muon"] for p in group["params"]):
+        matrices.append(nn.Parameter(filters.detach().flatten(1).clone()))
+        matrices[-1].grad = filters.grad.flatten(1)
+    if matrices:
+        alone["torch muon, matrices only"] = torch.optim.Muon(matrices, lr=LR)
+    return {name: optimizer.step for name, optimizer in alone.items()}
+
+
+def sections(args: argparse.Namespace, settings: list[str]) -> Iterator[Section]:
+    """Whole training steps relative to SGD's, then optimizer steps alone relative to timm's Muon."""
+    model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
+    layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
+    calls: Calls = {}
+    for name, changed in WHOLE_STEPS.items():
+        calls[name] = our_step(model, images, labels, make_config(args, **changed), accelerator)
+    calls["bare loop, torch's sgd"] = bare_step(model, images, labels, make_config(args, **WHOLE_STEPS["sgd"]))
+    yield to_section(f"whole training steps, {layout}", "sgd", take_turns(calls, args), args.device)
+    calls.clear()
+    accelerator.free_memory()
+    cross_entropy(model(images), labels).backward()
+    alone = take_turns(optimizers_alone(model, args), args)
+    yield to_section(f"optimizer.step alone, {layout}", "timm muon", alone, args.device)

@@ -1,0 +1,152 @@
+"""What a benchmark leaves: a table for the terminal, JSON lines and a chart; the facts of the machine beside each figure."""
+
+import json
+import platform
+import re
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.measuring import Row, Section, usable_cores
+from pipeline.files import write_atomically
+
+CURVE_ROWS = 16  # of a curve, in the terminal; the rest is in the files
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pytorch-accelerated")
+
+
+def number(value: float) -> str:
+    """Three digits and more: 0.0123, 1.23, 12.3, 123, 12,345."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+# what a row may hold besides its name: heading, and how it is written
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "median": ("median", number),
+    "least": ("least", number),
+    "most": ("most", number),
+    "n": ("n", str),
+    "ratio": ("ratio", lambda value: f"{value:#.3g}"),
+    "epoch_share": ("share of an epoch", lambda value: f"{value:.2%}"),
+    "wait_fraction": ("waiting for data", lambda value: f"{value:.1%}"),
+    "step_ms": ("step (ms)", number),
+    "gradient_bytes": ("gradient (MB)", lambda value: number(value / 1e6)),
+    "sent_bytes": ("sent by a process (MB)", lambda value: number(value / 1e6)),
+    "all_reduce_ms": ("all-reduce alone (ms)", number),
+    "loader_images_per_second": ("loader alone (images/s)", number),
+    "efficiency": ("efficiency", lambda value: f"{value:.0%}"),
+    "bytes_on_disk": ("on disk (MB)", lambda value: number(value / 1e6)),
+    "peak_memory_bytes": ("peak memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
+    "gpu_memory_bytes": ("peak GPU memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
+    "modules": ("modules", str),
+    "loss": ("loss", "{:.4f}".format),
+    "smoothed_loss": ("smoothed loss", "{:.4f}".format),
+}
+
+
+def machine_facts(arguments: Sequence[str]) -> dict[str, Any]:
+    """What figures depend on: the command, the day, processor, cores, versions. Device and threads are in the rows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": f"python -m pipeline.benchmark {shlex.join(arguments)}",
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "versions": versions,
+    }
+
+
+def heading(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return f"{facts['command']}\n{facts['cpu']}, {facts['cores']} cores; {facts['date']}\n{versions}"
+
+
+def table(section: Section) -> str:
+    """The section in Markdown, aligned for the terminal; a column for every figure that some row has."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in section.rows)]
+    headings = [section.unit if key == "median" else COLUMNS[key][0] for key in keys]
+    references = {row["ratio_to"] for row in section.rows if "ratio_to" in row}
+    headings = [f"ratio to {', '.join(sorted(references))}" if name == "ratio" else name for name in headings]
+    cells = [["row", *headings], ["---", *["---:"] * len(keys)]]
+    every = -(-len(section.rows) // CURVE_ROWS) if section.curve else 1
+    for row in section.rows[:: max(every, 1)]:
+        name = row["row"] if row.get("warmed_up", True) else f"{row['row']} (cold)"
+        cells.append([name, *("-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys)])
+    widths = [max(map(len, of_column)) for of_column in zip(*cells)]
+    return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in cells)
+
+
+def text_of(section: Section) -> str:
+    devices = sorted({f"{row['device']}, {row['threads']} threads" for row in section.rows if "device" in row})
+    title = f"{section.title} ({'; '.join(devices)})" if devices else section.title
+    return "\n".join([title, table(section), *section.notes])
+
+
+def write_lines(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
+    """A JSON object for every row, with its section and the facts."""
+    rows: list[Row] = [{"section": section.title, **row, **facts} for section in sections for row in section.rows]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
+    """The chart: medians as bars from least to most, or a curve; a panel for each section."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [3.0 if section.curve else 0.9 + 0.32 * len(section.rows) for section in sections]
+    figure, axes = pyplot.subplots(
+        len(sections), figsize=(9, sum(heights) + 1), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for section, panel in zip(sections, axes[:, 0]):
+        draw_curve(panel, section) if section.curve else draw_bars(panel, section)
+        panel.set_title(section.title, loc="left", fontsize=10)
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_axisbelow(True)
+    figure.supxlabel(
+        f"{facts['cpu']}, {facts['cores']} cores, torch {facts['versions']['torch']}, {facts['date']}", fontsize=7
+    )
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, format="png", dpi=120)
+    pyplot.close(figure)
+    aside.replace(path)
+
+
+def draw_bars(panel: Any, section: Section) -> None:
+    rows = [row for row in section.rows if "median" in row]
+    medians = [row["median"] for row in rows]
+    reaches = [[row["median"] - row["least"] for row in rows], [row["most"] - row["median"] for row in rows]]
+    colours = ["#0072b2" if row["row"] != row.get("ratio_to") else "#999999" for row in rows]
+    panel.barh([row["row"] for row in rows], medians, xerr=reaches, color=colours, capsize=2)
+    for place, row in enumerate(rows):
+        panel.text(row["most"], place, f"  {number(row['median'])}", va="center", fontsize=8)
+    panel.invert_yaxis()
+    panel.margins(x=0.12)
+    panel.set_xlim(left=0)
+    panel.set_xlabel(section.unit)
+
+
+def draw_curve(panel: Any, section: Section) -> None:
+    assert section.curve is not None
+    x, y = section.curve
+    places = [row[x] for row in section.rows]
+    panel.plot(places, [row["loss"] for row in section.rows], color="#999999", linewidth=0.8, label="loss")
+    panel.plot(places, [row[y] for row in section.rows], color="#0072b2", label=COLUMNS[y][0])
+    if section.mark is not None:
+        panel.axvline(section.mark, color="#d55e00", linestyle="--", label=f"suggestion {section.mark:.2g}")
+    before_lowest = section.rows[: 1 + min(range(len(places)), key=lambda place: section.rows[place][y])]
+    panel.set_ylim(0, 1.5 * max(row["loss"] for row in before_lowest))  # what diverged leaves the picture
+    panel.set_xscale("log")
+    panel.set_xlabel(x)
+    panel.set_ylabel("loss")
+    panel.legend()

@@ -1,0 +1,97 @@
+"""Image sets to measure with: made ones, for want of a network, and any training split as peers read it."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+NUM_CLASSES = 10
+PHOTO_SIZE = (500, 375)  # width and height in pixels, ImageNet's most frequent
+NUM_TEST = 10
+OCTAVES = (4, 8, 16, 32, 64, 128)  # cells across of the fields that an image is the sum of, as far as they go into it
+FADING = 0.6  # of a field's strength from one octave to the next
+NOISE = 7.0  # its standard deviation, in levels of 255
+JPEG_QUALITY = 96
+
+
+def made_image(width: int, height: int, seed: int) -> Image.Image:
+    """Smooth random fields of several scales with noise on top: about as hard to compress as a photo, unlike white noise.
+
+    A PNG of 32x32 takes 2.5 kB (CIFAR-10's 2.3), a JPEG of 500x375 some 100 kB (ImageNet's 110).
+    """
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    octaves = [cells for cells in OCTAVES if cells <= max(width, height)]
+    strengths = FADING ** np.arange(len(octaves))
+    for cells, strength in zip(octaves, strengths / strengths.sum()):
+        field = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+        total += np.asarray(field.resize((width, height), Image.Resampling.BICUBIC), np.float32) * strength
+    total += rng.normal(0, NOISE, total.shape)
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": JPEG_QUALITY} if kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, images: list[bytes], labels: list[int]) -> None:
+    """A file with the columns image and label as `datasets` writes and reads them: images of its type Image."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), path, row_group_size=1000)
+
+
+def make_set(set_folder: str, num_images: int, side: int | None, folder: str) -> dict[str, Any]:
+    """Writes train.parquet with so many images and a small test.parquet; returns bytes_per_image, their mean.
+
+    side: of square PNG images in pixels; None makes JPEG photos of PHOTO_SIZE.
+    """
+    (width, height), kind = ((side, side), "PNG") if side else (PHOTO_SIZE, "JPEG")
+    num_bytes = 0
+    for split, count, first in (("train", num_images, 0), ("test", NUM_TEST, num_images)):
+        images = [encoded(made_image(width, height, first + number), kind) for number in range(count)]
+        write_parquet(Path(set_folder) / f"{split}.parquet", images, [number % NUM_CLASSES for number in range(count)])
+        num_bytes = num_bytes or sum(map(len, images))
+    return {"bytes_per_image": num_bytes / num_images}
+
+
+def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
+    """Writes the training split that the settings name, as it is encoded, for `datasets` to read.
+
+    Returns what a peer must know of it: parquet, num_images, num_classes, flip, and Preprocessing's fields.
+    """
+    from pipeline.assembly import (
+        check_settings,
+        choose_image_size,
+        load_data,
+        make_accelerator,
+        make_model,
+        make_preprocessing,
+    )
+    from pipeline.parsing import read_config
+
+    config = read_config([*settings, "--loader=auto"])  # a stream has no rows to be copied
+    check_settings(config)
+    dataset = load_data(config, make_accelerator(config))
+    image_size = choose_image_size(config, dataset)
+    model, _ = make_model(config, dataset, image_size)
+    shape = make_preprocessing(config, dataset, image_size, model)
+    split = dataset.train
+    images = [split.encoded(row) for row in range(len(split))]
+    write_parquet(Path(parquet), images, [int(label) for label in split.labels])
+    return {
+        **dataclasses.asdict(shape),
+        "parquet": parquet,
+        "num_images": len(split),
+        "num_classes": len(dataset.class_names),
+        "flip": dataset.flip,
+    }
