@@ -166,19 +166,38 @@ def name_run(config: Config, accelerator: Accelerator) -> Config:
 
 
 def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
-    """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache."""
-    with accelerator.local_main_process_first():
-        dataset = load_image_dataset(
-            config.dataset,
-            label_column=config.label_column,
-            hub_config=config.hub_config,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-            max_train_samples=config.max_train_samples,
-            skip_bad_headers=config.on_bad_image == "skip",
-            streamed=config.loader == "stream",
-        )
-        return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
+    """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache.
+
+    A stream leaves nothing in a cache: one process reads its labels and places, and sends them to the others.
+    """
+    if config.loader != "stream" or accelerator.num_processes == 1:
+        with accelerator.local_main_process_first():
+            return load_as_set(config, accelerator)
+    found: list[ImageDataset | ValueError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [load_as_set(config, accelerator)]
+        except ValueError as error:
+            found = [error]
+    (dataset,) = broadcast_object_list(found)
+    if isinstance(dataset, ValueError):
+        raise dataset
+    return dataset
+
+
+def load_as_set(config: Config, accelerator: Accelerator) -> ImageDataset:
+    """What the settings name, without bad images where that is asked for."""
+    dataset = load_image_dataset(
+        config.dataset,
+        label_column=config.label_column,
+        hub_config=config.hub_config,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        max_train_samples=config.max_train_samples,
+        skip_bad_headers=config.on_bad_image == "skip",
+        streamed=config.loader == "stream",
+    )
+    return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
 
 
 def leave_out_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:
