@@ -18,7 +18,7 @@ FLOORS = [
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
     {"folders", "hub", "models", "mixing", "decoded", "screening", "shards", "resume", "saving", "publishing"},
     {"loaders", "shard_index", "memory"},
-    {"datasets", "stream", "saved_model"},
+    {"datasets", "machine", "stream", "saved_model"},
     {"assembly", "evaluation", "state", "prediction"},
     {"run", "plan", "model_card", "saved_evaluation", "exporting"},
     {"ending"},
