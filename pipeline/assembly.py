@@ -1,36 +1,31 @@
-"""From settings to the things of a run: checks, accelerator, dataset, preprocessing, loaders, model."""
+"""From settings to the things of a run: checks, dataset, preprocessing, loaders, model."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import time
-import warnings
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline import sharding
-from pipeline.batchnorm import convert_batchnorm
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source, usable_cores
-from pipeline.memory import meet_in_layers, with_micro_batch_size
+from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here
+from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.optimizers import (
     check_optimizer_name,
     classifier_names,
     create_optimizer,
     ignored_optimizer_settings,
-    sam_rho,
 )
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
@@ -41,7 +36,6 @@ from pipeline.tracking import tracker_names
 from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
 from pipeline.weights import LoadReport
 
-PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
 
 
@@ -56,88 +50,6 @@ def check_settings(config: Config) -> None:
 
 def warnings_of(config: Config) -> list[str]:
     return ignored_settings(config) + ignored_optimizer_settings(config)
-
-
-def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
-    """Device, precision and processes as the launcher and the settings say; device: auto, cpu or cuda.
-
-    Raises ValueError for fp16 without a GPU, and where the device is not there.
-    """
-    # BatchNorm statistics are averaged over ranks before they are used, see state.average_buffers.
-    # A backbone that is frozen at first has no gradients to wait for.
-    unused = config.freeze_epochs > 0
-    warnings.filterwarnings(
-        "ignore", ".*broadcast_buffers. is deprecated", FutureWarning
-    )  # Accelerate knows no other name
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    cpu, precision = device == "cpu", config.mixed_precision
-    with without_accelerates_fsdp():
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, patience])
-    if device not in ("auto", accelerator.device.type):
-        raise ValueError(f"No device {device} was found, but {accelerator.device.type}. Use --device auto or cpu.")
-    check_sharding(config, accelerator)
-    check_meetings(config, accelerator)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
-    return accelerator
-
-
-@contextlib.contextmanager
-def without_accelerates_fsdp() -> Iterator[None]:
-    """Inside, Accelerate does not see that FSDP is asked for: pipeline.sharding does it, on CPUs too."""
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    yield
-    if asked is not None:
-        os.environ["ACCELERATE_USE_FSDP"] = asked
-
-
-def check_meetings(config: Config, accelerator: Accelerator) -> None:
-    """Raises ValueError for what cannot be while the processes meet in every layer, which each must enter equally often."""
-    if not meet_in_layers(config, accelerator):
-        return
-    what = "sync_batchnorm" if config.sync_batchnorm else "FSDP2"
-    if config.loader == "stream":
-        raise ValueError(
-            f"loader stream gives processes unequal shares, which {what} does not take. Use loader workers."
-        )
-    if config.micro_batch_size == "auto":
-        raise ValueError(
-            f"micro_batch_size auto tries for each process alone, which {what} does not take. Give a number."
-        )
-
-
-def check_sharding(config: Config, accelerator: Accelerator) -> None:
-    """Raises ValueError for what a sharded model cannot do, or has not been shown to do right."""
-    if not sharding.is_asked_for():
-        return
-    wrong = {
-        "fsdp_version 1: this trainer shards by FSDP2. Set fsdp_version: 2": sharding.launcher_says("VERSION", "1")
-        != "2",
-        "fsdp_offload_params. Leave it out": sharding.launcher_says("OFFLOAD_PARAMS", "false") == "true",
-        "fsdp_activation_checkpointing. Use --gradient_checkpointing true": (
-            sharding.launcher_says("ACTIVATION_CHECKPOINTING", "false") == "true"
-        ),
-        "fsdp_transformer_layer_cls_to_wrap: a model's blocks are found by themselves. Leave it out": (
-            sharding.launcher_says("TRANSFORMER_CLS_TO_WRAP", "") != ""
-        ),
-        "SAM: it puts other weights in place of the model's, and FSDP2 gathers from a buffer of its own. Leave sam_rho out": (
-            sam_rho(config) > 0
-        ),
-        "optimizer muon: it orthogonalises whole matrices. Use adamw": config.optimizer == "muon",
-        "freeze_epochs: FSDP2 gathers weights that are frozen and weights that are not together. Use --layer_decay": (
-            config.freeze_epochs > 0
-        ),
-        "channels_last: FSDP2 shards contiguous weights. Leave it out": config.channels_last,
-        "compile: it would trace around every gathering. Leave it out": config.compile,
-        "fp16: its scaler would judge each shard alone. Use --mixed_precision bf16": accelerator.mixed_precision
-        == "fp16",
-    }
-    for what, met in wrong.items():
-        if met:
-            raise ValueError(
-                f"A sharded model (distributed_type FSDP) does not go with {what}, or launch with multi_gpu.yaml."
-            )
 
 
 def name_run(config: Config, accelerator: Accelerator) -> Config:
@@ -306,41 +218,6 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, ema, skeleton)
 
 
-def is_to_be_sharded(accelerator: Accelerator) -> bool:
-    return sharding.is_asked_for() and accelerator.num_processes > 1
-
-
-def prepared(parts: Parts, accelerator: Accelerator) -> tuple[nn.Module, Any]:
-    """Model and optimizer as Accelerate wraps them. A sharded model it only wraps for mixed precision."""
-    if is_to_be_sharded(accelerator):
-        model = accelerator.prepare_model(parts.model, evaluation_mode=True)  # no DDP around it
-        return model, accelerator.prepare_optimizer(parts.optimizer)
-    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
-    return model, optimizer
-
-
-def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:
-    """The model on its device as the settings about precision and speed want it. Raises ValueError where it cannot be."""
-    timm_model: Any = model
-    if config.gradient_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(
-                f"Model {config.model_name} has no gradient checkpointing. Leave it out, or lower micro_batch_size."
-            )
-        timm_model.set_grad_checkpointing()
-    if config.sync_batchnorm and accelerator.num_processes > 1:
-        from timm.layers import convert_sync_batchnorm
-
-        model = convert_batchnorm(model) if accelerator.device.type == "cpu" else convert_sync_batchnorm(model)
-    if not is_to_be_sharded(accelerator):  # what does not fit goes there shard by shard
-        model.to(accelerator.device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if config.compile:
-        model.compile()  # in place: the names in checkpoints stay as they are
-    return model
-
-
 def load_images(parts: Parts, accelerator: Accelerator) -> None:
     """Decodes what stays on the device; the first process of each machine does it, the others find it in the cache.
 
@@ -373,7 +250,7 @@ def make_loader(
     """The loader of one split for this rank."""
     device = accelerator.device
     augment = config.augment if training else "none"
-    num_workers = choose_num_workers(config.num_workers, accelerator.num_processes, device)
+    num_workers = choose_num_workers(config.num_workers, processes_here(accelerator), device)
     kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(split, preprocessing, config.loader, device)
     if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
         preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.assembly import load_data, make_accelerator
+from pipeline.assembly import load_data
 from pipeline.command_line import CommandFailed
 from pipeline.files import sync_folder, write_json
 from pipeline.images import BadImage
+from pipeline.machine import make_accelerator
 from pipeline.prediction import find_images, read_file, read_image, to_input
 from pipeline.saved_model import SavedModel
 from pipeline.weights import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model

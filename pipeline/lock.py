@@ -1,5 +1,6 @@
 """The lock of a run's folder: one training process at a time, on one machine or over a shared folder."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,8 +39,10 @@ class RunLock:
         if not self.take():
             os.close(self.file)
             raise ValueError(f"{run_dir} is in use by {holder_of(self.path)}. Wait for it, or choose another run_name.")
+        os.register_at_fork(after_in_child=self.let_go)  # worker processes may live on after a kill
         self.released = threading.Event()
-        threading.Thread(target=self.keep_beating, name="run lock", daemon=True).start()
+        self.beating = threading.Thread(target=self.keep_beating, name="run lock", daemon=True)
+        self.beating.start()
 
     def take(self) -> bool:
         try:
@@ -72,18 +75,21 @@ class RunLock:
 
     def keep_beating(self) -> None:
         while not self.released.wait(BEAT_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # a full disk or a lost folder, of which the run itself tells
                 self.beat()
-            except OSError:  # a full disk or a lost folder, of which the run itself tells
-                pass
+
+    def let_go(self) -> None:
+        """In a forked process: closes the file, and with its last copy the system frees the lock."""
+        with contextlib.suppress(OSError):  # released before the fork
+            os.close(self.file)
 
     def release(self) -> None:
         self.released.set()
-        try:
+        self.beating.join()
+        with contextlib.suppress(OSError):
             os.ftruncate(self.file, 0)
-        except OSError:
-            pass
         os.close(self.file)
+        self.file = -1  # whatever else gets its number is not closed in a forked process
 
 
 def read(path: Path) -> dict[str, object]:

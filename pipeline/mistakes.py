@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from pipeline.assembly import choose_image_size, load_data, make_accelerator, make_loader, make_preprocessing
+from pipeline.assembly import choose_image_size, load_data, make_loader, make_preprocessing
 from pipeline.images import decode_image
+from pipeline.machine import make_accelerator
 from pipeline.parsing import from_yaml
 from pipeline.run_records import RunRecord
 from pipeline.splits import Split

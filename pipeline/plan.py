@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from pipeline import console
 from pipeline.assembly import Parts, system_facts
 from pipeline.config import Config
+from pipeline.loaders import largest_share
 from pipeline.optimizers import peak_lr
 from pipeline.schedule import History, batch_size_at, lr_scale, steps_per_epoch
 from pipeline.sharding import blocks_of
@@ -45,7 +46,11 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         ("run", str(Path(config.run_dir))),
     ]
     text = console.table(rows)
-    return f"{text}\n\n{groups_text(parts)}\n\n{epochs_text(config, len(data.train))}" if config.dry_run else text
+    return (
+        f"{text}\n\n{groups_text(parts)}\n\n{epochs_text(config, len(data.train), accelerator.num_processes)}"
+        if config.dry_run
+        else text
+    )
 
 
 def loader_text(parts: Parts) -> str:
@@ -72,14 +77,18 @@ def groups_text(parts: Parts) -> str:
     return "\n".join(lines)
 
 
-def epochs_text(config: Config, num_samples: int) -> str:
-    """A line for each epoch: batch size, steps, learning rate of its first and last step as far as they are known now."""
-    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'lr at its start':>16} {'and end':>10}"]
+def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
+    """A line for each epoch: batch size, steps, learning rate of its first and last step as far as they are known now, and
+    the micro-batches of a step on the process that has most of them.
+    """
+    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'lr at its start':>16} {'and end':>10} {'micro-batches':>14}"]
     for epoch in range(config.epochs):
         batch_size = batch_size_at(epoch, config)
         steps = steps_per_epoch(num_samples, batch_size, config.drop_last)
         first, last = (lr_of_step(epoch, batch, steps, [], config) for batch in (0, steps - 1))
-        lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g}")
+        most = largest_share(min(batch_size, num_samples), num_processes)
+        passes = -(-most // (config.images_at_once or most))
+        lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g} {passes:>14}")
     if config.scheduler == "plateau":
         lines.append("(a plateau of the monitored value lowers the rate further)")
     return "\n".join(lines)

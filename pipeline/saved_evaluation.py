@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import console
-from pipeline.assembly import fit_to_machine, load_data, make_accelerator, make_loader, system_facts
+from pipeline.assembly import load_data, make_loader, system_facts
 from pipeline.command_line import CommandFailed
 from pipeline.config import Config
 from pipeline.datasets import ImageDataset, check_dataset_name
 from pipeline.evaluation import evaluate
 from pipeline.images import BadImage
+from pipeline.machine import fit_to_machine, make_accelerator
 from pipeline.metrics import calibration_error, per_class_accuracy, zero_calibration
 from pipeline.saved_model import SavedModel, load_saved_model
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import console
 from pipeline.signals import Signals
 from pipeline.sweep_file import Sweep, check_trials, read_sweep
 from pipeline.sweep_trials import (

@@ -175,7 +175,10 @@ def read_space(parameters: Any) -> Space:
 
 
 def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:
-    """The iterations of https://docs.wandb.ai/models/sweeps/sweep-config-keys: min_iter * eta^i, or max_iter / eta^i, i = 1..s."""
+    """The iterations at which trials are judged: min_iter * eta^i, or max_iter / eta^i for i = 1..s.
+
+    https://docs.wandb.ai/models/sweeps/sweep-config-keys
+    """
     if "early_terminate" not in content:
         return None
     part = read_map("early_terminate", content, ("type", "min_iter", "max_iter", "s", "eta", "strict"))

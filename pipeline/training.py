@@ -22,9 +22,7 @@ from pipeline.assembly import (
     check_settings,
     freeze_backbone,
     load_images,
-    make_accelerator,
     name_run,
-    prepared,
     system_facts,
     warnings_of,
 )
@@ -35,6 +33,7 @@ from pipeline.evaluation import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import largest_share, share_of
+from pipeline.machine import make_accelerator, prepared
 from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
@@ -93,7 +92,7 @@ def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
 def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
     accelerator = run.accelerator
-    model, optimizer = prepared(parts, accelerator)
+    model, optimizer = prepared(parts.model, parts.optimizer, accelerator)
     bad_step = torch.tensor(-1, device=accelerator.device)
     state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
     run.begin(state)

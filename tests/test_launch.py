@@ -13,7 +13,6 @@ import pytest
 import yaml
 from conftest import (
     ROOT,
-    SMALL_RUN,
     flags,
     free_port,
     in_processes,
@@ -187,6 +186,17 @@ def wait_for_port(port: int, process: subprocess.Popen) -> None:
                 return
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
+
+
+def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monkeypatch):
+    from accelerate import Accelerator
+
+    from pipeline.machine import processes_here
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes_here(Accelerator()) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_here(Accelerator()) == 4
 
 
 def test_restarts_need_a_name_to_go_on_with(monkeypatch, run_training):

@@ -62,9 +62,9 @@ class Stepping:
     def __init__(self, settings: dict[str, Any], scaler: torch.amp.GradScaler | None = None):
         from accelerate.state import AcceleratorState
 
-        from pipeline.assembly import make_accelerator
         from pipeline.config import Config
         from pipeline.ema import create_ema
+        from pipeline.machine import make_accelerator
         from pipeline.metrics import zero_sums
         from pipeline.optimizers import create_optimizer, set_lr
         from pipeline.state import TrainState

@@ -168,6 +168,23 @@ def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_trai
     assert read_facts(folder)["step"] == 5
 
 
+@pytest.mark.parametrize("drop_last, steps", [(True, [5, 2, 1]), (False, [5, 3, 1])])
+def test_a_growing_batch_is_told_of_everywhere_and_a_short_one_used_or_dropped(run_training, capsys, drop_last, steps):
+    schedule = {"batch_size_schedule": {1: 30, 2: 500}, "epochs": 3, "micro_batch_size": 9, "drop_last": drop_last}
+    summary, run_dir = run_training(log_every=1, **schedule)
+    told = [
+        line.split("batch ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")
+    ]
+    assert told == ["16", "30", "500"]
+    lines = [line for line in lines_of(run_dir) if line["split"] == "train"]
+    plain = [line for line in lines if "event" not in line]
+    assert [sum(line["epoch"] == epoch for line in plain) for epoch in (1, 2, 3)] == steps
+    assert {(line["epoch"], line["batch_size"]) for line in plain} == {(1, 16), (2, 30), (3, 500)}
+    assert [line["step"] for line in plain] == list(range(1, sum(steps) + 1))
+    seen = [80, 60 if drop_last else 80, 80]  # an epoch that is smaller than its batch is one step
+    assert [line["num_samples"] for line in lines if "event" in line] == seen and summary["samples"] == sum(seen)
+
+
 def test_early_stopping_ends_the_run_and_keeps_the_best(run_training):
     summary, run_dir = run_training(lr=1e-12, epochs=9, early_stopping_patience=2)
     assert (summary["status"], summary["epochs"], summary["best"]["epoch"]) == ("early_stopped", 3, 1)
@@ -182,7 +199,7 @@ def test_without_validation_images_the_test_split_serves_as_both_and_it_is_said(
 
 
 def test_a_dry_run_tells_the_plan_and_leaves_nothing(run_training, tmp_path, capsys):
-    run_training(dry_run=True, batch_size_schedule={1: 32}, epochs=3, optimizer="adamw")
+    run_training(dry_run=True, batch_size_schedule={1: 32}, epochs=3, optimizer="adamw", micro_batch_size=8)
     text = capsys.readouterr().out
     for word in (
         "80 train, 20 val, 359 test",
@@ -194,8 +211,9 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(run_training, tmp_path, cap
         str(tmp_path),
     ):
         assert word in text
-    rows = [line.split()[:3] for line in text.splitlines()[-3:]]
-    assert rows == [["1", "16", "5"], ["2", "32", "2"], ["3", "32", "2"]]
+    rows = [line.split() for line in text.splitlines()[-3:]]
+    assert [row[:3] for row in rows] == [["1", "16", "5"], ["2", "32", "2"], ["3", "32", "2"]]
+    assert [row[-1] for row in rows] == ["2", "4", "4"]
     assert list(tmp_path.iterdir()) == []
 
 

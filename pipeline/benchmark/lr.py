@@ -26,7 +26,8 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     """One curve. Nothing is written: there is no run. Raises ValueError for wrong settings."""
     import torch
 
-    from pipeline.assembly import assemble, check_settings, load_images, make_accelerator
+    from pipeline.assembly import assemble, check_settings, load_images
+    from pipeline.machine import make_accelerator
 
     if args.lr_start >= args.lr_end:
         raise ValueError(f"--lr_start {args.lr_start:g} must be below --lr_end {args.lr_end:g}.")

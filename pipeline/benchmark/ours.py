@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.assembly import Parts, assemble, check_settings, load_images, make_accelerator, name_run, system_facts
+from pipeline.assembly import Parts, assemble, check_settings, load_images, name_run, system_facts
 from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.loaders import Batch, Loader
+from pipeline.machine import make_accelerator
 from pipeline.metrics import zero_sums
 from pipeline.parsing import read_config
 from pipeline.run import Run
