@@ -120,6 +120,20 @@ class WorkerImages:
             raise BadImage(str(error).strip().splitlines()[-1].partition("BadImage: ")[2] or str(error)) from None
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a worker process has died. torch says so from a signal handler, at any line of the main process.
+
+    Or the pipe to the worker breaks first.
+    """
+    context = error.__context__
+    return (
+        isinstance(error, (ConnectionError, EOFError))
+        or "DataLoader worker" in str(error)
+        or context is not None
+        and is_lost_worker(context)
+    )
+
+
 def as_it_is(batch: Any) -> Any:
     return batch
 

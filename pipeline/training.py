@@ -32,7 +32,7 @@ from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluation import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
-from pipeline.loaders import largest_share, share_of
+from pipeline.loaders import is_lost_worker, largest_share, share_of
 from pipeline.machine import make_accelerator, prepared
 from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
@@ -105,16 +105,18 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     except (TrainingFailed, BadImage, LostShard) as error:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if is_out_of_memory(error):
+            bare = accelerator.unwrap_model(state.model)
+            advice = out_of_memory_advice(error, bare, parts.preprocessing, run.config, accelerator)
+        elif is_lost_worker(error):
+            advice = "A worker process that reads images was killed, as systems do that run out of memory. Lower --num_workers."
+        elif isinstance(error, OSError):  # a full disk, at the end for example
+            raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
+        else:
             raise
-        advice = out_of_memory_advice(
-            error, accelerator.unwrap_model(state.model), parts.preprocessing, run.config, accelerator
-        )
         stop(state, run, "failed", advice)
         raise TrainingFailed(advice) from error
-    except OSError as error:  # a full disk, at the end for example
-        raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
 
 
 def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -150,6 +152,20 @@ def test_a_disk_that_is_really_full(tmp_path):
     )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "No space left on device" in ended.stderr and "To go on: python train.py --config" in ended.stderr
+
+
+def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_same(run_training, tmp_path):
+    def kill_a_worker():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    settings = {**EVERY_STEP, "loader": "workers", "num_workers": 2, "epochs": 3}
+    _, whole = run_training(run_name="whole", **settings)
+    with at_steps({7: kill_a_worker}), pytest.raises(TrainingFailed, match="worker process .* was killed.*num_workers"):
+        run_training(**settings)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "worker process" in summary["reason"]
+    _, run_dir = run_training(**settings)
+    assert_same(run_dir, whole)
 
 
 def test_what_the_writer_cannot_know_is_not_taken_for_a_full_disk(run_training, monkeypatch):
