@@ -88,7 +88,7 @@ class Config:
     )
 
     model_name: str = setting(
-        "resnet18", "simple_mlp or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
+        "resnet18", "simple_mlp, small_convnet or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
     )
     pretrained: bool = setting(False, "start from the model's published weights")
     stem: Literal["auto", "imagenet", "small"] = setting(

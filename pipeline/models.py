@@ -1,8 +1,8 @@
-"""Models: any timm model, with a stem for small images if asked, or our SimpleMLP; named, built and described."""
+"""Models: any timm model, with a stem for small images if asked, or one of our own; named, built and described."""
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,17 @@ from typing import Any
 import timm
 import torch
 from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
     get_arch_pretrained_cfgs,
     get_deprecated_models,
     get_model_input_config,
     parse_model_name,
-    register_model,
     resolve_model_input_args,
     split_model_name_tag,
 )
 from torch import nn
 
 from pipeline.config import did_you_mean
+from pipeline.small_models import SimpleMLP
 from pipeline.stems import SMALL_IMAGE_SIZE, SMALL_STEM_SUFFIX, is_small_stem, is_small_stem_possible, with_small_stem
 from pipeline.weights import (
     CONFIG_FILE,
@@ -52,62 +50,6 @@ __all__ = [
 ]
 
 STEM_CHOICES = ("auto", "imagenet", "small")
-
-
-class SimpleMLP(nn.Module):
-    """Linear layers with ReLU on the flattened image, in timm's interface; nothing in it depends on the batch."""
-
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        img_size: int | tuple[int, int] = 32,
-        hidden_sizes: Sequence[int] = (512, 512),
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = hidden_sizes[-1]
-        sizes = [in_chans * height * width, *hidden_sizes]
-        layers = [[nn.Linear(inputs, outputs), nn.ReLU()] for inputs, outputs in zip(sizes, sizes[1:])]
-        self.hidden = nn.Sequential(*(module for layer in layers for module in layer))
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for so many classes; with 0, the features themselves. There is no pooling to choose."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """images: float [B, C, H, W]; returns features [B, num_features]."""
-        return self.hidden(images.flatten(1))
-
-    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """features: [B, num_features]; returns logits [B, num_classes], or with pre_logits what the classifier sees."""
-        features = self.head_drop(features)
-        return features if pre_logits else self.head(features)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(images))
-
-
-# timm looks for this name in the module of a registered model
-default_cfgs = generate_default_cfgs(
-    {"simple_mlp": dict(input_size=(3, 32, 32), fixed_input_size=True, first_conv="hidden.0", classifier="head")}
-)
-
-
-@register_model
-def simple_mlp(pretrained: bool = False, **kwargs: Any) -> SimpleMLP:
-    """SimpleMLP for timm.create_model; two hidden layers of 512 unless `hidden_sizes` says otherwise."""
-    return build_model_with_cfg(SimpleMLP, "simple_mlp", pretrained, **kwargs)
 
 
 @dataclass(frozen=True)

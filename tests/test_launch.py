@@ -155,25 +155,40 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked)
     assert NOT_THERE in last[0] and NOT_THERE in summary["reason"] and "process 1" in summary["reason"]
 
 
-def test_two_machines_survive_a_lost_process_and_end_as_one_machine_would(forked, tmp_path):
-    """Two agents with the launch file for several machines; one process of theirs is killed once and all start again."""
+def assert_same_end(run_dir: Path, whole: Path) -> None:
+    """Two processes ended with the same figures and weights, to the last bit."""
+    assert json.loads((run_dir / "summary.json").read_text())["num_processes"] == 2
+    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole))
+    assert same_weights(run_dir, whole)
+
+
+def test_two_machines_train_as_one(forked, tmp_path):
+    """Two agents with the launch file for several machines."""
     port = free_port()
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_node.yaml"]
     launcher += ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
-    launcher += ["--mixed_precision=no", "--max_restarts=1"]
-    agents = [start_process(*launcher, "--machine_rank=0", __file__, str(tmp_path), PYTHONPATH=str(ROOT))]
+    program = ["--mixed_precision=no", "train.py", *flags(output_dir=tmp_path, **SETTINGS)]
+    agents = [start_process(*launcher, "--machine_rank=0", *program)]
     wait_for_port(port, agents[0])  # it also checks that nobody else has it
-    agents.append(start_process(*launcher, "--machine_rank=1", __file__, str(tmp_path), PYTHONPATH=str(ROOT)))
+    agents.append(start_process(*launcher, "--machine_rank=1", *program))
+    said = []
     for agent in agents:
-        _, err = agent.communicate(timeout=400)
+        out, err = agent.communicate(timeout=400)
         assert agent.returncode == 0, err
+        said.append(out.count("test accuracy"))
+    assert said == [1, 0]
+    assert_same_end(tmp_path / "run", forked / "whole")
+
+
+def test_a_killed_process_is_restarted_and_ends_as_if_nothing_had_been(forked, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    done = run_process(
+        *launcher, f"--master_port={free_port()}", __file__, str(tmp_path), PYTHONPATH=str(ROOT), timeout=400
+    )
+    assert done.returncode == 0, done.stderr
     said = (tmp_path / "restarted-0.txt").read_text()
     assert "Going on from" in said and "step 6." in said
-    assert (tmp_path / "restarted-1.txt").read_text().count("test accuracy") == 0
-    run_dir = tmp_path / "restarted"
-    assert json.loads((run_dir / "summary.json").read_text())["num_processes"] == 2
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(forked / "whole"))
-    assert same_weights(run_dir, forked / "whole")
+    assert_same_end(tmp_path / "restarted", forked / "whole")
 
 
 def wait_for_port(port: int, process: subprocess.Popen) -> None:
