@@ -431,11 +431,33 @@ def test_the_trial_of_an_agent_that_was_killed_is_taken_over(tmp_path):
     assert len(starts.read_text().splitlines()) == 2
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def test_when_the_storage_fails_what_runs_is_stopped_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
+
+    def fail(self, trial, history, known):
+        if history:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SweepStudy, "report", fail)
+        assert main([str(path), "--output_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "No space left" in message and "\n" not in message
+    summary = tmp_path / "lost" / "trial-0001" / "summary.json"
+    wait_until(summary.is_file)
+    assert json.loads(summary.read_text())["status"] == "interrupted"
+    monkeypatch.setattr("pipeline.sweep_study.is_alive", lambda process: False)  # as if by another process
+    monkeypatch.setattr("pipeline.sweep_study.os.getpid", lambda: 1)
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "lost")] == ["completed", "completed"]
 
 
 def test_an_agent_elsewhere_is_dead_when_its_beat_stops(tmp_path, monkeypatch):
