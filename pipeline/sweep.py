@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -74,6 +73,11 @@ class Agent:
                     time.sleep(POLL_SECONDS)
                 self.look_after()
             self.stop_all()
+        except BaseException:  # the storage has failed: what runs saves itself, and the next agent goes on with it
+            for _, trial in self.running.values():
+                ask_to_stop(trial, "interrupted")
+                trial.log.close()
+            raise
         finally:
             signals.release()
         return signals.received
@@ -169,13 +173,14 @@ def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
         raise ValueError(f"{args.file}: {error}") from error
     folder = (args.output_dir or Path(configs[0].output_dir)) / sweep.name
     from pipeline.sweep_study import SweepStudy
+    from pipeline.sweep_table import write_shared
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"Cannot write into {folder} ({error.strerror}). Choose another --output_dir.") from error
     study = SweepStudy(sweep, args.storage or str(folder / "journal.log"), min(limits), args.seed)
-    shutil.copyfile(args.file, folder / "sweep.yaml")
+    write_shared(folder / "sweep.yaml", args.file.read_text())
     return sweep, study, folder
 
 
@@ -195,14 +200,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    from optuna.exceptions import StorageInternalError
+
     from pipeline.sweep_table import result_table, rows_of
 
     print(
         f"sweep      {sweep.name}: {sweep.method}, {study.limit} trials, {sweep.metric}\nfolder     {folder}",
         flush=True,
     )
-    signal_number = Agent(sweep, study, folder, args.num_parallel).run()
-    rows = rows_of(study.places(), sweep)
+    try:
+        signal_number = Agent(sweep, study, folder, args.num_parallel).run()
+        rows = rows_of(study.places(), sweep)
+    except (StorageInternalError, OSError) as error:
+        told = " ".join(str(error.__cause__ or error).split())
+        print(
+            f"error: The sweep's storage or folder failed: {told}. To go on, give the same command again.",
+            file=sys.stderr,
+        )
+        return 1
     print(f"\n{result_table(rows, sweep)}\n\ntable      {folder}/results.csv, trials.jsonl")
     if signal_number:
         print("To go on, give the same command again.")

@@ -50,7 +50,7 @@ def ranked(rows: Sequence[dict[str, Any]], sweep: Sweep) -> list[dict[str, Any]]
 
 
 def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) -> None:
-    """Writes trials.jsonl and results.csv; several agents may do so at once."""
+    """Writes trials.jsonl and results.csv."""
     text = io.StringIO()
     columns = ["rank", "number", "status", *sweep.space.varied, sweep.metric, *FACTS, "run_dir", "error"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -58,10 +58,15 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) ->
     for row in ranked(rows, sweep):
         writer.writerow({**row, **row["params"], sweep.metric: row["value"]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for name, content in (("trials.jsonl", lines), ("results.csv", text.getvalue())):
-        aside = folder / f".{name}.{os.uname().nodename}.{os.getpid()}"
-        write_atomically(aside, content.encode())
-        os.replace(aside, folder / name)
+    write_shared(folder / "trials.jsonl", lines)
+    write_shared(folder / "results.csv", text.getvalue())
+
+
+def write_shared(path: Path, content: str) -> None:
+    """Writes a file that agents on several machines may write at the same time; the last one stays, whole."""
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    write_atomically(aside, content.encode())
+    os.replace(aside, path)
 
 
 def settings_in_words(params: Mapping[str, Any], sweep: Sweep) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,20 @@ class Tracker:
                 if isinstance(value, (int, float))
             }
         for name, tracker in list(self.outside.items()):
-            if name == "wandb":
-                self.attempt(name, "take the summary", lambda: tracker.run.summary.update(figures))
-            self.attempt(name, "finish", tracker.finish)
+            end = partial(end_wandb, tracker.run, summary, figures) if name == "wandb" else tracker.finish
+            self.attempt(name, "finish", end)
+
+
+def end_wandb(run: Any, summary: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Ends a W&B run: as failed when it failed, to be queued again when a batch system takes the machine back.
+
+    One that was stopped otherwise, by a sweep's early termination for example, has finished: a search counts what it reached.
+    """
+    preempted = summary.get("reason") == "SIGUSR1"
+    run.summary.update(figures)
+    if preempted:
+        run.mark_preempting()
+    run.finish(exit_code=1 if preempted or summary["status"] == "failed" else 0)
 
 
 def outside_name(split: str, key: str) -> str:

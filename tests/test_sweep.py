@@ -393,9 +393,8 @@ def test_a_search_keeps_the_settings_of_a_trial_that_is_put_back(tmp_path):
 
 def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):
     """With train.py itself: the finished trial is left alone, the broken one ends as if nothing had happened."""
-    settings = {**SMALL_RUN, "epochs": 40}
-    del settings["run_name"], settings["lr"]
-    parameters = {name: {"value": value} for name, value in settings.items()} | {"lr": {"values": [0.05, 0.1]}}
+    settings = {name: value for name, value in SMALL_RUN.items() if name not in ("run_name", "epochs")}
+    parameters = {name: {"value": value} for name, value in settings.items()} | {"epochs": {"values": [1, 40]}}
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({**BASE, "parameters": parameters, "name": "broken"}))
     folder = tmp_path / "broken"
@@ -413,7 +412,7 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch)
     assert (folder / "trial-0001" / "summary.json").stat().st_mtime_ns == first
     assert "Going on from" in (folder / "logs" / "trial-0002.log").read_text()
     whole = tmp_path / "whole"
-    assert run_process("train.py", *flags(epochs=40, lr=0.1, run_name="whole", output_dir=tmp_path)).returncode == 0
+    assert run_process("train.py", *flags(epochs=40, run_name="whole", output_dir=tmp_path)).returncode == 0
     assert timeless(lines_of(whole)) == timeless(lines_of(folder / "trial-0002"))
     assert same_weights(whole, folder / "trial-0002")
     best = max(line["accuracy"] for line in lines_of(whole) if line["split"] == "val")
@@ -432,11 +431,33 @@ def test_the_trial_of_an_agent_that_was_killed_is_taken_over(tmp_path):
     assert len(starts.read_text().splitlines()) == 2
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def test_when_the_storage_fails_what_runs_is_stopped_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
+
+    def fail(self, trial, history, known):
+        if history:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SweepStudy, "report", fail)
+        assert main([str(path), "--output_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "No space left" in message and "\n" not in message
+    summary = tmp_path / "lost" / "trial-0001" / "summary.json"
+    wait_until(summary.is_file)
+    assert json.loads(summary.read_text())["status"] == "interrupted"
+    monkeypatch.setattr("pipeline.sweep_study.is_alive", lambda process: False)  # as if by another process
+    monkeypatch.setattr("pipeline.sweep_study.os.getpid", lambda: 1)
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "lost")] == ["completed", "completed"]
 
 
 def test_an_agent_elsewhere_is_dead_when_its_beat_stops(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from conftest import flags, lines_of, run_process
 
 from pipeline.config import Config
-from pipeline.tracking import tracker_names
+from pipeline.tracking import end_wandb, tracker_names
 
 
 def test_only_the_trackers_asked_for_are_imported(tmp_path):
@@ -45,8 +45,8 @@ def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, 
         def log(self, values, step=None, **kwargs):
             received["log"].append((step, values))
 
-        def finish(self):
-            received["finished"] = True
+        def finish(self, exit_code):
+            received["finished"] = exit_code == 0
 
     import wandb
 
@@ -63,6 +63,31 @@ def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, 
     assert any("train/loss" in values and "train/lr" in values for _, values in received["log"])
     assert received["summary"]["status"] == "completed" and "test/accuracy" in received["summary"]
     assert received["finished"]
+
+
+@pytest.mark.parametrize(
+    "summary, calls",
+    [
+        ({"status": "completed"}, ["finish 0"]),
+        ({"status": "failed", "reason": "The loss was not finite."}, ["finish 1"]),
+        ({"status": "interrupted", "reason": "SIGTERM"}, ["finish 0"]),  # as early termination stops a trial
+        ({"status": "interrupted", "reason": "SIGUSR1"}, ["preempting", "finish 1"]),  # as a batch system does
+    ],
+)
+def test_wandb_queues_a_trial_again_whose_machine_is_taken_back(summary, calls):
+    made = []
+
+    class Run:
+        summary: dict = {}
+
+        def mark_preempting(self):
+            made.append("preempting")
+
+        def finish(self, exit_code):
+            made.append(f"finish {exit_code}")
+
+    end_wandb(Run(), summary, {"seconds": 1.0})
+    assert made == calls and Run.summary == {"seconds": 1.0}
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(run_training, monkeypatch):
