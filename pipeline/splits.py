@@ -161,7 +161,8 @@ def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
     """What a binary array says: which values are null, how long each is, and all of them, one after another."""
     import pyarrow as pa
 
-    yield memoryview(chunk.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    valid = chunk.is_valid().cast(pa.uint8())  # its to_numpy would import pandas
+    yield memoryview(valid.buffers()[1])[valid.offset : valid.offset + len(valid)]
     _, offsets, values = chunk.buffers()
     kind = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
     ends = np.frombuffer(offsets, kind)[chunk.offset : chunk.offset + len(chunk) + 1]
