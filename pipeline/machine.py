@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -35,6 +36,7 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     cpu, precision = device == "cpu", config.mixed_precision
+    join_after_restart(cpu)
     with without_accelerates_fsdp():
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, patience])
     if device not in ("auto", accelerator.device.type):
@@ -44,6 +46,21 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
     return accelerator
+
+
+def join_after_restart(cpu: bool) -> None:
+    """Lets processes that torchrun has restarted on one machine meet where their dead predecessors left no addresses.
+
+    torch 2.14 has all starts use the same keys of the launcher's store, and one restart in three met a closed port there. On
+    several machines the launchers' counts of restarts may differ: there torch's way is kept, and another restart mends it.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    on_cpu = cpu or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    own = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group("gloo" if on_cpu else "nccl", store=own, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 @contextlib.contextmanager
