@@ -209,6 +209,8 @@ class Run:
         """Gives the folder free and signals their usual meaning."""
         if self.accelerator.is_main_process:
             self.lock.release()
+        if self.tracker is not None:
+            self.tracker.lines.file.close()
         self.signals.release()
 
 

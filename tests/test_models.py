@@ -130,6 +130,18 @@ def test_import_pipeline_imports_neither_timm_nor_torch():
     assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(ROOT), "PATH": ""}).returncode == 0
 
 
+def test_small_convnet_is_a_timm_model():
+    model = timm.create_model("small_convnet", num_classes=4, in_chans=1, widths=(8, 12, 16, 24), drop_rate=0.5).eval()
+    images = torch.randn(3, 1, 28, 28)
+    features = model.forward_features(images)
+    assert features.shape == (3, 24, 2, 2)
+    assert torch.equal(model(images), model.get_classifier()(model.forward_head(features, pre_logits=True)))
+    assert torch.equal(model.forward_head(features, pre_logits=True), features.mean(dim=(2, 3)))
+    model.reset_classifier(0)
+    assert model(images).shape == (3, 24)
+    assert model.pretrained_cfg["first_conv"] == "stem.0" and model.pretrained_cfg["classifier"] == "head"
+
+
 def test_simple_mlp_is_a_timm_model():
     assert timm.list_models("simple*") == ["simple_mlp"]
     model = timm.create_model("simple_mlp", num_classes=4, in_chans=1, img_size=8, hidden_sizes=(16, 12), drop_rate=0.5)
