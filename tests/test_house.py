@@ -132,10 +132,11 @@ def test_every_command_of_the_readme_has_settings_that_exist():
     assert len(commands) > 10
     for command in commands:
         arguments = shlex.split(command.split("train.py", 1)[1].split(">")[0])
+        if "--config" in arguments and not (ROOT / arguments[arguments.index("--config") + 1]).is_file():
+            place = arguments.index("--config")  # a file that only the reader has
+            del arguments[place : place + 2]
         if arguments not in (["--help"], ["--print_config"]):
-            read_config(
-                [word for word in arguments if word not in ("--config", "settings.yaml", "runs/NAME/config.yaml")]
-            )
+            read_config(arguments)
 
 
 def test_the_first_command_of_the_readme_trains_and_ends_in_a_table(tmp_path):
