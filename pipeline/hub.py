@@ -35,7 +35,10 @@ def read_hub_set(
             "name either). --hub_config picks one of several configs; a private or gated set needs HF_TOKEN; "
             "HF_ENDPOINT names another Hub; without a network only a set that is in the cache (HF_HOME) can be used."
         ) from error
-    return _to_splits(loaded, f"The Hub set {hub_id}", row, label_column)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
+    return _to_splits(loaded, f"The Hub set {hub_id}", row, label_column, caches)
 
 
 def load_errors() -> tuple[type[Exception], ...]:
@@ -66,7 +69,7 @@ def read_table_folder(folder: Path, label_column: str | None) -> tuple[dict[str,
         raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
-    return _to_splits(loaded, f"The folder {path}", None, label_column)
+    return _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
 
 
 def find_image_column(features: Any, source: str) -> str:
@@ -108,7 +111,7 @@ def find_label_column(features: Any, source: str, wanted: str | None) -> str:
 
 
 def _to_splits(
-    loaded: Any, source: str, row: DatasetRow | None, label_column: str | None
+    loaded: Any, source: str, row: DatasetRow | None, label_column: str | None, roots: tuple[str, ...]
 ) -> tuple[dict[str, Split], list[str], list[str]]:
     import datasets
 
@@ -134,9 +137,24 @@ def _to_splits(
             continue
         if not isinstance(dataset.features[image_column], datasets.Image):
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        labels = label_ids(dataset, label_column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
+        where = f"{theirs} of {source[0].lower()}{source[1:]}"
+        check_paths(dataset.data.column(image_column), roots, where)
+        labels = label_ids(dataset, label_column, classes, where)
         splits[ours] = Split(ours, dataset.data, image_column, labels, origin=theirs)
     return splits, class_names, notes
+
+
+def check_paths(images: Any, roots: tuple[str, ...], where: str) -> None:
+    """Raises ValueError for an image that is only named, as a file outside of the set's own folders."""
+    import pyarrow.compute as pc
+
+    named = images.filter(pc.is_null(pc.struct_field(images, "bytes")))
+    for path in pc.struct_field(named, "path").drop_null().to_pylist():
+        if not any(os.path.abspath(path).startswith(os.path.abspath(root) + os.sep) for root in roots):
+            raise ValueError(
+                f"{where[0].upper()}{where[1:]} names the image file {path!r}, which lies outside of {' and '.join(roots)}. "
+                "Move it there, or write the images' bytes into the table."
+            )
 
 
 def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tuple[list[Any], list[str]]:

@@ -296,6 +296,31 @@ def write_table(datasets, path: Path, labels: list, kind=None, column: str = "la
     datasets.Dataset.from_dict({"image": images, column: labels, **more}, features=features).to_parquet(path)
 
 
+def test_a_table_names_no_file_outside_its_folder(hf_cache, tmp_path):
+    """One inside is read, by its path; `..` does not lead out."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("set/inside.png", "outside.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+
+    def load(path):
+        images = pa.array(
+            [{"bytes": None, "path": str(path)}] * 20, pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        )
+        pq.write_table(pa.table({"image": images, "label": [0, 1] * 10}), folder / "train.parquet")
+        return load_image_dataset(str(folder))
+
+    assert len(load(folder / "inside.png").train.encoded(0)) == (folder / "inside.png").stat().st_size
+    for path in (tmp_path / "outside.png", folder / ".." / "outside.png"):
+        with pytest.raises(
+            ValueError, match="Train of the folder .* names the image file '.*outside.png', which lies outside"
+        ):
+            load(path)
+
+
 def test_parquet_folder_and_its_pickle(hf_cache, tmp_path):
     write_table(hf_cache, tmp_path / "set" / "train-00000.parquet", [0, 1] * 100)
     write_table(hf_cache, tmp_path / "set" / "test-00000.parquet", [1, 0, 1])
