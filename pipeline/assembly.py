@@ -17,7 +17,7 @@ from pipeline import sharding
 from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
-from pipeline.loaders import FittedImages, Loader, choose_loader, choose_num_workers, make_source, usable_cores
+from pipeline.loaders import FittedImages, Loader, make_source
 from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here
 from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
@@ -27,6 +27,7 @@ from pipeline.optimizers import (
     create_optimizer,
     ignored_optimizer_settings,
 )
+from pipeline.placement import choose_loader, choose_num_workers, usable_cores
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images

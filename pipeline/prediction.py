@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.folders import EXTENSIONS, images_below
 from pipeline.images import BadImage, decode_pixels
-from pipeline.loaders import usable_cores
+from pipeline.placement import usable_cores
 from pipeline.saved_model import SavedModel
 from pipeline.transforms import BatchTransform, Preprocessing, fit_for_eval
 

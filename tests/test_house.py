@@ -46,6 +46,7 @@ FLOORS = [
         "hub",
         "models",
         "mixing",
+        "placement",
         "decoded",
         "screening",
         "shards",

@@ -19,7 +19,8 @@ from pipeline import cache, decoded, loaders
 from pipeline.cache import cache_folder, locked
 from pipeline.datasets import load_image_dataset
 from pipeline.images import BadImage, decode_image, decode_pixels
-from pipeline.loaders import DeviceImages, FittedImages, Loader, WorkerImages, choose_loader, make_source
+from pipeline.loaders import DeviceImages, FittedImages, Loader, WorkerImages, make_source
+from pipeline.placement import choose_loader
 from pipeline.screening import without_bad_images
 from pipeline.splits import Split
 from pipeline.transforms import BatchTransform, Preprocessing, fit_for_eval, random_part, random_parts, resized_parts
