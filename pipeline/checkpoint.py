@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.files import sync_folder, write_json
+from pipeline.files import sync, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -54,11 +54,11 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], fa
         for name in files:
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(aside)
+        sync(aside)
         if final.exists():  # the same step saved again, when an epoch was stopped between its last batch and its end
             os.rename(final, replaced)
         os.rename(aside, final)
-        sync_folder(final.parent)
+        sync(final.parent)
     except SafetensorError as error:  # how it tells of a full disk
         raise OSError(str(error)) from error
     finally:

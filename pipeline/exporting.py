@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.assembly import load_data
 from pipeline.command_line import CommandFailed
-from pipeline.files import sync_folder, write_json
+from pipeline.files import sync, write_json
 from pipeline.images import BadImage
 from pipeline.machine import make_accelerator
 from pipeline.prediction import find_images, read_file, read_image, to_input
@@ -183,7 +183,7 @@ def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[s
         if output.exists():
             shutil.rmtree(output)
         aside.rename(output)
-        sync_folder(output.parent)
+        sync(output.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return facts

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.comparison import ranked
-from pipeline.files import sync_folder, write_atomically
+from pipeline.files import sync, write_atomically
 from pipeline.report_content import best_tested, make_report
 from pipeline.report_page import html_page, markdown_page
 from pipeline.report_tables import results_csv
@@ -72,7 +72,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         if folder.exists():
             folder.rename(replaced)
         aside.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():

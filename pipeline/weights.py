@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from pipeline.files import sync
+
 WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
 
 
@@ -186,22 +188,13 @@ def save_model(
         )
         (aside / README_FILE).write_text(readme, encoding="utf-8")
         for path in (*aside.iterdir(), aside):
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rename(replaced)
         aside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         _remove_leftovers(folder)
-
-
-def _sync(path: Path) -> None:
-    """Waits until the file, or the list of names in the folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:

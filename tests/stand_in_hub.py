@@ -1,16 +1,19 @@
-"""A Hub of one process on 127.0.0.1 that takes a commit, through LFS too, and serves what it took."""
+"""Hubs of one process on 127.0.0.1: one takes a commit, through LFS too, and serves what it took; one serves a set."""
 
 import base64
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 TOKEN = "hf_stand_in_token"
+COMMIT = "1" * 40
 
 
 class StandInHub(BaseHTTPRequestHandler):
@@ -83,13 +86,13 @@ class StandInHub(BaseHTTPRequestHandler):
                 self.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 self.repos[repo][line["value"]["path"]] = self.blobs[line["value"]["oid"]]
-        self.answer_json({"commitUrl": f"{self.base}/{repo}/commit/1", "commitOid": "1" * 40})
+        self.answer_json({"commitUrl": f"{self.base}/{repo}/commit/1", "commitOid": COMMIT})
 
     def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
         content = self.repos.get(repo, {}).get(path)
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound" if repo in self.repos else "RepoNotFound")
-        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit="1" * 40)
+        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     ROUTES = [
         ("/api/repos/create", create),
@@ -110,13 +113,84 @@ class StandInHub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stand_in_hub(refuses: bool = False) -> Iterator[tuple[str, type[StandInHub]]]:
-    """Its address, and the class that holds what it took."""
-    state = type("Hub", (StandInHub,), {"repos": {}, "blobs": {}, "seen": [], "refuses": refuses})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), state)
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serves on a free port until the end; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", state
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def stand_in_hub(refuses: bool = False) -> Iterator[tuple[str, type[StandInHub]]]:
+    """Its address, and the class that holds what it took."""
+    state = type("Hub", (StandInHub,), {"repos": {}, "blobs": {}, "seen": [], "refuses": refuses})
+    with serving(state) as address:
+        yield address, state
+
+
+class SetHub(BaseHTTPRequestHandler):
+    """What is asked of the Hub for a set, to download or to stream it: one set, whose files lie in a folder."""
+
+    folder: Path
+    asked: list[tuple[str, int, int]]  # the ranges of files that were served
+    fail: Callable[[str, int], int]  # file name and first byte to a status, 0 for none
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        files = sorted(self.folder.iterdir())
+        if path.startswith("/api/") and "/tree/" in path:
+            found = [
+                {"type": "file", "path": file.name, "oid": file.name, "size": file.stat().st_size} for file in files
+            ]
+            return self.answer(200, json.dumps([] if path.endswith("/data") else found).encode())
+        if path.startswith("/api/"):
+            siblings = [{"rfilename": file.name} for file in files]
+            facts = {
+                "id": "owner/pets",
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "siblings": siblings,
+            }
+            return self.answer(200, json.dumps(facts).encode())
+        file = self.folder / path.rpartition("/")[2]
+        if not file.is_file():
+            return self.answer(404, b"")
+        data, status = file.read_bytes(), 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            first, last = map(int, asked.groups())
+            status = self.fail(file.name, first) or 206
+            if status == 206:
+                self.asked.append((file.name, first, last))
+            data = data[first : last + 1] if status == 206 else b""
+        self.answer(status, data)
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def set_hub(folder: Path) -> Iterator[tuple[str, type[SetHub]]]:
+    """Its address, and the class that tells what it served."""
+    state = type("Hub", (SetHub,), {"folder": folder, "asked": [], "fail": staticmethod(lambda name, first: 0)})
+    with serving(state) as address:
+        yield address, state

@@ -204,13 +204,24 @@ def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
     assert all(0 < row["wait_fraction"] < 1 and row["peak_memory_bytes"] > 0 for row in rows)
 
 
+def test_efficiency_tells_what_saves_memory(in_this_process, tmp_path, capsys):
+    more = ["--factors", "memory", "--model_name", "test_resnet"]
+    rows = measured("efficiency", tmp_path, capsys, *more, seconds=0.01, warmup_steps=1)
+    assert [row["row"] for row in rows[:4]] == [
+        *("as set", "gradient_checkpointing", "micro-batches of 4", "both, micro-batches of 4"),
+    ]
+    assert all(row["median"] > 0 and row["peak_memory_bytes"] > 0 for row in rows)
+
+
 def test_the_recommendation_follows_from_the_figures():
     factors = {
         "loader": {"0 workers": ["--num_workers=0"], "2 workers": ["--num_workers=2"]},
         "precision": {"bf16": ["--mixed_precision=bf16"]},
         "batch_size": {"batch 256": ["--batch_size=256"]},
+        "memory": {"micro-batches of 32": ["--micro_batch_size=32"]},
     }
     medians = {"as set": 100.0, "0 workers": 101.0, "2 workers": 99.0, "bf16": 150.0, "batch 256": 200.0}
+    medians["micro-batches of 32"] = 120.0
     assert efficiency.recommended(factors, medians) == ["bf16"]
     lines = efficiency.advice(["--mixed_precision=bf16"], 1.5, factors, medians)
     assert "--mixed_precision=bf16 (1.50 times" in lines[0] and "batch 256 runs at 2.00" in lines[1]

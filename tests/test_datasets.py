@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import run_process
 from PIL import Image
+from stand_in_hub import set_hub
 
 from pipeline.datasets import DATASETS, BadImage, check_dataset_name, decode_image, load_image_dataset, stratified_rows
 
@@ -298,9 +302,6 @@ def write_table(datasets, path: Path, labels: list, kind=None, column: str = "la
 
 def test_a_table_names_no_file_outside_its_folder(hf_cache, tmp_path):
     """One inside is read, by its path; `..` does not lead out."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("set/inside.png", "outside.png"):
@@ -413,6 +414,21 @@ def test_a_hub_set_without_network_says_what_to_do(tmp_path):
     assert result.returncode == 1
     for words in ("ValueError: Could not load the Hub set 'nobody/nothing'", "HF_TOKEN", "HF_ENDPOINT", "in the cache"):
         assert words in result.stderr
+
+
+def test_a_hub_set_is_read_from_the_cache_when_the_hub_is_gone(tmp_path):
+    """The Hub's client tries for 23 seconds before it says so."""
+    (tmp_path / "pets").mkdir()
+    images, labels = [png(grey(level)) for level in range(12)], ["cat", "dog", "dog"] * 4
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "pets" / "train.parquet")
+    code = "from pipeline.datasets import load_image_dataset; print(load_image_dataset('owner/pets').train.labels.tolist())"
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
+    with set_hub(tmp_path / "pets") as (address, _):
+        first = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+    assert first.returncode == 0 and sorted(eval(first.stdout)) == [0] * 3 + [1] * 6, first.stderr
+    again = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
+    assert "Connection refused" in again.stderr and "cached" in again.stderr
 
 
 # Decoding

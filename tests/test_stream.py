@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import os
 import re
@@ -10,13 +11,10 @@ import resource
 import shutil
 import sys
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +23,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN, flags, lines_of, run_process, timeless, torchrun, weights_of
 from PIL import Image
+from stand_in_hub import set_hub
 
 from pipeline import shards
 from pipeline.config import Config, check_limits
@@ -351,78 +350,19 @@ def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, tmp_
         check_same_settings(dataclasses.replace(begun, loader="auto"))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What a stream asks of the Hub: one set, whose files lie in a folder."""
-
-    folder: Path
-    asked: list[tuple[str, int, int]]  # the ranges of files that were served
-    fail: Callable[[str, int], int]  # file name and first byte to a status, 0 for none
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        files = sorted(self.folder.iterdir())
-        if path.startswith("/api/") and "/tree/" in path:
-            found = [
-                {"type": "file", "path": file.name, "oid": file.name, "size": file.stat().st_size} for file in files
-            ]
-            return self.answer(200, json.dumps([] if path.endswith("/data") else found).encode())
-        if path.startswith("/api/"):
-            siblings = [{"rfilename": file.name} for file in files]
-            facts = {
-                "id": "owner/pets",
-                "sha": "0" * 40,
-                "private": False,
-                "tags": [],
-                "downloads": 0,
-                "siblings": siblings,
-            }
-            return self.answer(200, json.dumps(facts).encode())
-        file = self.folder / path.rpartition("/")[2]
-        if not file.is_file():
-            return self.answer(404, b"")
-        data, status = file.read_bytes(), 200
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked:
-            first, last = map(int, asked.groups())
-            status = self.fail(file.name, first) or 206
-            if status == 206:
-                self.asked.append((file.name, first, last))
-            data = data[first : last + 1] if status == 206 else b""
-        self.answer(status, data)
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
 def hub(sets, tmp_path) -> Iterator[Callable[..., tuple[Any, list[tuple[str, int, int]]]]]:
     """Streams the Parquet set from a Hub on this machine; returns the ended process and the ranges it was sent."""
-    Hub.folder = sets["parquet"]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {**STREAM, "val_fraction": 0, "num_workers": 2, "dataset": "owner/pets", "output_dir": tmp_path}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
+    with set_hub(sets["parquet"]) as (address, served):
 
-    def stream(fail: Callable[[str, int], int]) -> tuple[Any, list[tuple[str, int, int]]]:
-        Hub.asked, Hub.fail = [], staticmethod(fail)
-        settings = {**STREAM, "val_fraction": 0, "num_workers": 2, "dataset": "owner/pets", "output_dir": tmp_path}
-        home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        ended = run_process("train.py", *flags(**settings), HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint, **home)
-        return ended, Hub.asked
+        def stream(fail: Callable[[str, int], int]) -> tuple[Any, list[tuple[str, int, int]]]:
+            served.asked, served.fail = [], staticmethod(fail)
+            ended = run_process("train.py", *flags(**settings), HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+            return ended, served.asked
 
-    yield stream
-    server.shutdown()
-    server.server_close()
+        yield stream
 
 
 def row_group_starts(path: Path) -> list[int]:
@@ -456,7 +396,8 @@ def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, 
 
 
 def test_a_hub_set_that_goes_away_ends_the_run_with_one_line(hub, tmp_path):
-    ended, asked = hub(lambda name, first: 404 if name == "train-1.parquet" and len(Hub.asked) > 60 else 0)
+    requests = itertools.count()
+    ended, _ = hub(lambda name, first: 404 if next(requests) > 60 and name == "train-1.parquet" else 0)
     assert ended.returncode == 1
     assert re.fullmatch(
         r"error: Cannot read the shard hf://datasets/owner/pets.*train-1.parquet: .*", ended.stderr.strip()

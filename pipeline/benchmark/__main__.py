@@ -97,14 +97,17 @@ def scaling_arguments(parser: Parser) -> None:
     made_set(parser)
 
 
-FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size")
+FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size", "memory")
 
 
 def efficiency_arguments(parser: Parser) -> None:
     timed_steps(parser, seconds=2.0)
     text = "numbers of worker processes"
     parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
-    text = f"what is changed, one at a time: {', '.join(FACTORS)}; compile takes minutes on a CPU, pin_memory counts on a GPU"
+    text = (
+        f"what is changed, one at a time: {', '.join(FACTORS)}; memory is gradient checkpointing and micro-batches; "
+        "compile takes minutes on a CPU, pin_memory counts on a GPU"
+    )
     default = ["loader", "precision", "batch_size"]
     parser.add_argument("--factors", choices=FACTORS, nargs="+", default=default, metavar="FACTOR", help=text)
 

@@ -17,6 +17,7 @@ WORTH = 1.02  # a choice that gains less than this is not recommended
 def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]]]:
     """The flags of each choice, by factor and by the name of its row; one factor is changed at a time."""
     batch = config.batch_size or 128
+    part = max(batch // 4, 1)
     workers = {
         counted(count, "worker", "workers"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
     }
@@ -29,6 +30,11 @@ def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]
         },
         "compile": {"compile": ["--compile=true"]},
         "batch_size": {f"batch {size}": [f"--batch_size={size}"] for size in (batch // 2, batch * 2) if size},
+        "memory": {
+            "gradient_checkpointing": ["--gradient_checkpointing=true"],
+            f"micro-batches of {part}": [f"--micro_batch_size={part}"],
+            f"both, micro-batches of {part}": ["--gradient_checkpointing=true", f"--micro_batch_size={part}"],
+        },
     }
     return {factor: factors[factor] for factor in factors if factor in args.factors}
 
@@ -77,9 +83,11 @@ def to_section(title: str, results: dict[str, list[Row]]) -> Section:
 
 
 def recommended(factors: dict[str, dict[str, list[str]]], medians: dict[str, float]) -> list[str]:
-    """The fastest choice of each factor, where it gains more than WORTH; not the batch size, which changes the training."""
+    """The fastest choice of each factor, where it gains more than WORTH; but for what changes the training or saves memory."""
     best = [
-        max(choices, key=lambda name: medians[name]) for factor, choices in factors.items() if factor != "batch_size"
+        max(choices, key=lambda name: medians[name])
+        for factor, choices in factors.items()
+        if factor not in ("batch_size", "memory")
     ]
     return [name for name in best if medians[name] >= WORTH * medians[BASE]]
 
