@@ -158,5 +158,12 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:
-        model.compile()  # in place: the names in checkpoints stay as they are
+        # In place: the names in checkpoints stay as they are. Where batches differ, one graph for all sizes from the start,
+        # so that none compiles anew in the middle of a run; else one for the very size, which is faster.
+        model.compile(dynamic=True if sizes_vary(config) else None)
     return model
+
+
+def sizes_vary(config: Config) -> bool:
+    """Whether training passes are of several batch sizes."""
+    return bool(not config.drop_last or config.batch_size_schedule or config.micro_batch_size)

@@ -384,9 +384,9 @@ def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeyp
     # traced as ever, but run without the C++ compiler, which takes a minute
     compiled, plain_compile = [], torch.nn.Module.compile
 
-    def compile_fast(model: torch.nn.Module) -> None:
+    def compile_fast(model: torch.nn.Module, dynamic: bool | None) -> None:
         compiled.append(model)
-        plain_compile(model, backend="aot_eager")
+        plain_compile(model, backend="aot_eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_fast)
     settings = {"optimizer": "sam", "ema_decay": 0.5, "log_every": 1}
@@ -396,6 +396,31 @@ def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeyp
     for name in ("model", "ema"):
         assert checkpoint_of(ours, 10, name).keys() == weights_of(theirs).keys()
     assert weights_of(ours).keys() == weights_of(theirs).keys()
+
+
+@pytest.mark.parametrize(
+    "settings, most",
+    [
+        ({}, 3),  # of one size for training, for evaluation one and another at its last, short batch
+        ({"drop_last": False, "batch_size_schedule": {1: 48, 2: 32}, "epochs": 3}, 2),
+        ({"micro_batch_size": 5}, 2),
+    ],
+)
+def test_no_epoch_but_the_first_compiles_a_model_anew(run_training, monkeypatch, settings, most):
+    """Whatever the sizes of its batches: the last one's of an epoch, those of a schedule, micro-batches."""
+    graphs, plain_compile = [], torch.nn.Module.compile
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, dynamic: plain_compile(model, backend=count, dynamic=dynamic)
+    )
+    _, run_dir = run_training(compile=True, batch_size=24, **settings)
+    assert len({line["batch_size"] for line in lines_of(run_dir) if "lr" in line}) == (3 if "epochs" in settings else 1)
+    assert 2 <= len(graphs) <= most
 
 
 def test_the_average_of_the_weights_is_what_is_kept_when_it_is_better(run_training):
