@@ -18,7 +18,7 @@ from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, make_source
-from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here
+from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
 from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.optimizers import (
@@ -174,8 +174,8 @@ def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, m
 class Parts:
     """What a run is put together from.
 
-    config: the settings with batch_size filled in; loaders: of the train, val and test splits, for this rank; skeleton: the
-    model without weights if it is sharded.
+    config: the settings with batch_size and channels_last filled in; loaders: of the train, val and test splits, for this
+    rank; skeleton: the model without weights if it is sharded.
     """
 
     config: Config
@@ -197,6 +197,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     image_size = choose_image_size(config, dataset)
     with accelerator.local_main_process_first():  # pretrained weights are fetched once
         model, load_report = make_model(config, dataset, image_size)
+    config = with_channels_last(config, model, accelerator)
     model = fit_to_machine(model, config, accelerator)
     preprocessing = make_preprocessing(config, dataset, image_size, model)
     loaders = {
@@ -262,7 +263,7 @@ def make_loader(
         flip=dataset.flip,
         random_erasing=config.random_erasing if training else 0.0,
         seed=config.seed,
-        channels_last=config.channels_last,
+        channels_last=bool(config.channels_last),
     )
     common: dict[str, Any] = {
         "device": device,

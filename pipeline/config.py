@@ -181,7 +181,9 @@ class Config:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "null takes what `accelerate launch` says, else no"
     )
-    channels_last: bool = setting(False, "keep images and convolutions in channels-last order")
+    channels_last: bool | None = setting(
+        None, "keep images and convolutions in channels-last order; null does for models that have convolutions"
+    )
     compile: bool = setting(False, "compile the model with torch.compile")
     sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes together")
 

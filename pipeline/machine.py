@@ -1,6 +1,7 @@
 """The machine as it was launched: accelerator, device, precision, and the model and optimizer on them."""
 
 import contextlib
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator
@@ -138,6 +139,14 @@ def prepared(
         return model, accelerator.prepare_optimizer(optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     return model, optimizer
+
+
+def with_channels_last(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:
+    """The settings with channels_last filled in: for a model with convolutions, unless it is sharded."""
+    if config.channels_last is not None:
+        return config
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return dataclasses.replace(config, channels_last=has_convolutions and not is_to_be_sharded(accelerator))
 
 
 def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:

@@ -17,6 +17,8 @@ FREE_SETTINGS = {
     "micro_batch_size", "num_workers", "output_dir", "project", "resume", "run_name",
 }  # fmt: skip
 
+FILLED_IN = ("batch_size", "channels_last")  # where they are null, as they were when the run began
+
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that a run keeps from its beginning to its end, as JSON holds them."""
@@ -33,8 +35,9 @@ def changed_settings(begun: Mapping[str, Any], config: Config) -> str:
     A setting that `begun` does not know, because an earlier version wrote it, counts as its default.
     """
     now, defaults = fixed_settings(config), fixed_settings(DEFAULTS)
-    if config.batch_size is None:  # null is filled in alike
-        now.pop("batch_size")
+    for name in FILLED_IN:
+        if now[name] is None:
+            del now[name]
     pairs = {name: (begun.get(name, defaults[name]), now[name]) for name in FIELDS if name in now}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
 

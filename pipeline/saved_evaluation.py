@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.datasets import ImageDataset, check_dataset_name
 from pipeline.evaluation import evaluate
 from pipeline.images import BadImage
-from pipeline.machine import fit_to_machine, make_accelerator
+from pipeline.machine import fit_to_machine, make_accelerator, with_channels_last
 from pipeline.metrics import calibration_error, per_class_accuracy, zero_calibration
 from pipeline.saved_model import SavedModel, load_saved_model
 
@@ -60,6 +60,7 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     preprocessing = saved.preprocessing
     if args.dataset is None:  # folders of earlier versions do not say it
         preprocessing = dataclasses.replace(preprocessing, source_size=dataset.image_size)
+    config = with_channels_last(config, saved.model, accelerator)
     model = fit_to_machine(saved.model, config, accelerator)
     answers = Answers(model, order if order is None else order.to(accelerator.device), args.tta == "flip")
     split = getattr(dataset, args.split)

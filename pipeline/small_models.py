@@ -1,5 +1,6 @@
 """Our own small models in timm's interface, registered with it: SimpleMLP and SmallConvNet."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,25 +56,25 @@ class SimpleMLP(nn.Module):
 class SmallConvNet(nn.Module):
     """A convolutional network for 32-pixel images that a CPU trains in minutes, in timm's interface.
 
-    A stride-2 stem and three stages of 3x3 convolution, max-pooling and a second convolution at the smaller size, each with
-    BatchNorm and ReLU: few layers without shortcuts, as the CIFAR-10 speed records have them
-    (https://github.com/KellerJordan/cifar10-airbench). Grey images and other sizes will do.
+    A fixed transform of 2x2 patches, then three stages of 3x3 convolution, max-pooling and a second convolution at the smaller
+    size, each with BatchNorm and ReLU: few layers without shortcuts, as the CIFAR-10 speed records have them
+    (https://arxiv.org/abs/2404.00498). Grey images and other sizes will do.
     """
 
     def __init__(
         self,
         num_classes: int = 1000,
         in_chans: int = 3,
-        widths: Sequence[int] = (32, 64, 128, 256),
+        widths: Sequence[int] = (32, 72, 144),
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = widths[-1]
-        stem_width, *stage_widths = widths
-        stem = nn.Conv2d(in_chans, stem_width, 4, stride=2, padding=1, bias=False)
-        self.stem = nn.Sequential(stem, nn.BatchNorm2d(stem_width), nn.ReLU(inplace=True))
-        self.stages = nn.Sequential(*(conv_stage(*pair) for pair in zip(widths, stage_widths)))
+        patches = PatchTransform(in_chans)
+        stem_width = len(patches.weight)
+        self.stem = nn.Sequential(patches, nn.BatchNorm2d(stem_width), nn.ReLU(inplace=True))
+        self.stages = nn.Sequential(*(conv_stage(*pair) for pair in zip((stem_width, *widths), widths)))
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
@@ -88,7 +89,7 @@ class SmallConvNet(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """images: float [B, C, H, W]; returns features [B, num_features, H / 16, W / 16]."""
+        """images: float [B, C, H, W]; returns features [B, num_features, (H - 1) // 8, (W - 1) // 8], at least one pixel."""
         return self.stages(self.stem(images))
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -100,10 +101,50 @@ class SmallConvNet(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
+class PatchTransform(nn.Module):
+    """Each patch of an image as its cosine transform over rows, columns and channels; nothing in it is trained.
+
+    Over red, green and blue the transform gives luma and two opponent colours. These are about the principal axes of the
+    patches of natural images, so a BatchNorm behind them whitens the patches: what a first layer otherwise has to learn, and
+    what the speed records compute from their training set (https://arxiv.org/abs/2404.00498). Each filter comes with its
+    negative, for the half that a ReLU cuts off.
+
+    weight: float [2 * in_chans * size**2, in_chans, size, size]; its first half is orthonormal.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, in_chans: int, size: int = 2) -> None:
+        super().__init__()
+        colours, lines = cosine_basis(in_chans), cosine_basis(size)
+        filters = torch.einsum("ac,by,dx->abdcyx", colours, lines, lines).reshape(-1, in_chans, size, size)
+        self.register_buffer("weight", torch.cat([filters, -filters]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: float [B, C, H, W]; returns float [B, len(weight), H - size + 1, W - size + 1]."""
+        return nn.functional.conv2d(images, self.weight)
+
+
+def cosine_basis(size: int) -> torch.Tensor:
+    """The orthonormal cosine transform (DCT-II), a basis vector a row; float [size, size]."""
+    basis = torch.cos(math.pi / size * torch.arange(size)[:, None] * (torch.arange(size) + 0.5))
+    return basis / basis.norm(dim=1, keepdim=True)
+
+
+class Pool(nn.MaxPool2d):
+    """Max-pooling over 2x2 that leaves a line of one pixel as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features) if min(features.shape[-2:]) > 1 else features
+
+
 def conv_stage(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.MaxPool2d(2, ceil_mode=True),  # before norm and activation, which then work on a quarter of the values
+        Pool(),  # before norm and activation, which then work on a quarter of the values
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
@@ -116,7 +157,8 @@ def conv_stage(inputs: int, outputs: int) -> nn.Sequential:
 default_cfgs = generate_default_cfgs(
     {
         "simple_mlp": dict(input_size=(3, 32, 32), fixed_input_size=True, first_conv="hidden.0", classifier="head"),
-        "small_convnet": dict(input_size=(3, 32, 32), first_conv="stem.0", classifier="head"),
+        "small_convnet": dict(input_size=(3, 32, 32), classifier="head"),
+        "small_convnet_wide": dict(input_size=(3, 32, 32), classifier="head"),
     }
 )
 
@@ -129,5 +171,11 @@ def simple_mlp(pretrained: bool = False, **kwargs: Any) -> SimpleMLP:
 
 @register_model
 def small_convnet(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """SmallConvNet for timm.create_model; stem and stages of 32 to 256 channels unless `widths` says otherwise."""
+    """SmallConvNet for timm.create_model; stages of 32, 72 and 144 channels unless `widths` says otherwise."""
     return build_model_with_cfg(SmallConvNet, "small_convnet", pretrained, **kwargs)
+
+
+@register_model
+def small_convnet_wide(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
+    """SmallConvNet with stages of 64, 128 and 256 channels, three times the work of small_convnet."""
+    return build_model_with_cfg(SmallConvNet, "small_convnet_wide", pretrained, **{"widths": (64, 128, 256), **kwargs})

@@ -88,8 +88,10 @@ def check_figures(row, rows, printed):
 
 
 def test_loop_compares_the_bare_loop_ours_and_the_peers(in_this_process, tmp_path, capsys):
-    rows = measured("loop", tmp_path, capsys, "--fast", seconds=0.01, warmup_steps=1, peer_workers=0)
-    names = ["bare loop", "ours", "ours, bf16 and channels_last", "datasets and torchvision", *PEERS]
+    more = ("--fast", "--layouts")
+    rows = measured("loop", tmp_path, capsys, *more, seconds=0.01, warmup_steps=1, peer_workers=0)
+    names = ["bare loop", "ours", "bare loop, channels_last", "ours, contiguous", "ours, bf16 and channels_last"]
+    names += ["datasets and torchvision", *PEERS]
     assert [row["row"] for row in rows] == names
     for row in rows:
         assert row.keys() >= FACTS and row["unit"] == "images/s" and row["ratio_to"] == "bare loop"
@@ -195,7 +197,7 @@ def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
     rows = measured("efficiency", tmp_path, capsys, *factors, seconds=0.01, warmup_steps=1)
     first = [row["row"] for row in rows if "one choice at a time" in row["section"]]
     assert first == [
-        *("as set", "0 workers", "bf16", "channels_last", "bf16, channels_last"),
+        *("as set", "0 workers", "bf16", "contiguous", "bf16, contiguous"),
         *("batch 8", "batch 32", "pin_memory on, 0 workers", "pin_memory off, 0 workers"),
     ]
     assert [row["row"] for row in rows[len(first) :]] == ["as set", "recommended"]

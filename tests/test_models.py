@@ -131,15 +131,25 @@ def test_import_pipeline_imports_neither_timm_nor_torch():
 
 
 def test_small_convnet_is_a_timm_model():
-    model = timm.create_model("small_convnet", num_classes=4, in_chans=1, widths=(8, 12, 16, 24), drop_rate=0.5).eval()
+    model = timm.create_model("small_convnet", num_classes=4, in_chans=1, widths=(12, 16, 24), drop_rate=0.5).eval()
     images = torch.randn(3, 1, 28, 28)
     features = model.forward_features(images)
-    assert features.shape == (3, 24, 2, 2)
+    assert features.shape == (3, 24, 3, 3) and model.forward_features(images[:, :, :8, :8]).shape == (3, 24, 1, 1)
     assert torch.equal(model(images), model.get_classifier()(model.forward_head(features, pre_logits=True)))
     assert torch.equal(model.forward_head(features, pre_logits=True), features.mean(dim=(2, 3)))
     model.reset_classifier(0)
     assert model(images).shape == (3, 24)
-    assert model.pretrained_cfg["first_conv"] == "stem.0" and model.pretrained_cfg["classifier"] == "head"
+    assert model.pretrained_cfg["classifier"] == "head"
+
+
+def test_the_patch_transform_is_orthonormal_fixed_and_sees_luma_and_opponent_colours():
+    model = timm.create_model("small_convnet")
+    filters, negatives = model.stem[0].weight.chunk(2)
+    assert torch.allclose(filters.flatten(1) @ filters.flatten(1).T, torch.eye(12), atol=1e-6)
+    assert torch.equal(negatives, -filters) and not any("stem.0" in name for name, _ in model.named_parameters())
+    colours = filters[[0, 4, 8]].sum(dim=(2, 3))  # of the filters that do not vary in space
+    expected = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    assert torch.allclose(nn.functional.normalize(colours), nn.functional.normalize(expected), atol=1e-6)
 
 
 def test_simple_mlp_is_a_timm_model():
@@ -324,7 +334,7 @@ def test_a_saved_folder_is_replaced_whole_or_not_at_all(saved, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "_sync", fail)
+        patched.setattr(weights, "sync", fail)
         with pytest.raises(OSError, match="disk is full"):
             save(model, run / "model", 16)
     assert torch.equal(logits(load_model(run / "model"), images), before)

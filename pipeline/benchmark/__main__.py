@@ -55,6 +55,8 @@ def timed_steps(parser: Parser, seconds: float = 3.0) -> None:
 def loop_arguments(parser: Parser) -> None:
     timed_steps(parser)
     parser.add_argument("--fast", action="store_true", help="also ours with bf16 and channels_last")
+    text = "also the bare loop in channels-last order, and ours in contiguous order"
+    parser.add_argument("--layouts", action="store_true", help=text)
     text = "worker processes of the peers' loaders"
     parser.add_argument("--peer_workers", type=at_least_zero, default=usable_cores(), metavar="N", help=text)
 

@@ -21,6 +21,7 @@ MADE = "synthetic"  # the dataset that is made here, for want of a network
 SHARED = ["--stem=imagenet", "--batch_size=128", "--lr=1e-5", "--val_fraction=0"]
 
 BARE, OURS, FAST = "bare loop", "ours", "ours, bf16 and channels_last"
+BARE_CHANNELS_LAST, OURS_CONTIGUOUS = "bare loop, channels_last", "ours, contiguous"
 PEERS = {"plain": "datasets and torchvision", "timm": "timm's loader", "pytorch_accelerated": "pytorch-accelerated"}
 PACKAGE_OF = {"plain": "datasets", "timm": "timm", "pytorch_accelerated": "pytorch_accelerated"}
 
@@ -90,12 +91,20 @@ def contender(
 def contenders(
     args: Namespace, settings: list[str], environment: dict[str, str], data: dict[str, Any], clock: dict[str, Any]
 ) -> dict[str, Call]:
-    """By the names of their rows: the bare loop, ours, ours at bf16 and channels_last if asked for, installed peers."""
+    """By the names of their rows: the bare loop, ours, both in the other memory order and ours at bf16 if asked for, peers.
+
+    Unless channels_last is set, ours takes its own choice, and the others the contiguous order that a person's loop has.
+    """
     cache = {"HF_DATASETS_CACHE": str(Path(data["parquet"]).parent / "peers")}
     calls = {
         BARE: contender("peers.bare", settings, cache, clock, data=data),
         OURS: contender("ours.train", settings, environment, clock),
     }
+    if args.layouts:
+        calls[BARE_CHANNELS_LAST] = contender(
+            "peers.bare", [*settings, "--channels_last=true"], cache, clock, data=data
+        )
+        calls[OURS_CONTIGUOUS] = contender("ours.train", [*settings, "--channels_last=false"], environment, clock)
     if args.fast:
         fast = [*settings, "--mixed_precision=bf16", "--channels_last=true"]
         calls[FAST] = contender("ours.train", fast, environment, clock)

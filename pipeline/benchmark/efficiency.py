@@ -18,6 +18,8 @@ def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]
     """The flags of each choice, by factor and by the name of its row; one factor is changed at a time."""
     batch = config.batch_size or 128
     part = max(batch // 4, 1)
+    layout = "channels_last" if config.channels_last is False else "contiguous"
+    layout_flags = [f"--channels_last={layout == 'channels_last'}"]
     workers = {
         counted(count, "worker", "workers"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
     }
@@ -25,8 +27,8 @@ def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]
         "loader": {**({} if config.loader == "auto" else {"loader auto": ["--loader=auto"]}), **workers},
         "precision": {
             "bf16": ["--mixed_precision=bf16"],
-            "channels_last": ["--channels_last=true"],
-            "bf16, channels_last": ["--mixed_precision=bf16", "--channels_last=true"],
+            layout: layout_flags,
+            f"bf16, {layout}": ["--mixed_precision=bf16", *layout_flags],
         },
         "compile": {"compile": ["--compile=true"]},
         "batch_size": {f"batch {size}": [f"--batch_size={size}"] for size in (batch // 2, batch * 2) if size},

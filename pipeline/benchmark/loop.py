@@ -8,6 +8,7 @@ from pipeline.benchmark.contenders import (
     FAST,
     MADE,
     OURS,
+    OURS_CONTIGUOUS,
     PEERS,
     check_comparable,
     contenders,
@@ -52,6 +53,6 @@ def beside_peers(rows: list[Row]) -> list[str]:
     peers = [name for name in PEERS.values() if name in medians]
     return [
         f"{ours}: " + ", ".join(f"{medians[ours] / medians[peer]:.2f} times {peer}" for peer in peers)
-        for ours in (OURS, FAST)
+        for ours in (OURS, OURS_CONTIGUOUS, FAST)
         if ours in medians and peers
     ]
