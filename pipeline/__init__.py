@@ -1,6 +1,6 @@
 """An image-classification trainer on Hugging Face Accelerate.
 
-`import pipeline` makes timm know our models (`simple_mlp`, `small_convnet`, `<name>_small_stem`), so that timm alone rebuilds a
+`import pipeline` makes timm know our models (`simple_mlp`, `small_convnet*`, `<name>_small_stem`), so that timm alone rebuilds a
 saved folder. timm takes seconds to import: where nobody has yet, they are registered as soon as somebody does.
 """
 

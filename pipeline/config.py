@@ -88,7 +88,7 @@ class Config:
     )
 
     model_name: str = setting(
-        "resnet18", "simple_mlp, small_convnet or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
+        "resnet18", "simple_mlp, small_convnet(_wide) or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
     )
     pretrained: bool = setting(False, "start from the model's published weights")
     stem: Literal["auto", "imagenet", "small"] = setting(
@@ -182,7 +182,7 @@ class Config:
         None, "null takes what `accelerate launch` says, else no"
     )
     channels_last: bool | None = setting(
-        None, "keep images and convolutions in channels-last order; null does for models that have convolutions"
+        None, "keep images and convolutions in channels-last order; null does for convolutional models"
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes together")

@@ -142,11 +142,14 @@ def prepared(
 
 
 def with_channels_last(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:
-    """The settings with channels_last filled in: for a model with convolutions, unless it is sharded."""
+    """The settings with channels_last filled in: for a model of convolutions, unless it is sharded.
+
+    The one convolution that cuts an image into patches for a transformer does not count.
+    """
     if config.channels_last is not None:
         return config
-    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return dataclasses.replace(config, channels_last=has_convolutions and not is_to_be_sharded(accelerator))
+    num_convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return dataclasses.replace(config, channels_last=num_convolutions > 1 and not is_to_be_sharded(accelerator))
 
 
 def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:

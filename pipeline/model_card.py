@@ -62,7 +62,7 @@ With timm alone:
 
 ```python
 import timm
-import pipeline  # of the project that trained it; only for simple_mlp, small_convnet and names that end in _small_stem
+import pipeline  # of the project that trained it; only for simple_mlp, small_convnet* and names that end in _small_stem
 
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

@@ -13,11 +13,9 @@ from pipeline.parsing import from_yaml
 
 # Settings that a run may change when it goes on: they move no figure by more than rounding.
 FREE_SETTINGS = {
-    "checkpoint_every_steps", "dry_run", "keep_checkpoints", "loader", "log_every", "log_with",
+    "channels_last", "checkpoint_every_steps", "dry_run", "keep_checkpoints", "loader", "log_every", "log_with",
     "micro_batch_size", "num_workers", "output_dir", "project", "resume", "run_name",
 }  # fmt: skip
-
-FILLED_IN = ("batch_size", "channels_last")  # where they are null, as they were when the run began
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -35,9 +33,8 @@ def changed_settings(begun: Mapping[str, Any], config: Config) -> str:
     A setting that `begun` does not know, because an earlier version wrote it, counts as its default.
     """
     now, defaults = fixed_settings(config), fixed_settings(DEFAULTS)
-    for name in FILLED_IN:
-        if now[name] is None:
-            del now[name]
+    if config.batch_size is None:  # null is filled in alike
+        now.pop("batch_size")
     pairs = {name: (begun.get(name, defaults[name]), now[name]) for name in FIELDS if name in now}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
 

@@ -28,7 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "batchnorm": {**BATCHNORM, "model_name": "test_resnet", "ema_decay": 0.3},
     "batchnorm of timm with sam": {
         **BATCHNORM, "model_name": "test_efficientnet", "sam_rho": 0.05, "drop_last": True,
-        "epochs": 1,
+        # channels last, torch's own BatchNorm of one process rounds more: 2e-6 between one process and several
+        "epochs": 1, "channels_last": False,
     },
 }  # fmt: skip
 IN_MEMORY, ONE_BY_ONE = {"loader": "device"}, {"loader": "workers", "num_workers": 0}

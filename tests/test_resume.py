@@ -61,16 +61,23 @@ def test_a_run_resumed_from_any_step_ends_the_same_to_the_last_bit(run_training,
         assert same_weights(whole, resumed)
 
 
-@pytest.mark.parametrize("changed", [{"micro_batch_size": 7}, {"loader": "workers", "num_workers": 2}])
-def test_micro_batches_and_workers_may_change_when_a_run_goes_on(run_training, tmp_path, changed):
-    settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 99}
+@pytest.mark.parametrize(
+    "changed, model_name, rel",
+    [
+        ({"micro_batch_size": 7}, "simple_mlp", 1e-6),
+        ({"loader": "workers", "num_workers": 2}, "simple_mlp", 1e-6),
+        ({"channels_last": False}, "small_convnet", 1e-4),  # a rounding that BatchNorm blows up
+    ],
+)
+def test_what_moves_no_figure_may_change_when_a_run_goes_on(run_training, tmp_path, changed, model_name, rel):
+    settings = {"model_name": model_name, "lr": 0.01, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
     _, whole = run_training(run_name="whole", **settings)
     cut_off_after(whole, tmp_path / "part", 7)
     _, resumed = run_training(run_name="part", **settings, **changed)
     ours, theirs = timeless(lines_of(whole)), timeless(lines_of(resumed))
     assert len(ours) == len(theirs) > 8
     for our, their in zip(ours, theirs):
-        assert our == {key: pytest.approx(value, rel=1e-6) if key == "loss" else value for key, value in their.items()}
+        assert our == {key: pytest.approx(value, rel=rel) if key == "loss" else value for key, value in their.items()}
 
 
 def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
