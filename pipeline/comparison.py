@@ -13,17 +13,25 @@ OWN_TO_A_RUN = {
     "checkpoint_every_steps", "dry_run", "keep_checkpoints", "log_every", "log_with", "output_dir", "project", "resume",
     "run_name", "seed",
 }  # fmt: skip
+FROM_THE_MODEL = {"channels_last"}  # filled in by the kind of model where nobody sets them
 
 
 def varied_settings(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings in which the runs differ, in the order of Config; names and folders of runs and seeds aside."""
+    """The settings in which the runs differ, in the order of Config; names and folders of runs and seeds aside.
+
+    A setting of FROM_THE_MODEL counts where runs of one model differ in it.
+    """
     known = [run for run in runs if run.settings]
     names = [*FIELDS, *sorted({name for run in known for name in run.settings} - FIELDS.keys())]
-    return [
-        name
-        for name in names
-        if name not in OWN_TO_A_RUN and len({setting_text(run.settings.get(name)) for run in known}) > 1
-    ]
+    return [name for name in names if name not in OWN_TO_A_RUN and is_varied(name, known)]
+
+
+def is_varied(name: str, runs: Sequence[RunRecord]) -> bool:
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        model = setting_text(run.settings.get("model_name")) if name in FROM_THE_MODEL else ""
+        found.setdefault(model, set()).add(setting_text(run.settings.get(name)))
+    return any(len(values) > 1 for values in found.values())
 
 
 def setting_text(value: Any) -> str:

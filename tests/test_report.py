@@ -390,6 +390,15 @@ def test_a_trial_that_hyperband_stopped_keeps_its_rank(tmp_path: Path):
     assert table is not None and [row.run for row in table.rows] == ["run-0", "run-6"]
 
 
+def test_what_follows_from_the_model_is_no_difference_between_runs_of_several_models(tmp_path: Path):
+    models = {"a": ("simple_mlp", False), "b": ("small_convnet", True), "c": ("small_convnet", False)}
+    for name, (model, channels_last) in models.items():
+        write_run(tmp_path / name, (0.5,), model_name=model, channels_last=channels_last)
+    a, b, c = read_records([tmp_path / name for name in models])[0]
+    assert varied_settings([a, b]) == ["model_name"]
+    assert varied_settings([b, c]) == ["channels_last"]
+
+
 def test_importance_goes_to_the_setting_that_matters(tmp_path: Path):
     records, sweep = read_records([sweep_folder(tmp_path / "sweep")])
     ended = [run for run in records if run.ended]
