@@ -1,6 +1,7 @@
 """Image sets: the embedded digits, folders, tables, stratified choices of rows, and images of every mode."""
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -425,7 +426,7 @@ def test_a_hub_set_is_read_from_the_cache_when_the_hub_is_gone(tmp_path):
     home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
     with set_hub(tmp_path / "pets") as (address, _):
         first = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
-    assert first.returncode == 0 and sorted(eval(first.stdout)) == [0] * 3 + [1] * 6, first.stderr
+    assert first.returncode == 0 and sorted(json.loads(first.stdout)) == [0] * 3 + [1] * 6, first.stderr
     again = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert "Connection refused" in again.stderr and "cached" in again.stderr

@@ -380,6 +380,27 @@ def test_channels_last_gives_the_same_losses(small_convnet):
     assert losses_of(channels_last) == pytest.approx(losses_of(plain), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "model_name, given, expected",
+    [
+        ("test_resnet", None, True),
+        ("test_resnet", False, False),
+        ("test_vit", None, False),  # its one convolution cuts the image into patches
+        ("simple_mlp", None, False),
+        ("simple_mlp", True, True),
+    ],
+)
+def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_name, given, expected):
+    import timm
+    from accelerate import Accelerator
+
+    from pipeline.config import Config
+    from pipeline.machine import with_channels_last
+
+    model = timm.create_model(model_name)
+    assert with_channels_last(Config(channels_last=given), model, Accelerator()).channels_last is expected
+
+
 def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeypatch):
     # traced as ever, but run without the C++ compiler, which takes a minute
     compiled, plain_compile = [], torch.nn.Module.compile
