@@ -9,21 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 TOKEN = "hf_stand_in_token"
 COMMIT = "1" * 40
 
 
-class StandInHub(BaseHTTPRequestHandler):
-    """repos: files by repository and path; blobs: what LFS holds, by SHA-256; seen: method, path, authorization."""
-
-    protocol_version = "HTTP/1.1"
-    repos: dict[str, dict[str, bytes]]
-    blobs: dict[str, bytes]
-    seen: list[tuple[str, str, str | None]]
-    refuses = False
+class Handler(BaseHTTPRequestHandler):
+    """How both answer."""
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -35,6 +28,22 @@ class StandInHub(BaseHTTPRequestHandler):
 
     def answer_json(self, value: object, status: int = 200) -> None:
         self.answer(status, json.dumps(value).encode(), Content_Type="application/json")
+
+    def answer_file(self, content: bytes, status: int = 200) -> None:
+        self.answer(status, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the test knows what it asked."""
+
+
+class StandInHub(Handler):
+    """repos: files by repository and path; blobs: what LFS holds, by SHA-256; seen: method, path, authorization."""
+
+    protocol_version = "HTTP/1.1"
+    repos: dict[str, dict[str, bytes]]
+    blobs: dict[str, bytes]
+    seen: list[tuple[str, str, str | None]]
+    refuses = False
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -92,7 +101,7 @@ class StandInHub(BaseHTTPRequestHandler):
         content = self.repos.get(repo, {}).get(path)
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound" if repo in self.repos else "RepoNotFound")
-        self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+        self.answer_file(content)
 
     ROUTES = [
         ("/api/repos/create", create),
@@ -107,9 +116,6 @@ class StandInHub(BaseHTTPRequestHandler):
     @property
     def base(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: the test reads `seen`."""
 
 
 @contextmanager
@@ -132,7 +138,7 @@ def stand_in_hub(refuses: bool = False) -> Iterator[tuple[str, type[StandInHub]]
         yield address, state
 
 
-class SetHub(BaseHTTPRequestHandler):
+class SetHub(Handler):
     """What is asked of the Hub for a set, to download or to stream it: one set, whose files lie in a folder."""
 
     folder: Path
@@ -146,7 +152,7 @@ class SetHub(BaseHTTPRequestHandler):
             found = [
                 {"type": "file", "path": file.name, "oid": file.name, "size": file.stat().st_size} for file in files
             ]
-            return self.answer(200, json.dumps([] if path.endswith("/data") else found).encode())
+            return self.answer_json([] if path.endswith("/data") else found)
         if path.startswith("/api/"):
             siblings = [{"rfilename": file.name} for file in files]
             facts = {
@@ -157,10 +163,10 @@ class SetHub(BaseHTTPRequestHandler):
                 "downloads": 0,
                 "siblings": siblings,
             }
-            return self.answer(200, json.dumps(facts).encode())
+            return self.answer_json(facts)
         file = self.folder / path.rpartition("/")[2]
         if not file.is_file():
-            return self.answer(404, b"")
+            return self.answer(404, X_Error_Code="EntryNotFound")
         data, status = file.read_bytes(), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked:
@@ -169,23 +175,11 @@ class SetHub(BaseHTTPRequestHandler):
             if status == 206:
                 self.asked.append((file.name, first, last))
             data = data[first : last + 1] if status == 206 else b""
-        self.answer(status, data)
+        if status == 404:
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        self.answer_file(data, status)
 
     do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        """Says nothing."""
 
 
 @contextmanager
