@@ -26,7 +26,7 @@ class _TimmLoader(SourceFileLoader):
         finally:
             if hides_wandb:
                 del sys.modules["wandb"]
-        import_module("pipeline.models")
+        _register_models()
 
 
 class _TimmFinder:
@@ -44,7 +44,12 @@ class _TimmFinder:
         return spec
 
 
+def _register_models() -> None:
+    for name in ("small_models", "stems"):
+        import_module(f"pipeline.{name}")
+
+
 if "timm" in sys.modules:
-    import_module("pipeline.models")
+    _register_models()
 else:
     sys.meta_path.insert(0, _TimmFinder())

@@ -177,5 +177,5 @@ def small_convnet(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
 
 @register_model
 def small_convnet_wide(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """SmallConvNet with stages of 64, 128 and 256 channels, three times the work of small_convnet."""
-    return build_model_with_cfg(SmallConvNet, "small_convnet_wide", pretrained, **{"widths": (64, 128, 256), **kwargs})
+    """SmallConvNet with stages of 64, 256 and 256 channels, five times the work of small_convnet."""
+    return build_model_with_cfg(SmallConvNet, "small_convnet_wide", pretrained, **{"widths": (64, 256, 256), **kwargs})

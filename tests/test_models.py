@@ -103,7 +103,7 @@ def test_a_model_trains_and_comes_back_bit_for_bit(tmp_path, name, image_size, i
 
 
 def test_timm_alone_rebuilds_a_saved_folder_after_import_pipeline(tmp_path):
-    """In either order of the imports, in processes that know nothing else of ours."""
+    """Whatever is imported first, in processes that know nothing else of ours."""
     expected = {}
     for name in ("resnet18", "simple_mlp"):
         model, _ = create_model(name, num_classes=3, image_size=16)
@@ -119,10 +119,15 @@ def test_timm_alone_rebuilds_a_saved_folder_after_import_pipeline(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", f"{imports}; {program}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
         )
-        for imports in ("import pipeline, timm", "import timm, pipeline")
+        for imports in (
+            "import pipeline, timm",
+            "import timm, pipeline",
+            "import pipeline.small_models, timm",
+            "import pipeline.stems, timm",
+        )
     ]
     outputs = [process.communicate()[0] for process in processes]
-    assert [json.loads(output or "null") for output in outputs] == [expected, expected]
+    assert [json.loads(output or "null") for output in outputs] == [expected] * 4
 
 
 def test_import_pipeline_imports_neither_timm_nor_torch():
