@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline import sharding
 from pipeline.config import Config, ignored_settings
+from pipeline.cores import usable_cores
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, make_source
@@ -27,7 +28,7 @@ from pipeline.optimizers import (
     create_optimizer,
     ignored_optimizer_settings,
 )
-from pipeline.placement import choose_loader, choose_num_workers, usable_cores
+from pipeline.placement import choose_loader, choose_num_workers
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images

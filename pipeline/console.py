@@ -63,7 +63,7 @@ def epoch_line(number: int, epochs: int, entry: dict[str, Any], lr: float, batch
     return (
         f"epoch {number:>{width}}/{epochs}  train loss {train['loss']:.4f} accuracy {percent(train['accuracy']):>8}"
         f"  val loss {val['loss']:.4f} accuracy {percent(val['accuracy']):>8}"
-        f"  lr {lr:.2g}  batch {batch_size}  {entry['images_per_second']:,.0f} images/s{'  best' if is_best else ''}"
+        f"  lr {lr:<7.2g}  batch {batch_size}  {entry['images_per_second']:,.0f} images/s{'  best' if is_best else ''}"
     )
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cores import usable_cores
 from pipeline.decoded import resident_images
 from pipeline.images import BadImage, decode_pixels
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
-from pipeline.placement import usable_cores
 from pipeline.randomness import permutation, uniforms
 from pipeline.screening import complaint
 from pipeline.splits import Split

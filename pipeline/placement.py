@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from pipeline.cores import usable_cores
 from pipeline.splits import Split
 from pipeline.transforms import Preprocessing, kept_side
 
@@ -21,10 +22,6 @@ def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:
     """What the split takes on the device; of photos, as they are kept for training."""
     side = preprocessing.source_size or kept_side(preprocessing)
     return len(split) * preprocessing.channels * side**2
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_loader(split: Split, preprocessing: Preprocessing, wanted: str, device: torch.device) -> str:

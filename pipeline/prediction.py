@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline.cores import usable_cores
 from pipeline.folders import EXTENSIONS, images_below
 from pipeline.images import BadImage, decode_pixels
-from pipeline.placement import usable_cores
 from pipeline.saved_model import SavedModel
 from pipeline.transforms import BatchTransform, Preprocessing, fit_for_eval
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cores import usable_cores
 from pipeline.signals import Signals
 from pipeline.sweep_file import Sweep, check_trials, read_sweep
 from pipeline.sweep_trials import (
     Outcome,
     RunningTrial,
     ask_to_stop,
-    available_cores,
     has_news,
     judge,
     read_history,
@@ -56,7 +56,7 @@ class Agent:
 
     def __init__(self, sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int):
         self.sweep, self.study, self.folder = sweep, study, folder
-        self.shares = shares(num_parallel, available_cores(), visible_devices() if num_parallel > 1 else [])
+        self.shares = shares(num_parallel, usable_cores(), visible_devices() if num_parallel > 1 else [])
         self.running: dict[int, tuple[Claim, RunningTrial]] = {}  # by place
         self.next_beat = 0.0
         self.told_waiting = False

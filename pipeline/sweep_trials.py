@@ -38,10 +38,6 @@ def shares(num_parallel: int, cores: int, devices: Sequence[str]) -> list[dict[s
     ]
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def visible_devices() -> list[str]:
     """This machine's GPUs as CUDA_VISIBLE_DEVICES names them."""
     import torch

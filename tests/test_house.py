@@ -17,6 +17,7 @@ FLOORS = [
         "batchnorm",
         "config",
         "console",
+        "cores",
         "failures",
         "files",
         "importance",

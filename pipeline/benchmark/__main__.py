@@ -10,8 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import pipeline.benchmark
-from pipeline.benchmark.measuring import Section, usable_cores
+from pipeline.benchmark.measuring import Section
 from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
+from pipeline.cores import usable_cores
 from pipeline.failures import Interrupted, TrainingFailed
 
 Parser = argparse.ArgumentParser

@@ -49,81 +49,92 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
     """In a process of its own: milliseconds of saving and of blocks of steps, in turns, and the bytes that were written."""
     import torch
 
-    from pipeline.benchmark.ours import start
-    from pipeline.benchmark.stepclock import wait_for
-    from pipeline.optimizers import peak_lr, set_lr
-    from pipeline.training import Share, train_step
-
-    parts, run, state = start(settings, folder)
-    config, accelerator, loader = parts.config, run.accelerator, parts.loaders["train"]
-    batch_size, theirs = config.batch_size or 1, Path(folder) / "save_state"
-    set_lr(state.optimizer, peak_lr(config))
-
-    def take_steps() -> None:
-        for images, labels in loader.train_epoch(0, batch_size, steps):
-            share = Share(images, labels, len(images), epochs=len(images) / len(loader))
-            train_step(state, share, config, accelerator)
-        wait_for(accelerator.device)
-
-    def milliseconds(*calls: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        for call in calls:
-            call()
-        return 1000 * (time.perf_counter() - began)
-
-    def save() -> None:
-        run.save(state)
-
-    def save_state() -> None:
-        accelerator.save_state(str(theirs))
-
-    def with_ours() -> float:
-        taken = milliseconds(save, take_steps)
-        run.finish_saving()
-        return taken
-
-    def with_theirs() -> float:
-        taken = milliseconds(save_state, take_steps)
-        shutil.rmtree(theirs)
-        return taken
-
-    def save_alone() -> tuple[float, float]:
-        held = milliseconds(save)
-        return held, held + milliseconds(run.finish_saving)
-
-    def save_state_alone() -> tuple[float, int]:
-        taken = milliseconds(save_state)
-        num_bytes = size_of(theirs)
-        shutil.rmtree(theirs)
-        return taken, num_bytes
-
+    saving = TimedSaving(settings, steps, folder)
     try:
-        take_steps()  # warms up, and gives the optimizer its state
-        with_ours()
+        saving.take_steps()  # warms up, and gives the optimizer its state
+        saving.steps_after_ours()
         blocks = in_turns(
             {
-                ALONE: lambda: milliseconds(take_steps),
-                "ours before them": with_ours,
-                f"{THEIRS} before them": with_theirs,
+                ALONE: lambda: milliseconds(saving.take_steps),
+                "ours before them": saving.steps_after_ours,
+                f"{THEIRS} before them": saving.steps_after_theirs,
             },
             rounds,
         )
-        alone = in_turns({"ours": save_alone, THEIRS: save_state_alone}, rounds)
-        savings = {
-            THEIRS: [taken for taken, _ in alone[THEIRS]],
-            HELD: [held for held, _ in alone["ours"]],
-            WRITTEN: [written for _, written in alone["ours"]],
-        }
+        alone = in_turns({"ours": saving.ours, THEIRS: saving.theirs}, rounds)
         return {
             "blocks": blocks,
-            "savings": savings,
+            "savings": {
+                THEIRS: [taken for taken, _ in alone[THEIRS]],
+                HELD: [held for held, _ in alone["ours"]],
+                WRITTEN: [written for _, written in alone["ours"]],
+            },
             "their_bytes": alone[THEIRS][-1][1],
-            "our_bytes": size_of(config.run_dir / "checkpoints"),
-            "device": accelerator.device.type,
+            "our_bytes": size_of(saving.run.config.run_dir / "checkpoints"),
+            "device": saving.run.accelerator.device.type,
             "threads": torch.get_num_threads(),
         }
     finally:
-        run.release()
+        saving.run.release()
+
+
+class TimedSaving:
+    """One run that is saved in either way, and trained for some steps after it; all times in milliseconds."""
+
+    def __init__(self, settings: list[str], steps: int, folder: str):
+        from pipeline.benchmark.ours import start
+        from pipeline.optimizers import peak_lr, set_lr
+
+        parts, self.run, self.state = start(settings, folder)
+        self.loader, self.steps, self.their_folder = parts.loaders["train"], steps, Path(folder) / "save_state"
+        set_lr(self.state.optimizer, peak_lr(self.run.config))
+
+    def take_steps(self) -> None:
+        from pipeline.benchmark.stepclock import wait_for
+        from pipeline.training import Share, train_step
+
+        config, accelerator = self.run.config, self.run.accelerator
+        assert config.batch_size is not None
+        for images, labels in self.loader.train_epoch(0, config.batch_size, self.steps):
+            share = Share(images, labels, len(images), epochs=len(images) / len(self.loader))
+            train_step(self.state, share, config, accelerator)
+        wait_for(accelerator.device)
+
+    def save(self) -> None:
+        self.run.save(self.state)
+
+    def save_state(self) -> None:
+        self.run.accelerator.save_state(str(self.their_folder))
+
+    def steps_after_ours(self) -> float:
+        taken = milliseconds(self.save, self.take_steps)
+        self.run.finish_saving()
+        return taken
+
+    def steps_after_theirs(self) -> float:
+        taken = milliseconds(self.save_state, self.take_steps)
+        shutil.rmtree(self.their_folder)
+        return taken
+
+    def ours(self) -> tuple[float, float]:
+        """Until training may go on, and until all is on the disk."""
+        held = milliseconds(self.save)
+        return held, held + milliseconds(self.run.finish_saving)
+
+    def theirs(self) -> tuple[float, int]:
+        """Until training may go on, and the bytes that were written."""
+        taken = milliseconds(self.save_state)
+        num_bytes = size_of(self.their_folder)
+        shutil.rmtree(self.their_folder)
+        return taken, num_bytes
+
+
+def milliseconds(*calls: Callable[[], Any]) -> float:
+    """What the calls take one after the other."""
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return 1000 * (time.perf_counter() - began)
 
 
 def size_of(folder: Path) -> int:

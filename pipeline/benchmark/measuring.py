@@ -1,6 +1,5 @@
 """What benchmarks share: samples taken in turns become rows with median, least, most, n and ratio; rows make a section."""
 
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +68,3 @@ def largest(results: Iterable[Row], key: str) -> float | None:
 
 def counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.measuring import Row, Section, usable_cores
+from pipeline.benchmark.measuring import Row, Section
+from pipeline.cores import usable_cores
 from pipeline.files import write_atomically
 
 CURVE_ROWS = 16  # of a curve, in the terminal; the rest is in the files
