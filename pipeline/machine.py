@@ -1,6 +1,7 @@
 """The machine as it was launched: accelerator, device, precision, and the model and optimizer on them."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import warnings
@@ -20,6 +21,9 @@ from pipeline.batchnorm import convert_batchnorm
 from pipeline.config import Config
 from pipeline.memory import meet_in_layers
 from pipeline.optimizers import sam_rho
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES, OLD_GLIBCS_MOST = 2**30, 2**25
 
 PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 
@@ -46,7 +50,22 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     check_meetings(config, accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep up to KEPT_BYTES of freed memory for the next allocations, where it is the allocator.
+
+    Otherwise it returns a step's activations to the system and fetches them again page by page in the next step: of a small
+    convnet, 34,000 pages, 7 % of its time. Does nothing where the environment (MALLOC_TRIM_THRESHOLD_ for one) says how
+    memory is kept. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl, nor on macOS
+    if set_option is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        set_option(M_MMAP_THRESHOLD, KEPT_BYTES) or set_option(M_MMAP_THRESHOLD, OLD_GLIBCS_MOST)
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def join_after_restart(cpu: bool) -> None:

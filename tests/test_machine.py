@@ -1,0 +1,37 @@
+"""How the process is set up for its machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+import resource, sys, torch
+from pipeline.config import Config
+from pipeline.machine import make_accelerator
+
+def pages_of_a_step():
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fetched = pages_of_a_step()
+make_accelerator(Config())
+print(fetched, pages_of_a_step())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("options, is_kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_says_how(options, is_kept):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"} | options
+    program = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert program.returncode == 0, program.stderr
+    before, after = (int(word) for word in program.stdout.split())
+    all_pages = 2**26 / os.sysconf("SC_PAGE_SIZE")
+    assert before > 0.9 * all_pages
+    assert after < 0.1 * all_pages if is_kept else after > 0.9 * all_pages
