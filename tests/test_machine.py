@@ -12,15 +12,18 @@ import resource, sys, torch
 from pipeline.config import Config
 from pipeline.machine import make_accelerator
 
+def pages_fetched():
+    # In the best of the steps: a small allocation may take a corner of a block that was to be used again.
+    return min(pages_of_a_step() for _ in range(30))
+
 def pages_of_a_step():
-    for _ in range(10):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10 * 2**20)  # 40 MiB, more than glibc keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-fetched = pages_of_a_step()
+fetched = pages_fetched()
 make_accelerator(Config())
-print(fetched, pages_of_a_step())
+print(fetched, pages_fetched())
 """
 
 
@@ -32,6 +35,6 @@ def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_says_how(options, 
     program = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert program.returncode == 0, program.stderr
     before, after = (int(word) for word in program.stdout.split())
-    all_pages = 2**26 / os.sysconf("SC_PAGE_SIZE")
+    all_pages = 40 * 2**20 / os.sysconf("SC_PAGE_SIZE")
     assert before > 0.9 * all_pages
     assert after < 0.1 * all_pages if is_kept else after > 0.9 * all_pages
