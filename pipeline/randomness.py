@@ -3,6 +3,8 @@
 Data order is a function of (seed, epoch), augmentation of (seed, epoch, sample), dropout of (seed, step, rank).
 """
 
+import functools
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -18,6 +20,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
+@functools.lru_cache  # the same for all batches of an epoch
 def address(*parts: int) -> int:
     """A 63-bit seed for the place that the integers name; neighbouring places give unrelated seeds."""
     state = np.zeros(1, np.uint64)

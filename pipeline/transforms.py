@@ -1,6 +1,7 @@
 """Images become model input: each is fitted to size on the CPU, batches are augmented and normalised on the device."""
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -277,8 +278,7 @@ class BatchTransform:
         channels, size = images.shape[1], images.shape[-1]
         side = size + 2 * padding
         first = np.arange(len(images)) * (channels * side**2) + top * side + left
-        channel, line = (torch.arange(count, device=self.device) for count in (channels, size))
-        starts = self._on_device(first)[:, None] + (channel[:, None] * side**2 + line * side).flatten()
+        starts = self._on_device(first)[:, None] + line_starts(channels, size, side, self.device)
         # a line is `size` neighbours in memory, from anywhere: copied at once, five times faster than by pixel
         lines = F.pad(images, (padding,) * 4).flatten().unfold(0, size, 1)
         return lines.index_select(0, starts.flatten()).view(-1, channels, size, size)
@@ -301,6 +301,13 @@ class BatchTransform:
         boxes = erased_boxes(draws[:, 1:], images.shape[-1])
         boxes[draws[:, 0] >= self.random_erasing] = 0
         return images.masked_fill_(inside(self._on_device(boxes), images.shape[-1]), 0.0)
+
+
+@functools.lru_cache
+def line_starts(channels: int, size: int, side: int, device: torch.device) -> torch.Tensor:
+    """Where the lines of an image's first window begin in a padded image of that side; int64 [channels * size]."""
+    channel, line = (torch.arange(count, device=device) for count in (channels, size))
+    return (channel[:, None] * side**2 + line * side).flatten()
 
 
 def random_parts(draws: np.ndarray, side: int) -> np.ndarray:
