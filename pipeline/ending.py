@@ -31,7 +31,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     run.finish_saving()
     best = run.best_checkpoint(state)
     assert best is not None, "a run has at least one epoch"
-    model = accelerator.unwrap_model(state.model)
+    model = state.bare_model
     entry = state.history[best_epoch(state.history, run.config) or 0]
     try:
         weights = read_tensors(best, WEIGHTS[best_kind(entry, run.config)])
@@ -107,9 +107,7 @@ def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
         "seconds": round(state.seconds, 3),
         "images_per_second": round(state.samples / state.train_seconds, 1) if state.train_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator),
-        "num_parameters": sum(
-            parameter.numel() for parameter in run.accelerator.unwrap_model(state.model).parameters()
-        ),
+        "num_parameters": sum(parameter.numel() for parameter in state.bare_model.parameters()),
         **run.facts,
     }
 

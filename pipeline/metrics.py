@@ -26,8 +26,8 @@ def add_batch(sums: Tensor, logits: Tensor, labels: Tensor, loss_sum: Tensor) ->
     logits: float [B, num_classes]; labels: int64 [B]; loss_sum: float [], the samples' losses added up.
     """
     top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    counts = torch.stack([top5[:, 0].sum(), top5.sum(), (labels != IGNORED).sum()])
-    sums += torch.cat([loss_sum.detach().reshape(1).to(sums.dtype), counts.to(sums.dtype)])
+    counts = [which.sum(dtype=sums.dtype) for which in (top5[:, 0], top5, labels != IGNORED)]
+    sums += torch.stack([loss_sum.to(sums.dtype), *counts])
 
 
 def figures(sums: Tensor) -> dict[str, float | int]:

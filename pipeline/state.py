@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
 from pipeline.optimizers import load_state_tensors, state_tensors
@@ -44,6 +45,11 @@ class TrainState:
     seconds: float = 0.0
     train_seconds: float = 0.0
 
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the DDP around it. Accelerate's unwrap_model looks for another package on the disk first."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
     def place(self, epoch: int) -> dict[str, Any]:
         """What every line of metrics.jsonl tells besides its split; epoch: the one it is about, from 1."""
         return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
@@ -53,7 +59,7 @@ def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
     """Makes BatchNorm's running statistics the mean over all ranks. Every rank calls it, before evaluating and saving."""
     if accelerator.num_processes > 1:
         averaged = [] if state.ema is None else list(state.ema.module.buffers())
-        for buffer in [*accelerator.unwrap_model(state.model).buffers(), *averaged]:
+        for buffer in [*state.bare_model.buffers(), *averaged]:
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
@@ -61,7 +67,7 @@ def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
 def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """The tensors by file and the facts that save_checkpoint writes. Every rank calls it."""
     average_buffers(state, accelerator)
-    model = accelerator.unwrap_model(state.model)
+    model = state.bare_model
     tensors = {"model": model.state_dict(), "optimizer": state_tensors(state.optimizer.optimizer, model)}
     if state.ema is not None:
         tensors["ema"] = state.ema.module.state_dict()
@@ -78,7 +84,7 @@ def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -
     Every rank calls it; nothing is changed before everything was read and found to fit.
     """
     facts = read_facts(folder)
-    model = accelerator.unwrap_model(state.model)
+    model = state.bare_model
     weights, moments = read_tensors(folder, "model"), read_tensors(folder, "optimizer")
     try:
         values = {name: facts[name] for name in (*COUNTED, *TOLD)}

@@ -33,7 +33,7 @@ from pipeline.evaluation import evaluate
 from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import is_lost_worker, largest_share, share_of
-from pipeline.machine import make_accelerator, prepared
+from pipeline.machine import make_accelerator, prepared, seed_generators
 from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
@@ -107,8 +107,7 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
         raise TrainingFailed(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:
         if is_out_of_memory(error):
-            bare = accelerator.unwrap_model(state.model)
-            advice = out_of_memory_advice(error, bare, parts.preprocessing, run.config, accelerator)
+            advice = out_of_memory_advice(error, state.bare_model, parts.preprocessing, run.config, accelerator)
         elif is_lost_worker(error):
             advice = "A worker process that reads images was killed, as systems do that run out of memory. Lower --num_workers."
         elif isinstance(error, OSError):  # a full disk, at the end for example
@@ -126,9 +125,8 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
         if should_stop_early(state.history, config):
             return "early_stopped"
         train_figures = train_epoch(state, parts.loaders["train"], run)
-        model = accelerator.unwrap_model(state.model)
         average_buffers(state, accelerator)
-        figures_of = {"train": train_figures, "val": evaluate(model, parts.loaders["val"], accelerator)[0]}
+        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, parts.loaders["val"], accelerator)[0]}
         if state.ema is not None:
             figures_of["val_ema"] = evaluate(state.ema.module, parts.loaders["val"], accelerator)[0]
         end_epoch(state, run, figures_of)
@@ -141,7 +139,7 @@ def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any
     batch_size = batch_size_at(state.epoch, config)
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
     state.model.train()
-    freeze_backbone(run.accelerator.unwrap_model(state.model), state.epoch < config.freeze_epochs)
+    freeze_backbone(state.bare_model, state.epoch < config.freeze_epochs)
     run.read_clock(state)
     with run.progress_bar(state, num_batches) as bar:
         for images, labels in loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch):
@@ -174,7 +172,7 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
 
     Returns the gradient's L2 norm before clipping, float []; None when clip_grad_norm is null.
     """
-    model, norm = accelerator.unwrap_model(state.model), None
+    model, norm = state.bare_model, None
     before = None if accelerator.scaler is None else fp16_memory(state, model)
     sharp = sam_rho(config) > 0 and state.step % config.sam_every == 0
     loss_sum = accumulate_gradient(
@@ -186,8 +184,10 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
         sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
         norm = whole(accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    # Accelerate's wrapper looks for packages on the disk in every step; it is the one that knows the scaler
+    optimizer = state.optimizer.optimizer if accelerator.scaler is None else state.optimizer
+    optimizer.step()
+    optimizer.zero_grad()
     if before is not None and state.optimizer.step_was_skipped:
         restore(state, model, before)
     elif state.ema is not None and config.ema_decay is not None:
@@ -205,7 +205,7 @@ def accumulate_gradient(
 
     sync: whether the gradient is averaged over ranks; sums: the metrics to add to.
     """
-    torch.manual_seed(address(config.seed, DROPOUT, state.step, accelerator.process_index))
+    seed_generators(accelerator.device, address(config.seed, DROPOUT, state.step, accelerator.process_index))
     weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
     total = torch.zeros((), device=share.images.device)
     parts = micro_batches(share, config, accelerator)
@@ -246,7 +246,7 @@ def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerato
 
     Under fp16 an overflow of any rank's first gradient becomes everybody's: the scaler then skips the step on all of them.
     """
-    model = accelerator.unwrap_model(state.model)
+    model = state.bare_model
     norm = sharpness_norm(model, config.sam_adaptive)
     if accelerator.scaler is not None and not bool(accelerator.gather(norm.reshape(1)).isfinite().all()):
         weights_and_gradients(model)[1][0].fill_(torch.inf)

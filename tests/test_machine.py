@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+
+from pipeline.machine import seed_generators
 
 PROGRAM = """
 import resource, sys, torch
@@ -38,3 +41,14 @@ def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_says_how(options, 
     all_pages = 40 * 2**20 / os.sysconf("SC_PAGE_SIZE")
     assert before > 0.9 * all_pages
     assert after < 0.1 * all_pages if is_kept else after > 0.9 * all_pages
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_seeded_generators_draw_as_after_torchs_own_seeding(device):
+    if not (device == "cpu" or torch.cuda.is_available()):
+        pytest.skip("no GPU")
+    draws = []
+    for seed in (lambda: torch.manual_seed(7), lambda: seed_generators(torch.device(device), 7)):
+        seed()
+        draws.append((torch.rand(3).tolist(), torch.rand(3, device=device).tolist()))
+    assert draws[0] == draws[1]

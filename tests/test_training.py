@@ -1,7 +1,9 @@
 """The loop: what a run leaves, and that batches, processes and interruptions do not change what it computes."""
 
+import importlib.util
 import json
 import math
+import traceback
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import timm
 import yaml
 from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun
 
+from pipeline import training
 from pipeline.assembly import make_loader
 from pipeline.config import Config
 from pipeline.failures import TrainingFailed
+from pipeline.metrics import add_batch
 
 
 def train_losses(run_dir: Path) -> list[float]:
@@ -52,6 +56,19 @@ def test_every_line_says_where_it_belongs_and_what_was_reached(run_training):
     assert all(line["num_samples"] == 80 for line in ends)
     assert [line["split"] for line in lines if line["split"] != "train"] == ["val", "val", "test"]
     assert all(figures <= line.keys() for line in lines if line["split"] != "train")
+
+
+def test_a_step_looks_for_no_package_and_asks_for_no_stack(run_training, monkeypatch):
+    asked = []
+    for module, name in ((importlib.util, "find_spec"), (traceback, "format_stack")):
+        ask = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, ask=ask, **kwargs: asked.append(args) or ask(*args, **kwargs))
+    counts = [len(asked)]
+    monkeypatch.setattr(training, "add_batch", lambda *args: counts.append(len(asked)) or add_batch(*args))
+    summary, _ = run_training(clip_grad_norm=1.0, ema_decay=0.9, sam_rho=0.05, micro_batch_size=8, epochs=1)
+    first_step, last_step = counts[1], counts[-1]
+    assert summary["steps"] == 5 and len(counts) == 11
+    assert first_step == last_step, asked[first_step:]
 
 
 def test_the_steps_losses_average_to_the_epochs_loss(run_training):

@@ -77,7 +77,7 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
     batches = itertools.chain.from_iterable(
         loader.train_epoch(epoch, batch_size, num_batches) for epoch in itertools.count()
     )
-    freeze_backbone(accelerator.unwrap_model(model), config.freeze_epochs > 0)
+    freeze_backbone(state.bare_model, config.freeze_epochs > 0)
     points: list[tuple[float, float]] = []
     with progress_bar(len(lrs), 0, "range test", shown=True) as bar:
         for step, (lr, (images, labels)) in enumerate(zip(lrs, batches)):
