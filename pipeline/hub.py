@@ -8,21 +8,30 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import known_sets
 from pipeline.dataset_table import DatasetRow
-from pipeline.splits import Split, find_splits
+from pipeline.splits import Split, file_state, find_splits
 
 PREFERRED_IMAGES = ("image", "img")
 PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
+HUB_SECONDS = 10.0  # for its answer
+OUT_OF_REACH = "The Hub was not reached ({}): the set is the one that was read last."
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a DatasetDict, of a Dataset
 
 
 def read_hub_set(
     hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None
-) -> tuple[dict[str, Split], list[str], list[str]]:
+) -> known_sets.Reading:
     """The splits under our names, the class names and notes for the user; downloaded once, then from the cache.
 
     Raises ValueError where the set cannot be had or has no usable image and label columns.
     """
+    asked = ["hub", hub_id, config, label_column, repr(row)]
+    commit, obstacle = commit_on_hub(hub_id)
+    known = known_sets.recall(asked, commit) if commit or obstacle else None
+    if known is not None:
+        splits, class_names, notes = known
+        return splits, class_names, [*notes, OUT_OF_REACH.format(obstacle)] if obstacle else notes
     import datasets
 
     try:
@@ -38,7 +47,23 @@ def read_hub_set(
     from huggingface_hub.constants import HF_HUB_CACHE
 
     caches = (HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
-    return _to_splits(loaded, f"The Hub set {hub_id}", row, label_column, caches)
+    reading = _to_splits(loaded, f"The Hub set {hub_id}", row, label_column, caches)
+    if commit and all(commit in file["filename"] for split in loaded.values() for file in split.cache_files):
+        known_sets.remember(asked, commit, reading)
+    return reading
+
+
+def commit_on_hub(hub_id: str) -> tuple[str | None, str]:
+    """The set's newest commit, or None; and what keeps the Hub from being asked, empty where it answered."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().dataset_info(hub_id, timeout=HUB_SECONDS).sha, ""
+    except HfHubHTTPError:  # an answer, which `datasets` puts in words
+        return None, ""
+    except Exception as error:  # which it is depends on the HTTP client that huggingface_hub takes
+        return None, str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def load_errors() -> tuple[type[Exception], ...]:
@@ -54,14 +79,19 @@ def is_table_folder(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
-def read_table_folder(folder: Path, label_column: str | None) -> tuple[dict[str, Split], list[str], list[str]]:
+def read_table_folder(folder: Path, label_column: str | None) -> known_sets.Reading:
     """As read_hub_set, for a folder of Parquet or Arrow files, or what `save_to_disk` wrote.
 
     What save_to_disk wrote is memory-mapped in place; of other files `datasets` keeps an Arrow copy in its cache.
     """
+    path = os.path.abspath(folder)
+    asked = ["folder", path, label_column]
+    state = sorted(file_state(os.path.join(parent, name)) for parent, _, names in os.walk(path) for name in names)
+    known = known_sets.recall(asked, state)
+    if known is not None:
+        return known
     import datasets
 
-    path = os.path.abspath(folder)
     saved = any((folder / mark).exists() for mark in SAVED_MARKS)
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
@@ -69,7 +99,9 @@ def read_table_folder(folder: Path, label_column: str | None) -> tuple[dict[str,
         raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
-    return _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
+    reading = _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
+    known_sets.remember(asked, state, reading)
+    return reading
 
 
 def find_image_column(features: Any, source: str) -> str:
@@ -112,7 +144,7 @@ def find_label_column(features: Any, source: str, wanted: str | None) -> str:
 
 def _to_splits(
     loaded: Any, source: str, row: DatasetRow | None, label_column: str | None, roots: tuple[str, ...]
-) -> tuple[dict[str, Split], list[str], list[str]]:
+) -> known_sets.Reading:
     import datasets
 
     names = list(loaded)

@@ -47,8 +47,8 @@ class Split:
     """One split: encoded images and labels, addressed by row.
 
     labels: int64 [N]. The images stay where they are: in an Arrow table (memory-mapped, except for the small embedded
-    set) as struct<bytes, path>, or in the files that the paths name. A choice of rows shares the table. Pickled for a
-    worker process, a memory-mapped table is its file name, not its images.
+    set) as struct<bytes, path>, or in the files that the paths name. A choice of rows shares the table and its column.
+    Pickled for a worker process, a memory-mapped table is its file name, not its images.
     """
 
     def __init__(
@@ -60,12 +60,15 @@ class Split:
         rows: np.ndarray | None = None,
         origin: str | None = None,
     ) -> None:
-        """table: a pyarrow.Table or datasets.table.Table; rows: int64 [N], its rows that belong to this split."""
+        """table: a pyarrow.Table, or what holds one: known_sets.MappedTable or datasets.table.Table.
+
+        rows: int64 [N], its rows that belong to this split.
+        """
         self.name = name
         self.origin = origin or name
         self.labels = labels.astype(np.int64, copy=False)
-        self._table = table
-        self._column = column
+        self.table = table
+        self.column = column
         self._rows = np.arange(len(labels)) if rows is None else rows
         self._fields: tuple[pa.ChunkedArray, pa.ChunkedArray] | None = None
         self._fingerprint: dict[str, tuple[str, int]] = {}  # by column; shared by all choices of rows of the table
@@ -83,22 +86,22 @@ class Split:
 
     @property
     def table_length(self) -> int:
-        return int(self._table.num_rows)
+        return int(self.table.num_rows)
 
     def whole_table(self) -> Split:
         """All rows of the table that this split is a part of; labels that are not the split's are -1."""
         labels = np.full(self.table_length, -1, np.int64)
         labels[self._rows] = self.labels
-        return Split(self.name, self._table, self._column, labels, origin=self.origin)
+        return Split(self.name, self.table, self.column, labels, origin=self.origin)
 
     def fingerprint(self) -> tuple[str, int]:
         """SHA-256 of the images of the whole table, and the bytes that they take encoded.
 
         Of images in the table every byte counts, of files the path, size and time of change.
         """
-        if self._column not in self._fingerprint:
-            self._fingerprint[self._column] = self._take_fingerprint()
-        return self._fingerprint[self._column]
+        if self.column not in self._fingerprint:
+            self._fingerprint[self.column] = self._take_fingerprint()
+        return self._fingerprint[self.column]
 
     def _take_fingerprint(self) -> tuple[str, int]:
         digest, num_bytes = hashlib.sha256(), 0
@@ -108,7 +111,7 @@ class Split:
                 digest.update(part)
                 num_bytes += len(part)
         for name in path.filter(data.is_null()).drop_null().to_pylist():
-            facts = _file_facts(name)
+            facts = file_state(name)
             digest.update(repr(facts).encode())
             num_bytes += facts[1]
         return digest.hexdigest(), num_bytes
@@ -137,7 +140,7 @@ class Split:
 
     def select(self, rows: np.ndarray, name: str | None = None) -> Split:
         """The given rows of this split, in that order, under the same or another name."""
-        chosen = Split(name or self.name, self._table, self._column, self.labels[rows], self._rows[rows], self.origin)
+        chosen = Split(name or self.name, self.table, self.column, self.labels[rows], self._rows[rows], self.origin)
         chosen._fingerprint = self._fingerprint
         return chosen
 
@@ -150,7 +153,7 @@ class Split:
 
     def _image_fields(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         if self._fields is None:
-            images = getattr(self._table, "table", self._table).column(self._column)
+            images = getattr(self.table, "table", self.table).column(self.column)
             names = [field.name for field in images.type]
             fields = images.flatten()
             self._fields = fields[names.index("bytes")], fields[names.index("path")]
@@ -171,7 +174,7 @@ def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
         yield memoryview(values)[ends[0] : ends[-1]]
 
 
-def _file_facts(path: str) -> tuple[str, int, int]:
+def file_state(path: str) -> tuple[str, int, int]:
     """Path, bytes, and the time of change in nanoseconds; zeros for a file that is not there."""
     try:
         status = os.stat(path)

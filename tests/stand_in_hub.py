@@ -18,6 +18,8 @@ COMMIT = "1" * 40
 class Handler(BaseHTTPRequestHandler):
     """How both answer."""
 
+    commit_id = COMMIT
+
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -30,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, json.dumps(value).encode(), Content_Type="application/json")
 
     def answer_file(self, content: bytes, status: int = 200) -> None:
-        self.answer(status, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+        self.answer(status, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=self.commit_id)
 
     def log_message(self, *_: object) -> None:
         """Nothing: the test knows what it asked."""
@@ -157,7 +159,7 @@ class SetHub(Handler):
             siblings = [{"rfilename": file.name} for file in files]
             facts = {
                 "id": "owner/pets",
-                "sha": COMMIT,
+                "sha": self.commit_id,
                 "private": False,
                 "tags": [],
                 "downloads": 0,

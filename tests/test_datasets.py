@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,15 @@ from conftest import run_process
 from PIL import Image
 from stand_in_hub import set_hub
 
-from pipeline.datasets import DATASETS, BadImage, check_dataset_name, decode_image, load_image_dataset, stratified_rows
+from pipeline.datasets import (
+    DATASETS,
+    BadImage,
+    ImageDataset,
+    check_dataset_name,
+    decode_image,
+    load_image_dataset,
+    stratified_rows,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -417,19 +426,99 @@ def test_a_hub_set_without_network_says_what_to_do(tmp_path):
         assert words in result.stderr
 
 
-def test_a_hub_set_is_read_from_the_cache_when_the_hub_is_gone(tmp_path):
-    """The Hub's client tries for 23 seconds before it says so."""
+READ_PETS = """
+import json, sys
+from pipeline.datasets import load_image_dataset
+loaded = load_image_dataset("owner/pets")
+print(json.dumps([loaded.train.labels.tolist(), loaded.notes, "datasets" in sys.modules]))
+"""
+
+
+def test_a_hub_set_is_read_anew_only_when_it_changes_and_from_the_cache_when_the_hub_is_gone(hf_cache, tmp_path):
+    table = tmp_path / "pets" / "train.parquet"
+    write_table(hf_cache, table, [0, 1, 1] * 4)
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
+
+    def read(address: str, offline: str = "0") -> tuple[list[int], list[str], bool]:
+        result = run_process("-c", READ_PETS, HF_HUB_OFFLINE=offline, HF_ENDPOINT=address, **home)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    with set_hub(tmp_path / "pets") as (address, hub):
+        labels, notes, with_datasets = read(address)
+        assert sorted(labels) == [0] * 3 + [1] * 6 and with_datasets
+        assert read(address) == [labels, notes, False]
+        write_table(hf_cache, table, [0, 1, 0, 0] * 5)
+        hub.commit_id = "2" * 40
+        changed, notes, with_datasets = read(address)
+        assert len(changed) == 14 and with_datasets
+        assert read(address) == [changed, notes, False]
+    for offline, reason in (("0", "Connection refused"), ("1", "offline")):
+        again, (told, *others), with_datasets = read(address, offline)
+        assert (again, others, with_datasets) == (changed, notes, False)
+        assert told.startswith("The Hub was not reached (") and reason in told
+
+
+def test_a_set_that_is_not_remembered_is_read_by_datasets_when_the_hub_is_gone(tmp_path):
+    """Images as plain bytes are read anew each time. The Hub's client tries for 23 seconds before it says so."""
     (tmp_path / "pets").mkdir()
     images, labels = [png(grey(level)) for level in range(12)], ["cat", "dog", "dog"] * 4
     pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "pets" / "train.parquet")
-    code = "from pipeline.datasets import load_image_dataset; print(load_image_dataset('owner/pets').train.labels.tolist())"
     home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
     with set_hub(tmp_path / "pets") as (address, _):
-        first = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
-    assert first.returncode == 0 and sorted(json.loads(first.stdout)) == [0] * 3 + [1] * 6, first.stderr
-    again = run_process("-c", code, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+        first = run_process("-c", READ_PETS, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+    assert first.returncode == 0, first.stderr
+    again = run_process("-c", READ_PETS, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert "Connection refused" in again.stderr and "cached" in again.stderr
+
+
+@pytest.fixture
+def readings(hf_cache, monkeypatch):
+    """How often `datasets` has read a folder."""
+    counts, load = [], hf_cache.load_dataset
+    monkeypatch.setattr(hf_cache, "load_dataset", lambda *args: counts.append(args) or load(*args))
+    return counts
+
+
+def described(loaded: ImageDataset) -> list[object]:
+    splits = (loaded.train, loaded.val, loaded.test)
+    rows = [(split.labels.tolist(), split.encoded(0), split.where(0), split.fingerprint()) for split in splits]
+    return [rows, loaded.class_names, loaded.notes, loaded.image_size, loaded.channels]
+
+
+def test_a_folder_is_read_by_datasets_once_and_again_when_a_file_changes(hf_cache, readings, tmp_path):
+    folder = tmp_path / "set"
+    write_table(hf_cache, folder / "train.parquet", [0, 1] * 50, group=["b", "a"] * 50)
+    write_table(hf_cache, folder / "test.parquet", [1, 0, 1], group=["b", "a", "b"])
+    first = load_image_dataset(str(folder))
+    again = load_image_dataset(str(folder))
+    assert described(first) == described(again) and len(readings) == 1
+    assert load_image_dataset(str(folder), label_column="group").class_names == ["a", "b"] and len(readings) == 2
+    pickled = pickle.dumps(again.val)
+    assert pickle.loads(pickled).encoded(3) == first.val.encoded(3)
+    assert first.val.encoded(3) not in pickled
+    write_table(hf_cache, folder / "test.parquet", [0, 0, 0, 1], group=["b", "a", "b", "b"])
+    assert load_image_dataset(str(folder)).test.labels.tolist() == [0, 0, 0, 1] and len(readings) == 3
+
+
+@pytest.mark.parametrize("harm", ["record is damaged", "Arrow file is gone", "Arrow file has changed", "no folder"])
+def test_what_cannot_be_recalled_is_read_again(hf_cache, readings, tmp_path, harm):
+    folder, cache = tmp_path / "set", tmp_path / "hf_cache"
+    write_table(hf_cache, folder / "train.parquet", [0, 1] * 50)
+    first = described(load_image_dataset(str(folder)))
+    (record,) = cache.glob("decoded/*.json")
+    (arrow,) = cache.glob("**/*-train.arrow")
+    if harm == "record is damaged":
+        record.write_text(record.read_text().replace('"labels": [0, 1', '"labels": [1, 1'))
+    elif harm == "no folder":
+        shutil.rmtree(record.parent)
+        record.parent.write_text("a file in its place")
+    elif harm == "Arrow file is gone":
+        shutil.rmtree(arrow.parent)
+    else:
+        os.utime(arrow, ns=(1, 1))
+    assert described(load_image_dataset(str(folder))) == first and len(readings) == 2
 
 
 # Decoding

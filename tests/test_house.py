@@ -42,6 +42,7 @@ FLOORS = [
         "small_models",
     },
     {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
+    {"known_sets"},
     {
         "folders",
         "hub",
