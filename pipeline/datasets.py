@@ -15,7 +15,7 @@ from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
 from pipeline.images import GREY_MODES, BadImage, decode_image, image_header
 from pipeline.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
 from pipeline.shards import LostShard
-from pipeline.splits import Split, stratified_rows
+from pipeline.splits import Reading, Split, stratified_rows
 
 __all__ = [
     "DATASETS",
@@ -171,7 +171,7 @@ def _read(
     return f"folder {folder}", *read_class_folders(folder)
 
 
-def _read_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str]]:
+def _read_digits(row: DatasetRow) -> Reading:
     """The embedded set, read without `datasets` (1.4 s to import), pq.read_table and to_numpy (pandas: 0.4 s)."""
     import pyarrow.parquet as pq
 
@@ -183,7 +183,7 @@ def _read_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str
     return splits, list(row.class_names), []
 
 
-def _stream_digits(row: DatasetRow) -> tuple[dict[str, Split], list[str], list[str]]:
+def _stream_digits(row: DatasetRow) -> Reading:
     return stream_parquet_files({name: str(DIGITS / f"{file}.parquet") for name, file in row.splits.items()}, row)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.splits import Split, find_splits, is_split_name
+from pipeline.splits import Reading, Split, find_splits, is_split_name
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUTS = (
@@ -16,7 +16,7 @@ LAYOUTS = (
 )
 
 
-def read_class_folders(folder: Path) -> tuple[dict[str, Split], list[str], list[str]]:
+def read_class_folders(folder: Path) -> Reading:
     """The splits under our names, the class names (train's folder names, sorted) and notes for the user.
 
     With split folders (train/, val/, test/) inside, each holds class folders; else the folder's own subfolders are the

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import known_sets
 from pipeline.dataset_table import DatasetRow
-from pipeline.splits import Split, file_state, find_splits
+from pipeline.splits import Reading, Split, file_state, find_splits
 
 PREFERRED_IMAGES = ("image", "img")
 PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -21,7 +21,7 @@ SAVED_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: o
 
 def read_hub_set(
     hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None
-) -> known_sets.Reading:
+) -> Reading:
     """The splits under our names, the class names and notes for the user; downloaded once, then from the cache.
 
     Raises ValueError where the set cannot be had or has no usable image and label columns.
@@ -63,7 +63,8 @@ def commit_on_hub(hub_id: str) -> tuple[str | None, str]:
     except HfHubHTTPError:  # an answer, which `datasets` puts in words
         return None, ""
     except Exception as error:  # which it is depends on the HTTP client that huggingface_hub takes
-        return None, str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        return None, reason or type(error).__name__
 
 
 def load_errors() -> tuple[type[Exception], ...]:
@@ -79,7 +80,7 @@ def is_table_folder(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
-def read_table_folder(folder: Path, label_column: str | None) -> known_sets.Reading:
+def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     """As read_hub_set, for a folder of Parquet or Arrow files, or what `save_to_disk` wrote.
 
     What save_to_disk wrote is memory-mapped in place; of other files `datasets` keeps an Arrow copy in its cache.
@@ -144,7 +145,7 @@ def find_label_column(features: Any, source: str, wanted: str | None) -> str:
 
 def _to_splits(
     loaded: Any, source: str, row: DatasetRow | None, label_column: str | None, roots: tuple[str, ...]
-) -> known_sets.Reading:
+) -> Reading:
     import datasets
 
     names = list(loaded)

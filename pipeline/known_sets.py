@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import cache_folder, locked, written_aside
-from pipeline.splits import Split, file_state
+from pipeline.splits import Reading, Split, file_state
 
 FORMAT = 1  # raised when what a record holds changes its meaning
-
-Reading = tuple[dict[str, Split], list[str], list[str]]  # splits under our names, class names, notes for the user
 
 
 class MappedTable:

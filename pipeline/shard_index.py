@@ -35,12 +35,10 @@ from pipeline.shards import (
     parquet_footer,
     read_shard,
 )
-from pipeline.splits import Split, find_splits
+from pipeline.splits import Reading, Split, find_splits
 
 THREADS = 16  # files whose index is read at once
 TAR_PART_SAMPLES, TAR_PART_BYTES = 256, 32 * 2**20  # of a tar file read in one go
-
-Found = tuple[dict[str, Split], list[str], list[str]]
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Index:
     column: str
 
 
-def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None) -> Found:
+def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None) -> Reading:
     """As hub.read_hub_set, but nothing is downloaded except labels and indexes."""
     import datasets
 
@@ -63,7 +61,7 @@ def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, labe
     return _stream_files(builder, f"The Hub set {hub_id}", row, label_column)
 
 
-def stream_folder(folder: Path, label_column: str | None) -> Found:
+def stream_folder(folder: Path, label_column: str | None) -> Reading:
     """The splits of a folder of Parquet, Arrow or tar files, of what save_to_disk wrote, or of class folders."""
     import datasets
 
@@ -85,7 +83,7 @@ def stream_folder(folder: Path, label_column: str | None) -> Found:
     return _stream_files(builder, f"The folder {path}", None, label_column)
 
 
-def stream_parquet_files(files: dict[str, str], row: DatasetRow) -> Found:
+def stream_parquet_files(files: dict[str, str], row: DatasetRow) -> Reading:
     """The splits of a known set that lies in Parquet files of this machine."""
     return _to_splits("parquet", {name: [file] for name, file in files.items()}, None, "The embedded set", row, None)
 
@@ -95,7 +93,7 @@ def is_tar_folder(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in ("*.tar", "*/*.tar"))
 
 
-def _stream_files(builder: Any, source: str, row: DatasetRow | None, label_column: str | None) -> Found:
+def _stream_files(builder: Any, source: str, row: DatasetRow | None, label_column: str | None) -> Reading:
     names = {kind.__name__ for kind in type(builder).__mro__} & BUILDERS.keys()
     if not names:
         raise ValueError(
@@ -108,7 +106,7 @@ def _stream_files(builder: Any, source: str, row: DatasetRow | None, label_colum
 
 def _to_splits(
     kind: str, files: dict[str, list[str]], features: Any, source: str, row: DatasetRow | None, label_column: str | None
-) -> Found:
+) -> Reading:
     """The splits under our names, the class names and notes. Raises ValueError for what cannot be read or does not fit."""
     names = list(files)
     found = row.splits if row else {"train": names[0]} if len(names) == 1 else find_splits(names, source)

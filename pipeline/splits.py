@@ -160,6 +160,9 @@ class Split:
         return self._fields
 
 
+Reading = tuple[dict[str, Split], list[str], list[str]]  # splits under our names, class names, notes for the user
+
+
 def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
     """What a binary array says: which values are null, how long each is, and all of them, one after another."""
     import pyarrow as pa
