@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def commit_on_hub(hub_id: str) -> tuple[str | None, str]:
     except HfHubHTTPError:  # an answer, which `datasets` puts in words
         return None, ""
     except Exception as error:  # which it is depends on the HTTP client that huggingface_hub takes
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         return None, reason or type(error).__name__
 
 
