@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, as all it starts would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run of a second: 5 steps of 16 images an epoch on the embedded set.
 SMALL_RUN: dict[str, Any] = {
