@@ -29,13 +29,14 @@ from pipeline.optimizers import (
     ignored_optimizer_settings,
 )
 from pipeline.placement import choose_loader, choose_num_workers
+from pipeline.preprocessing import Preprocessing, kept_side
 from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images
 from pipeline.shards import StreamedSplit
 from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
-from pipeline.transforms import BatchTransform, Preprocessing, cropped_on_cpu, kept_side
+from pipeline.transforms import BatchTransform, cropped_on_cpu
 from pipeline.weights import LoadReport
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness

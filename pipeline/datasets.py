@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.config import did_you_mean
 from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
 from pipeline.folders import read_class_folders
 from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
@@ -73,9 +73,7 @@ def check_dataset_name(name: str) -> None:
         raise ValueError(f"No folder {name!r}. Check the path (the working folder is {Path.cwd()}).")
     if HUB_ID.fullmatch(name):
         return
-    close = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    known = ", ".join(DATASETS)
+    hint, known = did_you_mean(name, DATASETS), ", ".join(DATASETS)
     raise ValueError(f"Unknown dataset {name!r}.{hint} Known: {known}; or a folder, or a Hub id (owner/name).")
 
 

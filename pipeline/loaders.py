@@ -16,24 +16,17 @@ from torch import Tensor
 
 from pipeline.cores import usable_cores
 from pipeline.decoded import resident_images
+from pipeline.fitting import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_training, shrink_of_part
 from pipeline.images import BadImage, decode_pixels
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
+from pipeline.preprocessing import Preprocessing, resized_side
 from pipeline.randomness import permutation, uniforms
 from pipeline.screening import complaint
 from pipeline.splits import Split
-from pipeline.transforms import (
-    FIT,
-    NUM_FIT_DRAWS,
-    BatchTransform,
-    Preprocessing,
-    cropped_on_cpu,
-    fit_for_training,
-    resized_side,
-    shrink_of_part,
-)
+from pipeline.transforms import BatchTransform, cropped_on_cpu
 
-DATA_ORDER = 1  # purpose in the addresses of randomness; pipeline.transforms has others
+DATA_ORDER = 1  # purpose in the addresses of randomness; pipeline.fitting and pipeline.transforms have others
 
 Batch = tuple[Tensor, Tensor]
 
@@ -87,7 +80,9 @@ class FittedImages(torch.utils.data.Dataset):
             raise BadImage(
                 f"{complaint(self.split, row, error)} Mend or remove it, or leave out such images with --on_bad_image skip."
             ) from error
-        return fit_for_training(pixels, self.preprocessing, self.augment, draws)
+        if self.is_cropped:
+            return fit_for_training(pixels, self.preprocessing, draws)
+        return fit_for_eval(pixels, self.preprocessing)
 
 
 class WorkerImages:

@@ -10,9 +10,9 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.optimizers import sam_rho
+from pipeline.preprocessing import Preprocessing
 from pipeline.schedule import first_batch_size
 from pipeline.sharding import is_asked_for
-from pipeline.transforms import Preprocessing
 
 MOMENTS = 2  # tensors of an optimizer's state for each parameter, at most
 

@@ -5,8 +5,8 @@ import os
 import torch
 
 from pipeline.cores import usable_cores
+from pipeline.preprocessing import Preprocessing, kept_side
 from pipeline.splits import Split
-from pipeline.transforms import Preprocessing, kept_side
 
 DEVICE_MEMORY_SHARE = 0.25  # of the device's memory, for a decoded set that stays there
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cores import usable_cores
+from pipeline.fitting import fit_for_eval
 from pipeline.folders import EXTENSIONS, images_below
 from pipeline.images import BadImage, decode_pixels
+from pipeline.preprocessing import Preprocessing
 from pipeline.saved_model import SavedModel
-from pipeline.transforms import BatchTransform, Preprocessing, fit_for_eval
+from pipeline.transforms import BatchTransform
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pipeline import console
 from pipeline.config import Config, did_you_mean
 from pipeline.models import input_settings, load_model, load_published
 from pipeline.parsing import from_yaml
-from pipeline.transforms import Preprocessing
+from pipeline.preprocessing import Preprocessing
 from pipeline.weights import CONFIG_FILE, read_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)

@@ -1,83 +1,23 @@
-"""Images become model input: each is fitted to size on the CPU, batches are augmented and normalised on the device."""
+"""Batches of uint8 images on the device become model input: augmented, resized and normalised."""
 
-import difflib
 import functools
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from pipeline import randaugment
-from pipeline.images import pixels_of
+from pipeline.config import did_you_mean
+from pipeline.fitting import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
+from pipeline.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 from pipeline.randomness import uniforms
 
-# What a draw is for: the last part of its address.
-FIT = 2
-CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003  # pipeline.mixing has 2004 to 2006
+# What a draw is for: the last part of its address. pipeline.mixing has 2004 to 2006.
+CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003
 
-INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
-
-CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # shares of the image; width / height
-ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image; width / height
 SMALLEST_MOVED = 16
-LARGEST_RATIO = 16  # of an image's sides, in evaluation
-KEPT_SHARE = 0.875  # of the side of a photo that is kept on the device is its model's image_size
-NUM_TRIES = 10  # a drawn rectangle that does not fit the image is drawn again
-NUM_BOX_DRAWS = NUM_FIT_DRAWS = 2 + 2 * NUM_TRIES  # place, then the areas and the ratios of the tries
-
-
-def _check_known(what: str, name: str, known: dict) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the model's input.
-
-    mean and std are in units of 0..1, one value for each channel that the model sees. Evaluation resizes the short side
-    to image_size / crop_pct and takes the centre. source_size is set for sets of small images of one size and kind:
-    they keep that size until they are on the device; None means photos, each fitted to image_size on the CPU, or to
-    the square of side kept_size from which the device cuts its random parts.
-    Raises ValueError for values that do not belong together.
-    """
-
-    image_size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    source_size: int | None = None
-    kept_size: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_known("interpolation", self.interpolation, INTERPOLATIONS)
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels is {self.channels}; a model sees 1 (grey) or 3 (colour).")
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean {self.mean} and std {self.std} must each have {self.channels} values, as channels.")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}; every value must be above 0.")
-        if min(self.image_size, self.source_size or 1) < 1:
-            raise ValueError(f"image_size {self.image_size} and source_size {self.source_size} must be 1 or more.")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1.")
-
-    @property
-    def fitted_size(self) -> int:
-        """The side of an image as it travels to the device."""
-        return self.source_size or self.kept_size or self.image_size
-
-
-def kept_side(preprocessing: Preprocessing) -> int:
-    """The side of the square at which a photo is kept for training on the device, in pixels: 256 for 224."""
-    return math.ceil(preprocessing.image_size / KEPT_SHARE)
 
 
 @dataclass(frozen=True)
@@ -96,102 +36,9 @@ AUGMENTS = {
 }
 
 
-def resized_side(preprocessing: Preprocessing) -> int:
-    """The short side of an image before evaluation takes its centre, in pixels."""
-    return int(preprocessing.image_size / preprocessing.crop_pct)
-
-
-def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """The image's centre at the size that travels to the device; uint8 [C, S, S], S = preprocessing.fitted_size.
-
-    image: mode "L" or "RGB", or uint8 [C, H, W]. The short side is resized and the centre cut out; of small images and
-    of photos that are kept larger, BatchTransform does that later. A photo has the model's channels, since photos of
-    one set may be grey or in colour; a grey image of a small set keeps one channel until it is on the device.
-    """
-    pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
-    is_final = size == preprocessing.image_size and not preprocessing.source_size
-    short = resized_side(preprocessing) if is_final else size
-    height, width = pixels.shape[1:]
-    if height == width == short == size:
-        return pixels.contiguous()
-    if max(height, width) > LARGEST_RATIO * min(height, width):  # else a strip would grow huge to be cut at its centre
-        height, width = (min(side, LARGEST_RATIO * min(height, width)) for side in (height, width))
-        pixels = _centre(pixels, height, width)
-    wide, high = (short, int(short * height / width)) if width < height else (int(short * width / height), short)
-    return _centre(_resize_pixels(pixels, high, wide, preprocessing), size, size).contiguous()
-
-
-def fit_for_training(
-    image: Image.Image | torch.Tensor, preprocessing: Preprocessing, augment: str, draws: np.ndarray
-) -> torch.Tensor:
-    """A random part of a photo, resized; uint8 [C, S, S]. As fit_for_eval where the device crops, or augment is 'none'.
-
-    draws: float64 [NUM_FIT_DRAWS] from [0, 1). The part covers 8 to 100 % of the area with a side ratio of 3:4 to 4:3
-    (https://arxiv.org/abs/1409.4842).
-    """
-    if not cropped_on_cpu(preprocessing, augment):
-        return fit_for_eval(image, preprocessing)
-    pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
-    left, top, right, bottom = random_part(pixels.shape[2], pixels.shape[1], draws)
-    return _resize_pixels(pixels[:, top:bottom, left:right], size, size, preprocessing).contiguous()
-
-
 def cropped_on_cpu(preprocessing: Preprocessing, augment: str) -> bool:
-    """Whether fit_for_training takes random parts: of photos, unless they are kept larger and cropped on the device."""
-    return preprocessing.fitted_size == preprocessing.image_size and (
-        preprocessing.source_size is None and AUGMENTS[augment].crop_and_flip
-    )
-
-
-def shrink_of_part(width: int, height: int, preprocessing: Preprocessing, draws: np.ndarray) -> int:
-    """1, 2, 4 or 8: how much smaller a JPEG may be decoded so that its random part still has the fitted size."""
-    left, top, right, bottom = random_part(width, height, draws)
-    ratio = min(right - left, bottom - top) / preprocessing.fitted_size
-    return next(factor for factor in (8, 4, 2, 1) if ratio >= factor or factor == 1)
-
-
-def random_part(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part of an image, in pixels. draws: [NUM_BOX_DRAWS] from [0, 1).
-
-    If no try fits, the largest centre with an allowed side ratio.
-    """
-    x_draw, y_draw, *tries = draws.tolist()
-    for area_draw, ratio_draw in zip(tries[:NUM_TRIES], tries[NUM_TRIES:], strict=True):
-        area = width * height * (CROP_AREA[0] + area_draw * (CROP_AREA[1] - CROP_AREA[0]))
-        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio_draw
-        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < high <= height:
-            left, top = int(x_draw * (width - wide + 1)), int(y_draw * (height - high + 1))
-            return left, top, left + wide, top + high
-    wide, high = min(width, round(height * CROP_RATIO[1])), min(height, round(width / CROP_RATIO[0]))
-    left, top = (width - wide) // 2, (height - high) // 2
-    return left, top, left + wide, top + high
-
-
-def _pixels(image: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    if isinstance(image, torch.Tensor):
-        return image
-    if preprocessing.channels == 1 and image.mode != "L":
-        image = image.convert("L")
-    elif preprocessing.channels == 3 and image.mode == "L" and not preprocessing.source_size:
-        image = image.convert("RGB")
-    return pixels_of(image)
-
-
-def _centre(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    top, left = round((pixels.shape[1] - height) / 2), round((pixels.shape[2] - width) / 2)
-    return pixels[:, top : top + height, left : left + width]
-
-
-def _resize_pixels(pixels: torch.Tensor, height: int, width: int, preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8 [C, height, width], antialiased; within one level of 255 of Pillow's resize, in a third of the time.
-
-    The odd image of another size in a set of small ones does not depend on the model: it gets its filter on the device.
-    """
-    if pixels.shape[1:] == (height, width):
-        return pixels
-    mode = INTERPOLATIONS["bicubic" if preprocessing.source_size else preprocessing.interpolation]
-    return F.interpolate(pixels[None], (height, width), mode=mode, antialias=mode != "nearest-exact")[0]
+    """Whether training fits random parts of images: of photos, unless they are kept larger and cropped on the device."""
+    return AUGMENTS[augment].crop_and_flip and not (preprocessing.source_size or preprocessing.kept_size)
 
 
 class BatchTransform:
@@ -214,7 +61,8 @@ class BatchTransform:
         seed: int,
         channels_last: bool = False,
     ) -> None:
-        _check_known("augment", augment, AUGMENTS)
+        if augment not in AUGMENTS:
+            raise ValueError(f"Unknown augment {augment!r}.{did_you_mean(augment, AUGMENTS)} Known: {', '.join(AUGMENTS)}.")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing is {random_erasing}; it is a probability, from 0 to 1.")
         self.preprocessing = preprocessing

@@ -40,9 +40,10 @@ FLOORS = [
         "cache",
         "lanes",
         "small_models",
+        "preprocessing",
     },
-    {"dataset_table", "splits", "transforms", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
-    {"known_sets"},
+    {"dataset_table", "splits", "fitting", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
+    {"known_sets", "transforms"},
     {
         "folders",
         "hub",

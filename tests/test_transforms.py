@@ -1,4 +1,4 @@
-"""transforms and randaugment: what an image, a batch and a pair of samples become."""
+"""fitting, transforms, randaugment and mixing: what an image, a batch and a pair of samples become."""
 
 import math
 from typing import Any
@@ -9,20 +9,13 @@ import torch
 from PIL import Image
 
 from pipeline import randaugment
+from pipeline.fitting import NUM_FIT_DRAWS, fit_for_eval, fit_for_training, random_part
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
+from pipeline.preprocessing import Preprocessing
 from pipeline.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
 from pipeline.randomness import uniforms
-from pipeline.transforms import (
-    AUGMENTS,
-    NUM_FIT_DRAWS,
-    BatchTransform,
-    Preprocessing,
-    erased_boxes,
-    fit_for_eval,
-    fit_for_training,
-    random_part,
-)
+from pipeline.transforms import AUGMENTS, BatchTransform, cropped_on_cpu, erased_boxes
 
 POLICIES = {"randaugment": RANDAUGMENT, "trivialaugment": TRIVIALAUGMENT}
 BLENDS = ["brightness", "color", "contrast", "sharpness"]
@@ -100,10 +93,15 @@ def test_training_fit_is_the_drawn_part_resized() -> None:
     part = random_part(*image.size, draws)
     assert part != (0, 0, 120, 90)
     expected = np.asarray(image.crop(part).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
-    fitted = fit_for_training(image, photos(), "light", draws).permute(1, 2, 0).numpy().astype(int)
+    fitted = fit_for_training(image, photos(), draws).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(fitted - expected).mean() < 8  # the resize may look past the part's edge and average by whole factors
-    assert np.array_equal(fit_for_training(image, photos(), "none", draws), fit_for_eval(image, photos()))
-    assert np.array_equal(fit_for_training(image, small(), "light", draws), fit_for_eval(image, small()))
+
+
+def test_only_photos_that_are_augmented_are_cropped_before_the_device() -> None:
+    assert cropped_on_cpu(photos(), "light")
+    assert not cropped_on_cpu(photos(), "none")
+    assert not cropped_on_cpu(photos(kept_size=32), "light")
+    assert not cropped_on_cpu(small(), "light")
 
 
 def test_random_parts_have_the_published_areas_and_ratios() -> None:
@@ -501,7 +499,7 @@ def test_preprocessing_refuses_what_does_not_fit(wrong: dict, message: str) -> N
 
 
 def test_wrong_settings_are_refused_with_a_hint() -> None:
-    with pytest.raises(ValueError, match="Unknown augment 'lihgt'. Did you mean 'light'. Known: light, none, "):
+    with pytest.raises(ValueError, match="Unknown augment 'lihgt'. Did you mean 'light'. Known: none, light, "):
         transform(small(), augment="lihgt")
     with pytest.raises(ValueError, match="random_erasing is 1.5"):
         transform(small(), random_erasing=1.5)

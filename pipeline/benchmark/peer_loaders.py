@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
-from pipeline.transforms import CROP_AREA, CROP_RATIO, SMALLEST_MOVED
+from pipeline.fitting import CROP_AREA, CROP_RATIO
+from pipeline.transforms import SMALLEST_MOVED
 
 POLICIES = {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}
 
