@@ -40,6 +40,7 @@ from pipeline.transforms import BatchTransform, cropped_on_cpu
 from pipeline.weights import LoadReport
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
+EVAL_BATCH = 2  # of a training batch: evaluation keeps no activations, so this fits wherever training does
 
 
 def check_settings(config: Config) -> None:
@@ -275,7 +276,8 @@ def make_loader(
         "mixup": config.mixup if training else 0.0,
         "cutmix": config.cutmix if training else 0.0,
         "num_classes": len(dataset.class_names),
-        "eval_batch_size": config.images_at_once or math.ceil(first_batch_size(config) / accelerator.num_processes),
+        "eval_batch_size": config.images_at_once
+        or EVAL_BATCH * math.ceil(first_batch_size(config) / accelerator.num_processes),
     }
     images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
     if isinstance(split, StreamedSplit):

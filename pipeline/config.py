@@ -184,7 +184,9 @@ class Config:
     channels_last: bool | None = setting(
         None, "keep images and convolutions in channels-last order; null does for convolutional models"
     )
-    compile: bool = setting(False, "compile the model with torch.compile")
+    compile: bool | Literal["reduce-overhead"] = setting(
+        False, "compile the model with torch.compile; reduce-overhead also has a GPU replay each pass as a CUDA graph"
+    )
     sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes together")
 
     output_dir: str = setting("runs", "folder that holds the runs")
@@ -211,6 +213,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / str(self.run_name)
+
+    @property
+    def compile_mode(self) -> str | None:
+        """The mode of torch.compile; None is its default."""
+        return None if isinstance(self.compile, bool) else self.compile
 
     @property
     def images_at_once(self) -> int | None:
@@ -249,6 +256,7 @@ def check_limits(config: Config) -> None:
 
 def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     schedule = config.batch_size_schedule
+    has_sam = config.optimizer == "sam" or bool(config.sam_rho)
     steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
     yield config.pretrained and config.init_from is not None, (
         "pretrained and init_from both say where the weights start from; leave one of them out."
@@ -264,6 +272,10 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     )
     yield config.loader == "stream" and config.on_bad_image == "skip", (
         "on_bad_image skip looks at every image before training, which a stream does not; mend the set, or take loader workers."
+    )
+    yield config.compile_mode is not None and (config.micro_batch_size is not None or has_sam), (
+        "compile reduce-overhead replays one pass a step into the same memory; micro_batch_size and SAM take several. "
+        "Use compile true."
     )
     yield any(step <= 0 for step in steps) or steps != sorted(steps), (
         f"step_epochs {config.step_epochs} must be above 0, and rising when it is a list."

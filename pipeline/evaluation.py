@@ -11,7 +11,6 @@ from pipeline.sharding import is_sharded
 from pipeline.stream import AnyLoader
 
 
-@torch.no_grad()  # FSDP2 could not train any more with weights that it gathered in inference mode
 def evaluate(
     model: nn.Module, loader: AnyLoader, accelerator: Accelerator, calibration: Tensor | None = None
 ) -> tuple[dict[str, float | int], Tensor]:
@@ -25,17 +24,19 @@ def evaluate(
     was_training = model.training
     model.eval()
     num_batches = 0
-    for images, labels in loader.eval_epoch():
-        with accelerator.autocast():
-            logits = model(images).float()
-        num_batches += 1
-        add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
-        add_confusion(confusion, logits, labels)
-        if calibration is not None:
-            add_calibration(calibration, logits, labels)
-    if is_sharded(model):  # every rank is needed for every pass of any
-        assert isinstance(loader, Loader), "a stream is refused before"
-        for _ in range(loader.most_eval_batches() - num_batches):
-            model(loader.blank_image())
+    # FSDP2 could not train any more with weights that it gathered in inference mode
+    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        for images, labels in loader.eval_epoch():
+            with accelerator.autocast():
+                logits = model(images).float()
+            num_batches += 1
+            add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
+            add_confusion(confusion, logits, labels)
+            if calibration is not None:
+                add_calibration(calibration, logits, labels)
+        if is_sharded(model):  # every rank is needed for every pass of any
+            assert isinstance(loader, Loader), "a stream is refused before"
+            for _ in range(loader.most_eval_batches() - num_batches):
+                model(loader.blank_image())
     model.train(was_training)
     return figures(accelerator.reduce(sums)), accelerator.reduce(confusion)

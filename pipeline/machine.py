@@ -201,7 +201,7 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     if config.compile:
         # In place: the names in checkpoints stay as they are. Where batches differ, one graph for all sizes from the start,
         # so that none compiles anew in the middle of a run; else one for the very size, which is faster.
-        model.compile(dynamic=True if sizes_vary(config) else None)
+        model.compile(dynamic=True if sizes_vary(config) else None, mode=config.compile_mode)
     return model
 
 

@@ -139,6 +139,12 @@ def test_what_print_config_prints_reads_back_as_the_defaults(tmp_path):
     assert read_config(["--config", str(tmp_path / "printed.yaml")]) == Config()
 
 
+def test_compile_takes_yes_no_or_a_mode():
+    given = {text: read_config([f"--compile={text}"]) for text in ("true", "false", "reduce-overhead")}
+    assert [config.compile for config in given.values()] == [True, False, "reduce-overhead"]
+    assert [config.compile_mode for config in given.values()] == [None, None, "reduce-overhead"]
+
+
 def test_an_argument_that_the_wandb_agent_adds_is_passed_over():
     assert parse_config(["--lr=0.5", "--_wandb={'x': 1}"]).lr == 0.5
 
@@ -158,6 +164,10 @@ def test_an_argument_that_the_wandb_agent_adds_is_passed_over():
         (["--batch_size_schedule", "{50: 4}"], ["epochs 8"]),
         (["--step_epochs", "[4, 2]"], ["rising"]),
         (["--pretrained", "true", "--init_from", "x"], ["leave one of them out"]),
+        (["--compile", "reduce-overhaed"], ["true or false or one of reduce-overhead", "Did you mean 'reduce-overhead'"]),
+        (["--compile", "reduce-overhead", "--micro_batch_size", "auto"], ["one pass a step", "Use compile true"]),
+        (["--compile", "reduce-overhead", "--optimizer", "sam"], ["one pass a step"]),
+        (["--compile", "reduce-overhead", "--sam_rho", "0.1"], ["one pass a step"]),
         (["--warmup_epochs", "30"], ["warmup_epochs 30.0 must be below epochs 8"]),
         (["--run_name", "a/b"], ["plain folder name"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),

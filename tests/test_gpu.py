@@ -95,6 +95,14 @@ def test_overflows_are_skipped_counted_and_recovered_from(train_on_gpu, optimize
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
+def test_passes_that_are_replayed_as_cuda_graphs_train_alike(train_on_gpu, mixed_precision):
+    settings = {"mixed_precision": mixed_precision, "ema_decay": 0.5, "clip_grad_norm": 1.0, "drop_last": False}
+    plain = losses_of(train_on_gpu("plain", **settings))
+    replayed = losses_of(train_on_gpu("replayed", compile="reduce-overhead", **settings))
+    assert replayed == pytest.approx(plain, rel=0.02 if mixed_precision == "no" else 0.1)
+
+
 def test_a_resumed_run_takes_up_the_loss_scale_and_ends_the_same(train_on_gpu):
     # a model without convolutions: cuDNN's are not the same from run to run
     settings = {

@@ -401,19 +401,23 @@ def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_nam
     assert with_channels_last(Config(channels_last=given), model, Accelerator()).channels_last is expected
 
 
-def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeypatch):
+@pytest.mark.parametrize(
+    "how, mode, settings",
+    [(True, None, {"optimizer": "sam"}), ("reduce-overhead", "reduce-overhead", {"clip_grad_norm": 1.0})],
+)
+def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeypatch, how, mode, settings):
     # traced as ever, but run without the C++ compiler, which takes a minute
-    compiled, plain_compile = [], torch.nn.Module.compile
+    modes, plain_compile = [], torch.nn.Module.compile
 
-    def compile_fast(model: torch.nn.Module, dynamic: bool | None) -> None:
-        compiled.append(model)
+    def compile_fast(model: torch.nn.Module, dynamic: bool | None, mode: str | None) -> None:
+        modes.append(mode)
         plain_compile(model, backend="aot_eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_fast)
-    settings = {"optimizer": "sam", "ema_decay": 0.5, "log_every": 1}
-    summary, ours = run_training(run_name="compiled", compile=True, **settings)
+    settings = {"ema_decay": 0.5, "log_every": 1, **settings}
+    summary, ours = run_training(run_name="compiled", compile=how, **settings)
     _, theirs = run_training(run_name="plain", **settings)
-    assert len(compiled) == 1 and losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
+    assert modes == [mode] and losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
     for name in ("model", "ema"):
         assert checkpoint_of(ours, 10, name).keys() == weights_of(theirs).keys()
     assert weights_of(ours).keys() == weights_of(theirs).keys()
@@ -437,7 +441,7 @@ def test_no_epoch_but_the_first_compiles_a_model_anew(run_training, monkeypatch,
 
     torch._dynamo.reset()
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda model, dynamic: plain_compile(model, backend=count, dynamic=dynamic)
+        torch.nn.Module, "compile", lambda model, dynamic, mode: plain_compile(model, backend=count, dynamic=dynamic)
     )
     _, run_dir = run_training(compile=True, batch_size=24, **settings)
     assert len({line["batch_size"] for line in lines_of(run_dir) if "lr" in line}) == (3 if "epochs" in settings else 1)

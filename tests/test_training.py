@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun
 
@@ -16,6 +17,7 @@ from pipeline.assembly import make_loader
 from pipeline.config import Config
 from pipeline.failures import TrainingFailed
 from pipeline.metrics import add_batch
+from pipeline.small_models import SimpleMLP
 
 
 def train_losses(run_dir: Path) -> list[float]:
@@ -69,6 +71,25 @@ def test_a_step_looks_for_no_package_and_asks_for_no_stack(run_training, monkeyp
     first_step, last_step = counts[1], counts[-1]
     assert summary["steps"] == 5 and len(counts) == 11
     assert first_step == last_step, asked[first_step:]
+
+
+@pytest.mark.parametrize("micro_batch_size, most", [(None, 32), (8, 8)])
+def test_evaluation_takes_twice_a_training_batch_in_inference_mode(run_training, micro_batch_size, most):
+    passes = []
+
+    def note(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(model, SimpleMLP) and len(inputs[0]) > 1:  # one image is looked at before training
+            passes.append((model.training, torch.is_inference_mode_enabled(), len(inputs[0])))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        run_training(val_fraction=0.0, epochs=1, micro_batch_size=micro_batch_size)
+    finally:
+        hook.remove()
+    assert {inference for training, inference, _ in passes if training} == {False}
+    assert {inference for training, inference, _ in passes if not training} == {True}
+    assert max(size for training, _, size in passes if training) == (micro_batch_size or 16)
+    assert max(size for training, _, size in passes if not training) == most
 
 
 def test_the_steps_losses_average_to_the_epochs_loss(run_training):

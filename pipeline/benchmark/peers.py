@@ -40,7 +40,7 @@ def make_model(config: Config, data: dict[str, Any], device: torch.device) -> tu
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:
-        model.compile()
+        model.compile(mode=config.compile_mode)
     optimizer = create_optimizer(model, config, config.mixed_precision or "no")
     set_lr(optimizer, peak_lr(config))
     return model.train(), optimizer
