@@ -27,7 +27,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--hub_config", help="of --dataset, as train.py's")
     text = "none or flip: the mean of the probabilities of an image and its mirror image"
     parser.add_argument("--tta", type=one_of("none", "flip"), default="none", help=text)
-    parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; else the run's, or 64")
+    parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; else those of the run, or 64")
     parser.add_argument("--num_workers", type=at_least(0), help="decoding processes per process; else by the cores")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
     precisions = one_of("no", "fp16", "bf16")

@@ -100,7 +100,7 @@ def settings_of(saved: SavedModel, args: argparse.Namespace) -> Config:
     given = [name for name, value in of_set.items() if value is not None]
     if args.dataset is None and given:
         raise ValueError(f"--{given[0]} goes with --dataset; without it the run's own set is evaluated as it was.")
-    config = saved.config or Config(batch_size=DEFAULT_BATCH_SIZE)
+    config = saved.config or Config(micro_batch_size=DEFAULT_BATCH_SIZE)
     changes: dict[str, Any] = {"gradient_checkpointing": False, "log_with": None}
     changes["mixed_precision"] = args.mixed_precision or precision_of(saved.run_dir) or config.mixed_precision
     if args.batch_size is not None:

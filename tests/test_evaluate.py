@@ -85,7 +85,7 @@ def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, ph
 
 def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(run_training, capsys):
     summary, run_dir = run_training()
-    told = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "16")
+    told = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
     assert figures(told) == figures(summary["test"])
     told = evaluated(capsys, f"local-dir:{run_dir / 'model'}", "--dataset", "digits", "--batch_size", "50")
     assert told["confusion_matrix"] == summary["test"]["confusion_matrix"]
