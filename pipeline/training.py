@@ -42,7 +42,7 @@ from pipeline.plan import lr_of_step, plan_text
 from pipeline.randomness import address
 from pipeline.resume import ended_summary
 from pipeline.run import Run
-from pipeline.sam import perturbed, sharpness_norm, weights_and_gradients
+from pipeline.sam import perturbed, sharpness_norm
 from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
 from pipeline.sharding import whole
 from pipeline.shards import LostShard
@@ -244,13 +244,11 @@ def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> lis
 def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:
     """Puts the gradient at SAM's perturbed weights in place of that at the weights.
 
-    Under fp16 an overflow of any rank's first gradient becomes everybody's: the scaler then skips the step on all of them.
+    Under fp16 an overflow of a rank's first gradient makes its perturbed weights NaN (inf times a radius of 0), and so the
+    second gradient of all ranks: the scaler skips the step on each of them, and no rank has to wait to find out.
     """
     model = state.bare_model
     norm = sharpness_norm(model, config.sam_adaptive)
-    if accelerator.scaler is not None and not bool(accelerator.gather(norm.reshape(1)).isfinite().all()):
-        weights_and_gradients(model)[1][0].fill_(torch.inf)
-        return
     with perturbed(model, sam_rho(config), config.sam_adaptive, norm):
         accumulate_gradient(state, share, config, accelerator, sync=True, sums=None)
 

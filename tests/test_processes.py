@@ -95,13 +95,14 @@ class Stepping:
             share.images[0, 0, 0, 0] = pixel
         train_step(self.state, share, self.config, self.accelerator)
 
-    def overflow_in_second_pass(self) -> None:
-        """Makes every backward pass of the second rank but its next one infinite."""
+    def overflow_in(self, where: str) -> None:
+        """Makes the second rank's next backward pass infinite, if where is in the first pass, or else every one but that."""
         backward, calls = self.accelerator.backward, []
 
         def overflowing(loss: torch.Tensor) -> None:
             calls.append(loss)
-            backward(loss * (math.inf if len(calls) > 1 and self.accelerator.process_index == 1 else 1.0))
+            is_hit = (len(calls) == 1) == where.startswith("first pass") and self.accelerator.process_index == 1
+            backward(loss * (math.inf if is_hit else 1.0))
 
         setattr(self.accelerator, "backward", overflowing)
 
@@ -119,9 +120,9 @@ def overflow_facts(where: str, settings: dict[str, Any]) -> dict[str, Any]:
     backward = stepping.accelerator.backward
     stepping.step(seed=0)
     before = everything(stepping.state)
-    if where == "second pass":
-        stepping.overflow_in_second_pass()
-    stepping.step(seed=1, pixel=None if where == "second pass" else math.inf)
+    if where != "plain step":
+        stepping.overflow_in(where)
+    stepping.step(seed=1, pixel=math.inf if where == "plain step" else None)
     setattr(stepping.accelerator, "backward", backward)
     facts = {
         "unchanged": same(everything(stepping.state), before),

@@ -221,7 +221,7 @@ def test_a_scaled_step_is_the_unscaled_one(optimizer, sam_rho, micro_batch_size)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-@pytest.mark.parametrize("overflow_in", ["first pass", "second pass", "plain step"])
+@pytest.mark.parametrize("overflow_in", ["both passes", "first pass", "second pass", "plain step"])
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_an_overflow_skips_the_whole_step_and_changes_nothing(optimizer, overflow_in, micro_batch_size, monkeypatch):
     rho = 0.0 if overflow_in == "plain step" else 0.05
@@ -233,12 +233,13 @@ def test_an_overflow_skips_the_whole_step_and_changes_nothing(optimizer, overflo
     train_step(state, batch(dtype=torch.float32), config, accelerator)
     before, scale = everything(state), accelerator.scaler.get_scale()
     share = batch(seed=1, dtype=torch.float32)
-    if overflow_in == "second pass":
+    if overflow_in in ("first pass", "second pass"):
         backward, calls, per_pass = accelerator.backward, [], 1 if micro_batch_size is None else 4
 
         def overflowing(loss):
             calls.append(loss)
-            backward(loss * (OVERFLOW if len(calls) > per_pass else 1.0))
+            is_hit = len(calls) > per_pass if overflow_in == "second pass" else len(calls) == 1
+            backward(loss * (OVERFLOW if is_hit else 1.0))
 
         monkeypatch.setattr(accelerator, "backward", overflowing)
     else:
