@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import flags, lines_of, run_process, same_weights, timeless, torchrun
+from conftest import lines_of, same_weights, timeless
 
 from pipeline import training
 from pipeline.assembly import make_loader
@@ -147,29 +147,6 @@ def test_loaders_and_workers_give_the_same_run(run_training, num_workers):
     _, device = run_training(run_name="device", loader="device")
     _, workers = run_training(run_name="workers", loader="workers", num_workers=num_workers)
     assert timeless(lines_of(device)) == timeless(lines_of(workers)) and same_weights(device, workers)
-
-
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    # 37 samples a batch: the ranks' shares are uneven, the last batch is short
-    settings = {
-        "output_dir": tmp_path,
-        "batch_size": 37,
-        "drop_last": False,
-        "epochs": 2,
-        "log_every": 1,
-        "cutmix": 1.0,
-    }
-    one = run_process("train.py", *flags(**settings, run_name="one"))
-    assert one.returncode == 0, one.stderr
-    two = torchrun(2, *flags(**settings, run_name="two"))
-    assert two.returncode == 0, two.stderr
-    ours, theirs = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert len(ours) == len(theirs) > 8
-    for our, their in zip(ours, theirs):
-        assert our["loss"] == pytest.approx(their["loss"], rel=1e-6)
-        assert [our.get(key) for key in ("accuracy", "num_samples")] == [
-            their.get(key) for key in ("accuracy", "num_samples")
-        ]
 
 
 def test_a_setting_without_effect_is_told_at_the_start(run_training, capsys):
