@@ -11,9 +11,12 @@ from pipeline.parsing import parse_config
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 128 + n stopped by signal n."""
     config = parse_config(argv)
+    # after the settings: a misspelt one costs no import of torch
     from pipeline.failures import Interrupted, TrainingFailed
-    from pipeline.training import train  # after the settings: a misspelt one costs no import of torch
+    from pipeline.peers import part
+    from pipeline.training import train
 
+    status = 0
     try:
         train(config)
     except ValueError as error:
@@ -23,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(error)
         return 1
     except Interrupted as interruption:
-        return 128 + interruption.signal_number
+        status = 128 + interruption.signal_number
     except KeyboardInterrupt:  # before the first step
         return 130
-    return 0
+    part()
+    return status
 
 
 if __name__ == "__main__":

@@ -90,9 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().read(argv)
 
     def run() -> int:
-        from pipeline.saved_evaluation import evaluate_saved  # after the arguments: --help costs no import of torch
+        from pipeline.peers import part  # after the arguments: --help costs no import of torch
+        from pipeline.saved_evaluation import evaluate_saved
 
         result = evaluate_saved(args)
+        part()
         if result is not None:
             print(json.dumps(result) if args.json else report(result))
         return 0

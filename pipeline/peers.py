@@ -1,4 +1,4 @@
-"""The processes of one run fail together: each learns what ended another, instead of waiting for it."""
+"""The processes of one run end together: each learns what ended another, instead of waiting for it."""
 
 import contextlib
 import json
@@ -30,6 +30,16 @@ def failing_together() -> Iterator[None]:
             tell(error)
             raise
         raise TrainingFailed(f"Another process ended: {heard()}") from error
+
+
+def part() -> None:
+    """Ends the processes' group, where there is one: at the end of a program that all of them reach.
+
+    Where it is left out, torch now and then aborts a program that has ended well, while threads of the group still run
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_lost_process(error: Exception) -> bool:

@@ -59,7 +59,10 @@ def run_main(folder: str, name: str) -> None:
 
     rank = os.environ["RANK"]
     sys.stdout = sys.stderr = open(f"{folder}/{name}-{rank}.txt", "w", buffering=1)
-    sys.exit(train.main(flags(output_dir=folder, run_name=name, **SETTINGS)))
+    status = train.main(flags(output_dir=folder, run_name=name, **SETTINGS))
+    in_group = sys.modules["torch"].distributed.is_initialized()
+    Path(folder, f"{name}-{rank}-{'in' if in_group else 'out_of'}_group").touch()
+    sys.exit(status)
 
 
 def train_without_data(folder: str, name: str) -> None:
@@ -124,6 +127,12 @@ def end_of(forked: Path, name: str) -> tuple[list[int], list[str], dict[str, Any
     last = [(forked / f"{name}-{rank}.txt").read_text().splitlines()[-1:] for rank in (0, 1)]
     path = forked / name / "summary.json"
     return statuses, [line for lines in last for line in lines], json.loads(path.read_text()) if path.is_file() else {}
+
+
+def test_processes_part_before_they_end(forked):
+    """Or torch may abort one that has ended well."""
+    found = sorted(path.name for path in forked.glob("*_group") if path.name.startswith("whole"))
+    assert found == ["whole-0-out_of_group", "whole-1-out_of_group"]
 
 
 def test_a_killed_process_ends_the_other_with_a_clear_message(forked):

@@ -20,6 +20,10 @@ def main(argv: list[str]) -> int:
         return 2
     if os.environ.get("RANK", "0") == "0":
         write_json(Path(result_path), result)
+    if "RANK" in os.environ:
+        from pipeline.peers import part  # only here: startup times a process without torch
+
+        part()
     return 0
 
 
