@@ -236,6 +236,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
+def check_known(what: str, name: Any, known: Iterable[str]) -> None:
+    """Raises ValueError when the name is not one of the known ones, which the message lists."""
+    known = list(known)
+    if name not in known:
+        raise ValueError(f"Unknown {what} {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}.")
+
+
 def check_limits(config: Config) -> None:
     """Raises ValueError when a number is outside the limits of its field, or settings contradict one another."""
     holds = {

@@ -23,9 +23,9 @@ def evaluate(
     confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
     was_training = model.training
     model.eval()
-    num_batches = 0
+    num_batches, sharded = 0, is_sharded(model)
     # FSDP2 could not train any more with weights that it gathered in inference mode
-    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+    with torch.no_grad() if sharded else torch.inference_mode():
         for images, labels in loader.eval_epoch():
             with accelerator.autocast():
                 logits = model(images).float()
@@ -34,7 +34,7 @@ def evaluate(
             add_confusion(confusion, logits, labels)
             if calibration is not None:
                 add_calibration(calibration, logits, labels)
-        if is_sharded(model):  # every rank is needed for every pass of any
+        if sharded:  # every rank is needed for every pass of any
             assert isinstance(loader, Loader), "a stream is refused before"
             for _ in range(loader.most_eval_batches() - num_batches):
                 model(loader.blank_image())

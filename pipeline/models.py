@@ -19,7 +19,7 @@ from timm.models import (
 )
 from torch import nn
 
-from pipeline.config import did_you_mean
+from pipeline.config import check_known, did_you_mean
 from pipeline.small_models import SimpleMLP
 from pipeline.stems import SMALL_IMAGE_SIZE, SMALL_STEM_SUFFIX, is_small_stem, is_small_stem_possible, with_small_stem
 from pipeline.weights import (
@@ -143,8 +143,7 @@ def default_image_size(name: str, pretrained: bool) -> int:
 
 def _with_stem(name: str, stem: str, image_size: int, pretrained: bool, init_from: str | Path | None) -> str:
     """The name of the model to build: `name`, or its registered variant with a small stem."""
-    if stem not in STEM_CHOICES:
-        raise ValueError(f"Unknown stem {stem!r}.{did_you_mean(stem, STEM_CHOICES)} Known: {', '.join(STEM_CHOICES)}.")
+    check_known("stem", stem, STEM_CHOICES)
     if ":" in name:
         if stem != "auto":
             raise ValueError(f"stem {stem!r} does not apply to {name!r}: what was saved has its stem. Use stem 'auto'.")

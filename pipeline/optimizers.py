@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import DEFAULTS, Config, did_you_mean
+from pipeline.config import DEFAULTS, Config, check_known
 from pipeline.muon import Muon
 from pipeline.schedule import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.sharding import fitted, is_sharded
@@ -98,9 +98,7 @@ OPTIMIZERS = {
 
 def check_optimizer_name(name: str) -> None:
     """Raises ValueError when OPTIMIZERS has no such row."""
-    if name not in OPTIMIZERS:
-        known = ", ".join(sorted(OPTIMIZERS))
-        raise ValueError(f"Unknown optimizer '{name}'.{did_you_mean(name, OPTIMIZERS)} Known: {known}.")
+    check_known("optimizer", name, sorted(OPTIMIZERS))
 
 
 def peak_lr(config: Config) -> float:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.config import did_you_mean
+from pipeline.config import check_known
 
 INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
 
@@ -31,9 +31,7 @@ class Preprocessing:
     kept_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            hint = did_you_mean(self.interpolation, INTERPOLATIONS)
-            raise ValueError(f"Unknown interpolation {self.interpolation!r}.{hint} Known: {', '.join(INTERPOLATIONS)}.")
+        check_known("interpolation", self.interpolation, INTERPOLATIONS)
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; a model sees 1 (grey) or 3 (colour).")
         if not len(self.mean) == len(self.std) == self.channels:

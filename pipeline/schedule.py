@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import Config, did_you_mean
+from pipeline.config import Config, check_known
 
 History = list[dict[str, Any]]
 
@@ -61,8 +61,7 @@ SCHEDULES: dict[str, Callable[[float, History, Config], float]] = {
 
 def check_scheduler_name(name: str) -> None:
     """Raises ValueError when SCHEDULES has no such row."""
-    if name not in SCHEDULES:
-        raise ValueError(f"Unknown scheduler '{name}'.{did_you_mean(name, SCHEDULES)} Known: {', '.join(SCHEDULES)}.")
+    check_known("scheduler", name, SCHEDULES)
 
 
 def after_warmup(progress: float, config: Config) -> float:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import randaugment
-from pipeline.config import did_you_mean
+from pipeline.config import check_known
 from pipeline.fitting import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
 from pipeline.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 from pipeline.randomness import uniforms
@@ -61,8 +61,7 @@ class BatchTransform:
         seed: int,
         channels_last: bool = False,
     ) -> None:
-        if augment not in AUGMENTS:
-            raise ValueError(f"Unknown augment {augment!r}.{did_you_mean(augment, AUGMENTS)} Known: {', '.join(AUGMENTS)}.")
+        check_known("augment", augment, AUGMENTS)
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing is {random_erasing}; it is a probability, from 0 to 1.")
         self.preprocessing = preprocessing
