@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Sequence
 
-from pipeline import console
+from pipeline.common import console
 from pipeline.parsing import parse_config
 
 
@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 128 + n stopped by signal n."""
     config = parse_config(argv)
     # after the settings: a misspelt one costs no import of torch
-    from pipeline.failures import Interrupted, TrainingFailed
+    from pipeline.common.stopping import Interrupted, TrainingFailed
     from pipeline.peers import part
     from pipeline.training import train
 

@@ -14,23 +14,18 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipeline import sharding
+from pipeline.common.randomness import address
+from pipeline.common.system import usable_cores
 from pipeline.config import Config, ignored_settings
-from pipeline.cores import usable_cores
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
 from pipeline.loaders import FittedImages, Loader, make_source
 from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
 from pipeline.memory import with_micro_batch_size
 from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
-from pipeline.optimizers import (
-    check_optimizer_name,
-    classifier_names,
-    create_optimizer,
-    ignored_optimizer_settings,
-)
+from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.placement import choose_loader, choose_num_workers
 from pipeline.preprocessing import Preprocessing, kept_side
-from pipeline.randomness import address
 from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
 from pipeline.screening import without_bad_images
 from pipeline.shards import StreamedSplit

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.files import sync, write_json
+from pipeline.common.files import sync, write_json
 
 Tensors = dict[str, Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.config import did_you_mean
+from pipeline.common.suggestions import did_you_mean
 from pipeline.parsing import fail
 
 

@@ -1,7 +1,6 @@
 """The settings: one flat frozen dataclass, and what its values must and must not be."""
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -228,19 +227,6 @@ class Config:
 DEFAULTS = Config()
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names the close matches, or an empty string when nothing is close."""
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
-
-
-def check_known(what: str, name: Any, known: Iterable[str]) -> None:
-    """Raises ValueError when the name is not one of the known ones, which the message lists."""
-    known = list(known)
-    if name not in known:
-        raise ValueError(f"Unknown {what} {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}.")
 
 
 def check_limits(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import did_you_mean
+from pipeline.common.suggestions import did_you_mean
 from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
 from pipeline.folders import read_class_folders
 from pipeline.hub import is_table_folder, read_hub_set, read_table_folder

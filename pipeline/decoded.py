@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
-from pipeline.console import progress_bar, warn
+from pipeline.common.console import progress_bar, warn
 from pipeline.images import BadImage
 from pipeline.splits import Split
 

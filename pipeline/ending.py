@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pipeline import console
 from pipeline.assembly import Parts
 from pipeline.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
+from pipeline.common import console
+from pipeline.common.stopping import TrainingFailed
 from pipeline.config import Config
 from pipeline.evaluation import evaluate
-from pipeline.failures import TrainingFailed
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.run import Run

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.assembly import load_data
 from pipeline.command_line import CommandFailed
-from pipeline.files import sync, write_json
+from pipeline.common.files import sync, write_json
 from pipeline.images import BadImage
 from pipeline.machine import make_accelerator
 from pipeline.prediction import find_images, read_file, read_image, to_input

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.randomness import permutation, uniforms
+from pipeline.common.randomness import permutation, uniforms
 
 CHUNK_ORDER, WITHIN_WINDOW = 5, 6  # purposes in the addresses of randomness
 FEWEST_LANES, MOST_LANES = 8, 64

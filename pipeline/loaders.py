@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cores import usable_cores
+from pipeline.common.randomness import permutation, uniforms
+from pipeline.common.system import usable_cores
 from pipeline.decoded import resident_images
 from pipeline.fitting import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_training, shrink_of_part
 from pipeline.images import BadImage, decode_pixels
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
 from pipeline.preprocessing import Preprocessing, resized_side
-from pipeline.randomness import permutation, uniforms
 from pipeline.screening import complaint
 from pipeline.splits import Split
 from pipeline.transforms import BatchTransform, cropped_on_cpu

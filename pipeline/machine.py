@@ -1,7 +1,6 @@
 """The machine as it was launched: accelerator, device, precision, and the model and optimizer on them."""
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import warnings
@@ -18,12 +17,10 @@ from torch import nn
 
 from pipeline import sharding
 from pipeline.batchnorm import convert_batchnorm
+from pipeline.common.system import keep_freed_memory
 from pipeline.config import Config
 from pipeline.memory import meet_in_layers
 from pipeline.optimizers import sam_rho
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES, OLD_GLIBCS_MOST = 2**30, 2**25
 
 PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 
@@ -53,19 +50,6 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep up to KEPT_BYTES of freed memory for the next allocations, where it is the allocator.
-
-    Otherwise it returns a step's activations to the system and fetches them again page by page in the next step: of a small
-    convnet, 34,000 pages, 7 % of its time. Does nothing where the environment (MALLOC_TRIM_THRESHOLD_ for one) says how
-    memory is kept. https://man7.org/linux/man-pages/man3/mallopt.3.html
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl, nor on macOS
-    if set_option is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        set_option(M_MMAP_THRESHOLD, KEPT_BYTES) or set_option(M_MMAP_THRESHOLD, OLD_GLIBCS_MOST)
-        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def seed_generators(device: torch.device, seed: int) -> None:

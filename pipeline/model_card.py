@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline import console
 from pipeline.assembly import Parts
+from pipeline.common import console
 from pipeline.config import DEFAULTS, FIELDS, Config
 
 # Where a run lay and who watched it is not part of what the model is.

@@ -19,9 +19,15 @@ from timm.models import (
 )
 from torch import nn
 
-from pipeline.config import check_known, did_you_mean
+from pipeline.common.suggestions import check_known, did_you_mean
 from pipeline.small_models import SimpleMLP
-from pipeline.stems import SMALL_IMAGE_SIZE, SMALL_STEM_SUFFIX, is_small_stem, is_small_stem_possible, with_small_stem
+from pipeline.stems import (
+    SMALL_IMAGE_SIZE,
+    SMALL_STEM_SUFFIX,
+    is_small_stem,
+    is_small_stem_possible,
+    with_small_stem,
+)
 from pipeline.weights import (
     CONFIG_FILE,
     LoadReport,

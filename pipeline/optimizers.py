@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import DEFAULTS, Config, check_known
+from pipeline.common.suggestions import check_known
+from pipeline.config import DEFAULTS, Config
 from pipeline.muon import Muon
 from pipeline.schedule import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.sharding import fitted, is_sharded

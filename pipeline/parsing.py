@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from pipeline.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits, did_you_mean
+from pipeline.common.suggestions import did_you_mean
+from pipeline.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits
 
 
 class SettingsLoader(yaml.SafeLoader):

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pipeline.failures import Interrupted, TrainingFailed
+from pipeline.common.stopping import Interrupted, TrainingFailed
 
 STORE_SECONDS = 5.0  # how long to wait for the launcher's store, which may be gone with the process that kept it
 SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # of a broken collective operation

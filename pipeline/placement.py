@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from pipeline.cores import usable_cores
+from pipeline.common.system import usable_cores
 from pipeline.preprocessing import Preprocessing, kept_side
 from pipeline.splits import Split
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline import console
 from pipeline.assembly import Parts, system_facts
+from pipeline.common import console
 from pipeline.config import Config
 from pipeline.loaders import largest_share
 from pipeline.optimizers import peak_lr

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipeline import console
 from pipeline.command_line import CommandParser, at_least, check_output, exit_status, one_of
+from pipeline.common import console
 
 if TYPE_CHECKING:
     from pipeline.prediction import Answer

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.cores import usable_cores
+from pipeline.common.system import usable_cores
 from pipeline.fitting import fit_for_eval
 from pipeline.folders import EXTENSIONS, images_below
 from pipeline.images import BadImage, decode_pixels

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.config import check_known
+from pipeline.common.suggestions import check_known
 
 INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.common.files import sync, write_atomically
 from pipeline.comparison import ranked
-from pipeline.files import sync, write_atomically
 from pipeline.report_content import best_tested, make_report
 from pipeline.report_page import html_page, markdown_page
 from pipeline.report_tables import results_csv

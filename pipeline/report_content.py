@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.common.console import percent
 from pipeline.comparison import ranked, repeated, score, varied_settings
 from pipeline.comparison_figures import (
     accuracy_against_time,
@@ -19,7 +20,6 @@ from pipeline.comparison_figures import (
     seed_bands,
     throughput,
 )
-from pipeline.console import percent
 from pipeline.figures import AXES, STYLE, Look, curves, looks, png_and_svg, schedules
 from pipeline.importance import FEWEST_RUNS, importances
 from pipeline.report_page import Block, Figure, Gallery, Page, Picture, Section, Views

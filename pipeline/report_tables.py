@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.common.console import duration, percent
 from pipeline.comparison import repeated, score, setting_text, strategy, varied_settings
-from pipeline.console import duration, percent
 from pipeline.run_records import RunRecord, number
 from pipeline.sweep_records import Sweep
 

@@ -10,17 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from pipeline import console
 from pipeline.checkpoint import BadCheckpoint, checkpoint_path
+from pipeline.common import console
+from pipeline.common.files import write_atomically, write_json
+from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
 from pipeline.config import Config, to_yaml
-from pipeline.failures import Interrupted, TrainingFailed
-from pipeline.files import write_atomically, write_json
 from pipeline.lock import RunLock
 from pipeline.metrics import COUNT, LOSS
 from pipeline.resume import check_same_settings, find_starts, fixed_settings, nothing_left, set_newer_aside
 from pipeline.saving import CheckpointWriter
 from pipeline.schedule import best_epoch
-from pipeline.signals import Signals
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import console
 from pipeline.assembly import load_data, make_loader, system_facts
 from pipeline.command_line import CommandFailed
+from pipeline.common import console
 from pipeline.config import Config
 from pipeline.datasets import ImageDataset, check_dataset_name
 from pipeline.evaluation import evaluate

@@ -9,8 +9,9 @@ from typing import Any
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from pipeline import console
-from pipeline.config import Config, did_you_mean
+from pipeline.common import console
+from pipeline.common.suggestions import did_you_mean
+from pipeline.config import Config
 from pipeline.models import input_settings, load_model, load_published
 from pipeline.parsing import from_yaml
 from pipeline.preprocessing import Preprocessing

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import Config, check_known
+from pipeline.common.suggestions import check_known
+from pipeline.config import Config
 
 History = list[dict[str, Any]]
 

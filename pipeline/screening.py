@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
-from pipeline.console import progress_bar, warn
+from pipeline.common.console import progress_bar, warn
 from pipeline.images import BadImage, decode_pixels
 from pipeline.splits import Split
 

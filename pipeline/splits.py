@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.common.randomness import permutation
 from pipeline.images import BadImage
-from pipeline.randomness import permutation
 
 if TYPE_CHECKING:
     import pyarrow as pa

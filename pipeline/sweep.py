@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cores import usable_cores
-from pipeline.signals import Signals
+from pipeline.common.stopping import Signals
+from pipeline.common.system import usable_cores
 from pipeline.sweep_file import Sweep, check_trials, read_sweep
 from pipeline.sweep_trials import (
     Outcome,

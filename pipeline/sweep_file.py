@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import FIELDS, Config, did_you_mean
+from pipeline.common.suggestions import did_you_mean
+from pipeline.config import FIELDS, Config
 from pipeline.parsing import read_config
 from pipeline.sweep_space import Space, read_parameter
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import did_you_mean
-from pipeline.randomness import uniforms
+from pipeline.common.randomness import uniforms
+from pipeline.common.suggestions import did_you_mean
 
 Spec = Mapping[str, Any]
 

@@ -20,8 +20,8 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline import console
-from pipeline.randomness import address
+from pipeline.common import console
+from pipeline.common.randomness import address
 from pipeline.sweep_file import Sweep
 from pipeline.sweep_space import WHOLE, Parameter
 from pipeline.sweep_stopping import keeps_up

@@ -10,8 +10,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from pipeline import console
-from pipeline.files import write_atomically
+from pipeline.common import console
+from pipeline.common.files import write_atomically
 from pipeline.sweep_file import Sweep
 from pipeline.sweep_study import STATUS, reported
 from pipeline.sweep_trials import best_value

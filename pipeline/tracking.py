@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, did_you_mean
-from pipeline.linefile import LineFile
+from pipeline.common.files import LineFile
+from pipeline.common.suggestions import did_you_mean
+from pipeline.config import Config
 
 WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
 

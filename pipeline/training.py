@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline import console
 from pipeline.assembly import (
     Parts,
     assemble,
@@ -26,11 +25,13 @@ from pipeline.assembly import (
     system_facts,
     warnings_of,
 )
+from pipeline.common import console
+from pipeline.common.randomness import address
+from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.config import Config
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluation import evaluate
-from pipeline.failures import Interrupted, TrainingFailed
 from pipeline.images import BadImage
 from pipeline.loaders import is_lost_worker, largest_share, share_of
 from pipeline.machine import make_accelerator, prepared, seed_generators
@@ -39,7 +40,6 @@ from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
 from pipeline.peers import failing_together
 from pipeline.plan import lr_of_step, plan_text
-from pipeline.randomness import address
 from pipeline.resume import ended_summary
 from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import randaugment
-from pipeline.config import check_known
+from pipeline.common.randomness import uniforms
+from pipeline.common.suggestions import check_known
 from pipeline.fitting import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
 from pipeline.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
-from pipeline.randomness import uniforms
 
 # What a draw is for: the last part of its address. pipeline.mixing has 2004 to 2006.
 CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from pipeline.files import sync
+from pipeline.common.files import sync
 
 WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
 

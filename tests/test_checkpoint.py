@@ -15,7 +15,7 @@ from pipeline.checkpoint import (
     recover,
     save_checkpoint,
 )
-from pipeline.files import write_json
+from pipeline.common.files import write_json
 
 
 def save(run_dir, step, value=1.0):

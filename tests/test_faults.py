@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, flags, lines_of, same_weights, timeless
 
 from pipeline import saving
-from pipeline.failures import TrainingFailed
+from pipeline.common.stopping import TrainingFailed
 
 EVERY_STEP = {"checkpoint_every_steps": 1, "log_every": 1, "monitor": "loss"}
 
@@ -177,7 +177,7 @@ def test_what_the_writer_cannot_know_is_not_taken_for_a_full_disk(run_training, 
 
 
 def test_a_file_that_is_refused_half_way_keeps_no_half_line(tmp_path, monkeypatch):
-    from pipeline.linefile import LineFile
+    from pipeline.common.files import LineFile
 
     file = LineFile(tmp_path / "lines", 0)
     file.append("first")

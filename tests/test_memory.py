@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import lines_of, timeless
 
-from pipeline.failures import TrainingFailed
+from pipeline.common.stopping import TrainingFailed
 from pipeline.models import SimpleMLP
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.randomness import address, permutation, uniforms
+from pipeline.common.randomness import address, permutation, uniforms
 
 
 def test_a_sample_draws_the_same_in_any_batch():

@@ -14,8 +14,8 @@ from conftest import lines_of, same_weights, timeless
 
 from pipeline import training
 from pipeline.assembly import make_loader
+from pipeline.common.stopping import TrainingFailed
 from pipeline.config import Config
-from pipeline.failures import TrainingFailed
 from pipeline.metrics import add_batch
 from pipeline.small_models import SimpleMLP
 

@@ -12,8 +12,8 @@ from types import FrameType
 import pipeline.benchmark
 from pipeline.benchmark.measuring import Section
 from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
-from pipeline.cores import usable_cores
-from pipeline.failures import Interrupted, TrainingFailed
+from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.common.system import usable_cores
 
 Parser = argparse.ArgumentParser
 

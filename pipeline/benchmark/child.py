@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.files import write_json
+from pipeline.common.files import write_json
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.benchmark.measuring import Row
-from pipeline.failures import TrainingFailed
+from pipeline.common.stopping import TrainingFailed
 
 SAMPLE_SECONDS = 0.2  # between two looks at the memory of a child
 ENDING_SECONDS = 60.0  # that a child gets to end by itself when it is asked to; torchrun takes 30 of them

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmark.measuring import Section
-from pipeline.console import progress_bar
+from pipeline.common.console import progress_bar
 from pipeline.parsing import read_config
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.console import progress_bar
+from pipeline.common.console import progress_bar
 
 Row = dict[str, Any]
 

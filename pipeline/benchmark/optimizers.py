@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.measuring import Row, Section, summarise
+from pipeline.common.console import progress_bar
 from pipeline.config import Config
-from pipeline.console import progress_bar
 from pipeline.metrics import zero_sums
 from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 

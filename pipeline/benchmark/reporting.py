@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.benchmark.measuring import Row, Section
-from pipeline.cores import usable_cores
-from pipeline.files import write_atomically
+from pipeline.common.files import write_atomically
+from pipeline.common.system import usable_cores
 
 CURVE_ROWS = 16  # of a curve, in the terminal; the rest is in the files
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pytorch-accelerated")

@@ -9,7 +9,7 @@ from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import prepared
 from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
 from pipeline.benchmark.reporting import number
-from pipeline.cores import usable_cores
+from pipeline.common.system import usable_cores
 from pipeline.parsing import read_config
 
 

@@ -1,14 +1,43 @@
-"""A file that grows by whole lines, and keeps what a full or lost disk does not take until it does."""
+"""Files that a reader never sees half of: written aside, synced and renamed; and a log file that grows by whole lines."""
 
+import json
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from pipeline import console
-from pipeline.files import write_atomically
+from pipeline.common import console
 
 WARN_EVERY_SECONDS = 60.0
+
+
+def sync(path: Path) -> None:
+    """Waits until the file, or the list of names in the folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:  # a full disk
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 class LineFile:

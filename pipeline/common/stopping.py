@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered until the loop has finished its step."""
+"""How a run stops before its end: it failed, or a signal asked it to stop."""
 
 import os
 import signal
@@ -6,6 +6,18 @@ from types import FrameType
 
 # Ctrl-C, what a batch system or `kill` sends, and SLURM's warning before the time limit (sbatch --signal=USR1@90)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; what was saved is whole."""
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop; every rank raises it after the same step."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
 
 
 class Signals:

@@ -1,0 +1,1 @@
+"""What any room may use: console, files, randomness, the machine, stopping and suggestions. It imports no other room."""
