@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.common import console
-from pipeline.parsing import parse_config
+from pipeline.settings.parser import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

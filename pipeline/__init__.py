@@ -45,8 +45,8 @@ class _TimmFinder:
 
 
 def _register_models() -> None:
-    for name in ("small_models", "stems"):
-        import_module(f"pipeline.{name}")
+    for name in ("small_models", "small_stems"):
+        import_module(f"pipeline.models.{name}")
 
 
 if "timm" in sys.modules:

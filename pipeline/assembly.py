@@ -16,23 +16,24 @@ from torch import nn
 from pipeline import sharding
 from pipeline.common.randomness import address
 from pipeline.common.system import usable_cores
-from pipeline.config import Config, ignored_settings
 from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
 from pipeline.ema import create_ema
+from pipeline.images.augment import BatchTransform, cropped_on_cpu
+from pipeline.images.preprocessing import Preprocessing, kept_side
 from pipeline.loaders import FittedImages, Loader, make_source
 from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
 from pipeline.memory import with_micro_batch_size
-from pipeline.models import InputSettings, check_model_name, create_model, default_image_size, input_settings
+from pipeline.models.create import InputSettings, check_model_name, create_model, default_image_size, input_settings
+from pipeline.models.timm_folder import LoadReport
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.placement import choose_loader, choose_num_workers
-from pipeline.preprocessing import Preprocessing, kept_side
-from pipeline.schedule import check_scheduler_name, first_batch_size, fitting_batch_size
+from pipeline.schedule import check_scheduler_name
 from pipeline.screening import without_bad_images
+from pipeline.settings.batch_size import first_batch_size, fitting_batch_size
+from pipeline.settings.config import Config, ignored_settings
 from pipeline.shards import StreamedSplit
 from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
-from pipeline.transforms import BatchTransform, cropped_on_cpu
-from pipeline.weights import LoadReport
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
 EVAL_BATCH = 2  # of a training batch: evaluation keeps no activations, so this fits wherever training does

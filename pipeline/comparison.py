@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FIELDS
 from pipeline.run_records import RunRecord
+from pipeline.settings.config import FIELDS
 from pipeline.sweep_records import Sweep
 
 OWN_TO_A_RUN = {

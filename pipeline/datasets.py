@@ -12,7 +12,7 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
 from pipeline.folders import read_class_folders
 from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
-from pipeline.images import GREY_MODES, BadImage, decode_image, image_header
+from pipeline.images.decode import GREY_MODES, BadImage, decode_image, image_header
 from pipeline.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
 from pipeline.shards import LostShard
 from pipeline.splits import Reading, Split, stratified_rows

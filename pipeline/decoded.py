@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.common.console import progress_bar, warn
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 from pipeline.splits import Split
 
 FORMAT = 1  # raised when what a file holds changes its meaning

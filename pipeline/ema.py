@@ -4,7 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from pipeline.config import Config
+from pipeline.settings.config import Config
 from pipeline.sharding import is_sharded, local
 
 

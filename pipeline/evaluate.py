@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.command_line import CommandParser, at_least, exit_status, one_of
 from pipeline.common import console
+from pipeline.settings.command_line import CommandParser, at_least, exit_status, one_of
 
 MOST_CLASSES_SHOWN = 20  # of the confusion matrix; of more, the pairs that are most often confused
 MOST_PAIRS_SHOWN = 10

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import CommandParser, exit_status, one_of
 from pipeline.common import console
+from pipeline.settings.command_line import CommandParser, exit_status, one_of
 
 FORMAT_NAMES = ("timm", "onnx", "torchscript", "torch_export")
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.assembly import load_data
-from pipeline.command_line import CommandFailed
 from pipeline.common.files import sync, write_json
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 from pipeline.machine import make_accelerator
+from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
 from pipeline.prediction import find_images, read_file, read_image, to_input
 from pipeline.saved_model import SavedModel
-from pipeline.weights import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
+from pipeline.settings.command_line import CommandFailed
 
 PREPROCESSING_FILE = "preprocessing.json"
 NUM_CHECK_IMAGES = 32

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.images.files import EXTENSIONS, visible_entries, images_below
 from pipeline.splits import Reading, Split, find_splits, is_split_name
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUTS = (
     "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), or FOLDER/CLASS/*.jpg, or a folder of "
     f"Parquet or Arrow files. Images end in {' '.join(EXTENSIONS)}."
@@ -39,28 +39,12 @@ def read_class_folders(folder: Path) -> Reading:
     return splits, class_names, notes
 
 
-def images_below(folder: str | Path) -> list[str]:
-    """The paths of all images below a folder, recursively, sorted by name; hidden files and folders are left out."""
-    paths: list[str] = []
-    for entry in _entries(folder):
-        if entry.is_dir():
-            paths += images_below(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            paths.append(entry.path)
-    return paths
-
-
-def _entries(folder: str | Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
 def _subfolders(folder: str | Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+    return [Path(entry.path) for entry in visible_entries(folder) if entry.is_dir()]
 
 
 def _image_count(folder: Path) -> int:
-    return sum(entry.name.lower().endswith(EXTENSIONS) and entry.is_file() for entry in _entries(folder))
+    return sum(entry.name.lower().endswith(EXTENSIONS) and entry.is_file() for entry in visible_entries(folder))
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -18,9 +18,9 @@ from torch import nn
 from pipeline import sharding
 from pipeline.batchnorm import convert_batchnorm
 from pipeline.common.system import keep_freed_memory
-from pipeline.config import Config
 from pipeline.memory import meet_in_layers
 from pipeline.optimizers import sam_rho
+from pipeline.settings.config import Config
 
 PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
 

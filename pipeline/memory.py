@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from pipeline.config import Config
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.optimizers import sam_rho
-from pipeline.preprocessing import Preprocessing
-from pipeline.schedule import first_batch_size
+from pipeline.settings.batch_size import first_batch_size
+from pipeline.settings.config import Config
 from pipeline.sharding import is_asked_for
 
 MOMENTS = 2  # tensors of an optimizer's state for each parameter, at most

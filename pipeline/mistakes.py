@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from pipeline.assembly import choose_image_size, load_data, make_loader, make_preprocessing
-from pipeline.images import decode_image
+from pipeline.images.decode import decode_image
 from pipeline.machine import make_accelerator
-from pipeline.parsing import from_yaml
+from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
 from pipeline.run_records import RunRecord
+from pipeline.settings.parser import from_yaml
 from pipeline.splits import Split
 from pipeline.stream import AnyLoader
-from pipeline.weights import CONFIG_FILE, load_model, read_config
 
 SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report, in pixels
 

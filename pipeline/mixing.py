@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from pipeline.common.randomness import address, uniforms
+from pipeline.images.augment import inside
 from pipeline.metrics import IGNORED
-from pipeline.transforms import inside
 
 MIX, MIXUP, CUTMIX = 2004, 2005, 2006  # what a draw is for: the last part of its address
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipeline.assembly import Parts
 from pipeline.common import console
-from pipeline.config import DEFAULTS, FIELDS, Config
+from pipeline.settings.config import DEFAULTS, FIELDS, Config
 
 # Where a run lay and who watched it is not part of what the model is.
 NOT_TOLD = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common.suggestions import check_known
-from pipeline.config import DEFAULTS, Config
 from pipeline.muon import Muon
-from pipeline.schedule import USUAL_BATCH_SIZE, first_batch_size
+from pipeline.settings.batch_size import USUAL_BATCH_SIZE, first_batch_size
+from pipeline.settings.config import DEFAULTS, Config
 from pipeline.sharding import fitted, is_sharded
 
 # What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.

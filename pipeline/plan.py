@@ -7,10 +7,11 @@ from accelerate import Accelerator
 
 from pipeline.assembly import Parts, system_facts
 from pipeline.common import console
-from pipeline.config import Config
 from pipeline.loaders import largest_share
 from pipeline.optimizers import peak_lr
-from pipeline.schedule import History, batch_size_at, lr_scale, steps_per_epoch
+from pipeline.schedule import History, lr_scale
+from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
+from pipeline.settings.config import Config
 from pipeline.sharding import blocks_of
 
 

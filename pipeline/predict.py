@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipeline.command_line import CommandParser, at_least, check_output, exit_status, one_of
 from pipeline.common import console
+from pipeline.settings.command_line import CommandParser, at_least, check_output, exit_status, one_of
 
 if TYPE_CHECKING:
     from pipeline.prediction import Answer

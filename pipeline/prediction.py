@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common.system import usable_cores
-from pipeline.fitting import fit_for_eval
-from pipeline.folders import EXTENSIONS, images_below
-from pipeline.images import BadImage, decode_pixels
-from pipeline.preprocessing import Preprocessing
+from pipeline.images.augment import BatchTransform
+from pipeline.images.crop import fit_for_eval
+from pipeline.images.decode import BadImage, decode_pixels
+from pipeline.images.files import EXTENSIONS, images_below
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.saved_model import SavedModel
-from pipeline.transforms import BatchTransform
 
 
 @dataclass(frozen=True)

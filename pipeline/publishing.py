@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.command_line import CommandFailed
-from pipeline.weights import CONFIG_FILE, README_FILE, WEIGHTS_FILE
+from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE
+from pipeline.settings.command_line import CommandFailed
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 THIS_FOLDER = "local-dir:PATH_OF_THIS_FOLDER"  # as the model card says it

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import BadCheckpoint, checkpoints, read_facts, recover
-from pipeline.config import DEFAULTS, FIELDS, Config
-from pipeline.parsing import from_yaml
+from pipeline.settings.config import DEFAULTS, FIELDS, Config
+from pipeline.settings.parser import from_yaml
 
 # Settings that a run may change when it goes on: they move no figure by more than rounding.
 FREE_SETTINGS = {

@@ -14,12 +14,12 @@ from pipeline.checkpoint import BadCheckpoint, checkpoint_path
 from pipeline.common import console
 from pipeline.common.files import write_atomically, write_json
 from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
-from pipeline.config import Config, to_yaml
 from pipeline.lock import RunLock
 from pipeline.metrics import COUNT, LOSS
 from pipeline.resume import check_same_settings, find_starts, fixed_settings, nothing_left, set_newer_aside
 from pipeline.saving import CheckpointWriter
 from pipeline.schedule import best_epoch
+from pipeline.settings.config import Config, to_yaml
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from pipeline import lock
-from pipeline.config import FIELDS, Config
-from pipeline.parsing import SettingsLoader
+from pipeline.settings.config import FIELDS, Config
+from pipeline.settings.parser import SettingsLoader
 from pipeline.tracking import metrics_path
 
 ENDED = ("completed", "early_stopped")  # what a run's summary says when it ended by itself

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.assembly import load_data, make_loader, system_facts
-from pipeline.command_line import CommandFailed
 from pipeline.common import console
-from pipeline.config import Config
 from pipeline.datasets import ImageDataset, check_dataset_name
 from pipeline.evaluation import evaluate
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 from pipeline.machine import fit_to_machine, make_accelerator, with_channels_last
 from pipeline.metrics import calibration_error, per_class_accuracy, zero_calibration
 from pipeline.saved_model import SavedModel, load_saved_model
+from pipeline.settings.command_line import CommandFailed
+from pipeline.settings.config import Config
 
 DEFAULT_BATCH_SIZE = 64  # of models that come without a run
 

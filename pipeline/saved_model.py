@@ -11,11 +11,11 @@ from torch import nn
 
 from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
-from pipeline.config import Config
-from pipeline.models import input_settings, load_model, load_published
-from pipeline.parsing import from_yaml
-from pipeline.preprocessing import Preprocessing
-from pipeline.weights import CONFIG_FILE, read_config
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.models.create import input_settings, load_model, load_published
+from pipeline.models.timm_folder import CONFIG_FILE, read_config
+from pipeline.settings.config import Config
+from pipeline.settings.parser import from_yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.common.console import progress_bar, warn
-from pipeline.images import BadImage, decode_pixels
+from pipeline.images.decode import BadImage, decode_pixels
 from pipeline.splits import Split
 
 FORMAT = b"1"  # raised when what a file holds changes its meaning

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.dataset_table import DatasetRow
-from pipeline.folders import EXTENSIONS, read_class_folders
+from pipeline.folders import read_class_folders
 from pipeline.hub import (
     PREFERRED_LABELS,
     find_image_column,
@@ -25,6 +25,7 @@ from pipeline.hub import (
     label_ids,
     load_errors,
 )
+from pipeline.images.files import EXTENSIONS
 from pipeline.shards import (
     ARROW_FILE_MAGIC,
     CHUNK_NAMES,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 from pipeline.splits import Split
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after each attempt: 3.5 s in all

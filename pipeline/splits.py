@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.common.randomness import permutation
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 
 if TYPE_CHECKING:
     import pyarrow as pa

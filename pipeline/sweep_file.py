@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from pipeline.common.suggestions import did_you_mean
-from pipeline.config import FIELDS, Config
-from pipeline.parsing import read_config
+from pipeline.settings.config import FIELDS, Config
+from pipeline.settings.parser import read_config
 from pipeline.sweep_space import Space, read_parameter
 
 # apiVersion to description mean something to W&B only

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.common.files import LineFile
 from pipeline.common.suggestions import did_you_mean
-from pipeline.config import Config
+from pipeline.settings.config import Config
 
 WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
 

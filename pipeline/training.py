@@ -28,11 +28,10 @@ from pipeline.assembly import (
 from pipeline.common import console
 from pipeline.common.randomness import address
 from pipeline.common.stopping import Interrupted, TrainingFailed
-from pipeline.config import Config
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluation import evaluate
-from pipeline.images import BadImage
+from pipeline.images.decode import BadImage
 from pipeline.loaders import is_lost_worker, largest_share, share_of
 from pipeline.machine import make_accelerator, prepared, seed_generators
 from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
@@ -43,7 +42,9 @@ from pipeline.plan import lr_of_step, plan_text
 from pipeline.resume import ended_summary
 from pipeline.run import Run
 from pipeline.sam import perturbed, sharpness_norm
-from pipeline.schedule import batch_size_at, best_epoch, should_stop_early, steps_per_epoch
+from pipeline.schedule import best_epoch, should_stop_early
+from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
+from pipeline.settings.config import Config
 from pipeline.sharding import whole
 from pipeline.shards import LostShard
 from pipeline.state import TrainState, average_buffers

@@ -48,7 +48,7 @@ def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[
     def run(**settings: Any) -> tuple[dict[str, Any], Path]:
         from accelerate.state import AcceleratorState
 
-        from pipeline.config import Config
+        from pipeline.settings.config import Config
         from pipeline.training import train
 
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -24,7 +24,7 @@ from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.common.stopping import TrainingFailed
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
 PEERS = [

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.benchmark import optimizers
 from pipeline.benchmark.__main__ import main
 from pipeline.benchmark.reporting import number, table
-from pipeline.weights import save_model
+from pipeline.models.timm_folder import save_model
 
 ROWS = {
     "whole training steps": [

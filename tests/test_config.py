@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import DEFAULTS, FIELDS, Config, ignored_settings, to_yaml
-from pipeline.parsing import make_parser, parse_config, read_config
+from pipeline.settings.config import DEFAULTS, FIELDS, Config, ignored_settings, to_yaml
+from pipeline.settings.parser import make_parser, parse_config, read_config
 
 # A value other than the default for every setting, as a person writes it, and what must arrive.
 SETTINGS = {

@@ -53,7 +53,7 @@ CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 def run_cells(folder: Path, cells: dict[str, tuple[int, str, dict[str, Any]]]) -> None:
     """What each process does."""
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
     from pipeline.training import train
 
     for name, (_, model, free) in cells.items():

@@ -73,7 +73,7 @@ def test_the_timm_folder_is_the_runs_own(run_training, capsys):
 
 @pytest.mark.parametrize("model_name", ["test_resnet", "test_vit"])
 def test_convolutions_and_attention_can_be_exported(tmp_path, capsys, model_name):
-    from pipeline.weights import save_model
+    from pipeline.models.timm_folder import save_model
 
     size = timm.create_model(model_name).pretrained_cfg["input_size"][-1]
     save_model(

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from conftest import ROOT, run_process
 
-from pipeline.config import FIELDS, SECTIONS
-from pipeline.parsing import read_config
+from pipeline.settings.config import FIELDS, SECTIONS
+from pipeline.settings.parser import read_config
 
 # A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
 FLOORS = [

@@ -28,7 +28,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 def train_here(folder: Path, name: str, settings: dict[str, Any], kill_at: int | None) -> None:
     """What a forked process does: trains, and kills itself before its kill_at-th file operation in the run's folder."""
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
     from pipeline.training import train
 
     run_dir = os.path.join(folder, name)

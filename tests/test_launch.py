@@ -40,7 +40,7 @@ NOT_THERE = "path/to/set is not on this machine."
 def train_and_die(folder: str, name: str, victim: int) -> None:
     """Trains, but the victim kills itself at KILLED_STEP."""
     from pipeline import training
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
 
     train_step = training.train_step
 
@@ -80,7 +80,7 @@ def train_without_data(folder: str, name: str) -> None:
 def train_on_a_bad_image(folder: str, name: str) -> None:
     """Trains, but rank 1 cannot read an image of its sixth batch."""
     from pipeline import training
-    from pipeline.images import BadImage
+    from pipeline.images.decode import BadImage
 
     train_step = training.train_step
 

@@ -18,14 +18,14 @@ from PIL import Image
 from pipeline import cache, decoded, loaders
 from pipeline.cache import cache_folder, locked
 from pipeline.datasets import load_image_dataset
-from pipeline.fitting import fit_for_eval, random_part
-from pipeline.images import BadImage, decode_image, decode_pixels
+from pipeline.images.augment import BatchTransform, random_parts, resized_parts
+from pipeline.images.crop import fit_for_eval, random_part
+from pipeline.images.decode import BadImage, decode_image, decode_pixels
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import DeviceImages, FittedImages, Loader, WorkerImages, make_source
 from pipeline.placement import choose_loader
-from pipeline.preprocessing import Preprocessing
 from pipeline.screening import without_bad_images
 from pipeline.splits import Split
-from pipeline.transforms import BatchTransform, random_parts, resized_parts
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(8, 3, (0.5,) * 3, (0.2,) * 3, source_size=8)

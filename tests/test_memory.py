@@ -5,7 +5,7 @@ import torch
 from conftest import lines_of, timeless
 
 from pipeline.common.stopping import TrainingFailed
-from pipeline.models import SimpleMLP
+from pipeline.models.create import SimpleMLP
 
 
 @pytest.fixture

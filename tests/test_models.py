@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import weights
-from pipeline.models import (
+from pipeline.models import timm_folder
+from pipeline.models.create import (
     check_model_name,
     create_model,
     default_image_size,
@@ -22,7 +22,7 @@ from pipeline.models import (
     load_weights,
     save_model,
 )
-from pipeline.stems import SMALL_STEM_SUFFIX, SMALL_STEMS, with_small_stem
+from pipeline.models.small_stems import SMALL_STEM_SUFFIX, SMALL_STEMS, with_small_stem
 
 ROOT = Path(__file__).parent.parent
 
@@ -339,7 +339,7 @@ def test_a_saved_folder_is_replaced_whole_or_not_at_all(saved, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(weights, "sync", fail)
+        patched.setattr(timm_folder, "sync", fail)
         with pytest.raises(OSError, match="disk is full"):
             save(model, run / "model", 16)
     assert torch.equal(logits(load_model(run / "model"), images), before)
@@ -356,7 +356,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(saved, monkeypatch):
     model, run = saved
     (run / "model").rename(run / ".model.old-1")
     (run / ".model.tmp-1").mkdir()
-    monkeypatch.setattr(weights, "save_for_hf", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(timm_folder, "save_for_hf", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(model, run / "model", 16)
     assert torch.equal(logits(load_model(run / "model"), images_of(16)), logits(model, images_of(16)))
@@ -366,7 +366,7 @@ def test_label_names_must_be_as_many_as_the_classes(saved):
     model, run = saved
     model.reset_classifier(4)
     with pytest.raises(ValueError, match="5 label names for a model of 4 classes"):
-        weights.save_model(
+        timm_folder.save_model(
             model,
             run / "model",
             label_names=list("abcde"),

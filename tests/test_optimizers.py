@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 
-from pipeline.config import Config
 from pipeline.optimizers import (
     DEPTHWISE,
     EMBEDDING,
@@ -28,6 +27,7 @@ from pipeline.optimizers import (
 )
 from pipeline.sam import perturbed, sharpness_norm
 from pipeline.schedule import SCHEDULES, lr_scale
+from pipeline.settings.config import Config
 
 MODELS = ["resnet18", "resnet50_small_stem", "resnest14d", "simple_mlp", "vit_tiny_patch16_224", "convnext_atto"]
 
@@ -154,7 +154,7 @@ def test_names_and_settings_that_do_not_fit_are_told():
 
 
 def test_help_names_every_optimizer_and_schedule():
-    from pipeline.config import FIELDS
+    from pipeline.settings.config import FIELDS
 
     assert all(name in FIELDS["optimizer"].metadata["help"] for name in OPTIMIZERS)
     assert all(name in FIELDS["scheduler"].metadata["help"] for name in SCHEDULES)

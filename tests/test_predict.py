@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipeline import predict, prediction
 from pipeline.assembly import assemble
-from pipeline.parsing import from_yaml
 from pipeline.saved_model import load_saved_model, names_of
+from pipeline.settings.parser import from_yaml
 
 CPU = torch.device("cpu")
 

@@ -47,7 +47,7 @@ def run_of(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     """Trains in this process, or in this one and the others that torchrun started; returns the run's folder."""
     from accelerate.state import AcceleratorState
 
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
     from pipeline.training import train
 
     AcceleratorState._reset_state()  # not the processes' group
@@ -62,11 +62,11 @@ class Stepping:
     def __init__(self, settings: dict[str, Any], scaler: torch.amp.GradScaler | None = None):
         from accelerate.state import AcceleratorState
 
-        from pipeline.config import Config
         from pipeline.ema import create_ema
         from pipeline.machine import make_accelerator
         from pipeline.metrics import zero_sums
         from pipeline.optimizers import create_optimizer, set_lr
+        from pipeline.settings.config import Config
         from pipeline.state import TrainState
 
         AcceleratorState._reset_state()
@@ -344,7 +344,7 @@ def initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
 
     from pipeline.assembly import load_data, make_model
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
 
     config = Config(**{**SMALL_RUN, **settings})
     return make_model(config, load_data(config, Accelerator()), 8)[0].state_dict()
@@ -398,8 +398,8 @@ def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_nam
     import timm
     from accelerate import Accelerator
 
-    from pipeline.config import Config
     from pipeline.machine import with_channels_last
+    from pipeline.settings.config import Config
 
     model = timm.create_model(model_name)
     assert with_channels_last(Config(channels_last=given), model, Accelerator()).channels_last is expected

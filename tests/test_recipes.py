@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from conftest import ROOT
 
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 RECIPES = sorted((ROOT / "pipeline" / "recipes").glob("*.yaml"))
 # What makes a first step small: tiny data, and for deep models few and small pictures.

@@ -20,12 +20,12 @@ from conftest import ROOT, run_process
 
 from pipeline.comparison import ranked, repeated, varied_settings
 from pipeline.comparison_figures import epoch_rates, parallel_coordinates, placed
-from pipeline.config import Config, to_yaml
 from pipeline.figures import COLOURS, MOST_NAMED, STYLE, curves, looks, png_and_svg, short
 from pipeline.importance import importances
 from pipeline.report import main
 from pipeline.report_tables import class_table, confusions_table, ranked_table, seeds_table, unfinished_table
 from pipeline.run_records import read_run
+from pipeline.settings.config import Config, to_yaml
 from pipeline.sweep_records import read_records
 
 HOSTILE = "<script>alert('1')<&script>|`*\"$x$"  # a folder's name

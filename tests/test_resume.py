@@ -14,9 +14,9 @@ from conftest import lines_of, same_weights, timeless, weights_of
 
 from pipeline import lock
 from pipeline.checkpoint import checkpoints, save_checkpoint
-from pipeline.config import Config
 from pipeline.lock import RunLock
 from pipeline.resume import find_starts, fixed_settings
+from pipeline.settings.config import Config
 
 EXACT = {
     "sgd": {"optimizer": "sgd"},

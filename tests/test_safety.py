@@ -50,7 +50,7 @@ def test_the_source_neither_pickles_nor_runs_what_it_reads(path):
 def test_settings_are_read_by_a_safe_loader(tmp_path):
     import yaml
 
-    from pipeline.parsing import SettingsLoader, read_config
+    from pipeline.settings.parser import SettingsLoader, read_config
 
     assert issubclass(SettingsLoader, yaml.SafeLoader)
     calls = [call for path in SOURCES for call in re.findall(r"yaml\.load\([^)]*\)", path.read_text())]

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.config import Config
 from pipeline.ema import create_ema, update_ema
 from pipeline.metrics import zero_sums
 from pipeline.optimizers import create_optimizer, set_lr
 from pipeline.run import SMALLEST_SCALE, TrainingFailed, check_scale
 from pipeline.sam import perturbed, sharpness_norm
+from pipeline.settings.config import Config
 from pipeline.state import TrainState
 from pipeline.training import Share, train_step
 

@@ -5,17 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.config import Config
-from pipeline.schedule import (
-    SCHEDULES,
-    batch_size_at,
-    best_epoch,
-    check_scheduler_name,
-    fitting_batch_size,
-    lr_scale,
-    should_stop_early,
-    steps_per_epoch,
-)
+from pipeline.schedule import SCHEDULES, best_epoch, check_scheduler_name, lr_scale, should_stop_early
+from pipeline.settings.batch_size import batch_size_at, fitting_batch_size, steps_per_epoch
+from pipeline.settings.config import Config
 
 
 def history_of(*accuracies: float) -> list[dict]:

@@ -32,7 +32,7 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 def train_named(folder: Path, names: list[str], settings: dict[str, Any]) -> None:
     """What each process does: the runs of these names, or what is left of them."""
-    from pipeline.config import Config
+    from pipeline.settings.config import Config
     from pipeline.training import train
 
     for name in names:

@@ -26,17 +26,17 @@ from PIL import Image
 from stand_in_hub import set_hub
 
 from pipeline import shards
-from pipeline.config import Config, check_limits
 from pipeline.datasets import load_image_dataset
+from pipeline.images.augment import BatchTransform
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import FittedImages
-from pipeline.parsing import from_yaml
-from pipeline.preprocessing import Preprocessing
 from pipeline.resume import check_same_settings
 from pipeline.run import TrainingFailed
+from pipeline.settings.config import Config, check_limits
+from pipeline.settings.parser import from_yaml
 from pipeline.shards import LostShard, Shards, StreamedSplit
 from pipeline.stream import StreamLoader
 from pipeline.training import train
-from pipeline.transforms import BatchTransform
 
 NUM_TRAIN, NUM_TEST = 203, 41  # neither divides by anything here
 CLASS_NAMES = ("cat", "dog", "owl")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL_RUN, flags, lines_of, run_process, same_weights, start_process, timeless
 
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 from pipeline.sweep import main
 from pipeline.sweep_file import (
     ARGUMENT_FORMS,

@@ -3,7 +3,7 @@
 import pytest
 from conftest import flags, lines_of, run_process
 
-from pipeline.config import Config
+from pipeline.settings.config import Config
 from pipeline.tracking import end_wandb, tracker_names
 
 

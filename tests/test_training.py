@@ -15,9 +15,9 @@ from conftest import lines_of, same_weights, timeless
 from pipeline import training
 from pipeline.assembly import make_loader
 from pipeline.common.stopping import TrainingFailed
-from pipeline.config import Config
 from pipeline.metrics import add_batch
-from pipeline.small_models import SimpleMLP
+from pipeline.models.small_models import SimpleMLP
+from pipeline.settings.config import Config
 
 
 def train_losses(run_dir: Path) -> list[float]:
@@ -176,7 +176,8 @@ def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_trai
     with pytest.raises(TrainingFailed, match="the last finite one told was"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "pipeline.schedule.batch_size_at", lambda epoch, config: config.batch_size * 10 ** (40 * epoch)
+                "pipeline.schedule.batch_size_at",
+                lambda epoch, config: config.batch_size * 10 ** (40 * epoch),
             )
             run_training(**settings)
     (folder,) = checkpoints(tmp_path / "run")

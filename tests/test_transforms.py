@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import randaugment
 from pipeline.common.randomness import uniforms
-from pipeline.fitting import NUM_FIT_DRAWS, fit_for_eval, fit_for_training, random_part
+from pipeline.images import randaugment
+from pipeline.images.augment import AUGMENTS, BatchTransform, cropped_on_cpu, erased_boxes
+from pipeline.images.crop import NUM_FIT_DRAWS, fit_for_eval, fit_for_training, random_part
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
-from pipeline.preprocessing import Preprocessing
-from pipeline.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
-from pipeline.transforms import AUGMENTS, BatchTransform, cropped_on_cpu, erased_boxes
 
 POLICIES = {"randaugment": RANDAUGMENT, "trivialaugment": TRIVIALAUGMENT}
 BLENDS = ["brightness", "color", "contrast", "sharpness"]

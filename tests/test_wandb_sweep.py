@@ -10,7 +10,7 @@ import yaml
 from conftest import SMALL_RUN, lines_of, run_process
 from wandb_server import Server, wandb_server
 
-from pipeline.parsing import from_yaml
+from pipeline.settings.parser import from_yaml
 
 pytest.importorskip("wandb")
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import prepared
 from pipeline.benchmark.measuring import Section, in_turns, summarise
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 THEIRS = "accelerator.save_state"
 HELD, WRITTEN = "ours: training is held up", "ours: until it is on the disk"

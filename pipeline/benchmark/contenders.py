@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.measuring import Row
-from pipeline.config import DEFAULTS, Config
-from pipeline.parsing import read_config
+from pipeline.settings.config import DEFAULTS, Config
+from pipeline.settings.parser import read_config
 
 Call = Callable[[], Row]
 

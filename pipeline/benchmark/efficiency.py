@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.benchmark.contenders import contender, prepared
 from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
-from pipeline.config import Config
-from pipeline.parsing import read_config
+from pipeline.settings.config import Config
+from pipeline.settings.parser import read_config
 
 BASE = "as set"
 WORTH = 1.02  # a choice that gains less than this is not recommended

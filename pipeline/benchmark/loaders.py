@@ -10,7 +10,7 @@ from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import MADE, prepared
 from pipeline.benchmark.measuring import Row, Section, counted, in_turns, summarise
 from pipeline.benchmark.sets import PHOTO_SIZE
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 DEVICE = "ours, device"
 FEWEST_BATCHES = 8  # of an epoch, so that workers are not always at its beginning or end

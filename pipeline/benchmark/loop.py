@@ -16,7 +16,7 @@ from pipeline.benchmark.contenders import (
     prepared,
 )
 from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 MEMORY_NOTE = (
     "Peak memory: the largest PSS that was seen of the process and its workers; libraries that other programs have open "

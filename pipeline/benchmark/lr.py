@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmark.measuring import Section
 from pipeline.common.console import progress_bar
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 if TYPE_CHECKING:
     from pipeline.assembly import Parts
@@ -64,7 +64,7 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
     from pipeline.assembly import freeze_backbone
     from pipeline.metrics import COUNT, LOSS, zero_sums
     from pipeline.optimizers import set_lr
-    from pipeline.schedule import steps_per_epoch
+    from pipeline.settings.batch_size import steps_per_epoch
     from pipeline.state import TrainState
     from pipeline.training import Share, train_step
 

@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.measuring import Row, Section, summarise
 from pipeline.common.console import progress_bar
-from pipeline.config import Config
 from pipeline.metrics import zero_sums
 from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
+from pipeline.settings.config import Config
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -93,7 +93,7 @@ def make_accelerator(args: argparse.Namespace) -> Any:
 def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn.Module, Tensor, Tensor]:
     """The model, images [B, 3, S, S] and labels [B] that stay on the device; all from seed 0."""
     from pipeline.machine import fit_to_machine
-    from pipeline.models import create_model
+    from pipeline.models.create import create_model
 
     config = make_config(args)
     torch.manual_seed(0)

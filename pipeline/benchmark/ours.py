@@ -13,8 +13,8 @@ from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.loaders import Batch, Loader
 from pipeline.machine import make_accelerator
 from pipeline.metrics import zero_sums
-from pipeline.parsing import read_config
 from pipeline.run import Run
+from pipeline.settings.parser import read_config
 from pipeline.state import TrainState
 from pipeline.stream import AnyLoader
 from pipeline.training import train_epoch

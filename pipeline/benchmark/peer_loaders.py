@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
-from pipeline.fitting import CROP_AREA, CROP_RATIO
-from pipeline.transforms import SMALLEST_MOVED
+from pipeline.images.augment import SMALLEST_MOVED
+from pipeline.images.crop import CROP_AREA, CROP_RATIO
 
 POLICIES = {"randaugment": transforms.RandAugment, "trivialaugment": transforms.TrivialAugmentWide}
 

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.peer_loaders import plain_loader, timm_loader
 from pipeline.benchmark.stepclock import StepClock
-from pipeline.config import Config
-from pipeline.models import create_model
+from pipeline.models.create import create_model
 from pipeline.optimizers import create_optimizer, peak_lr, set_lr
-from pipeline.parsing import read_config
+from pipeline.settings.config import Config
+from pipeline.settings.parser import read_config
 
 RESIDENT_BATCHES = 8
 

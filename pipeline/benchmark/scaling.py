@@ -10,7 +10,7 @@ from pipeline.benchmark.contenders import prepared
 from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.common.system import usable_cores
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:

@@ -71,7 +71,7 @@ def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
     """
     from pipeline.assembly import check_settings, choose_image_size, load_data, make_model, make_preprocessing
     from pipeline.machine import make_accelerator
-    from pipeline.parsing import read_config
+    from pipeline.settings.parser import read_config
 
     config = read_config([*settings, "--loader=auto"])  # a stream has no rows to be copied
     check_settings(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.benchmark.children import run_child, run_program
 from pipeline.benchmark.contenders import contender, installed_peers, peer_data, prepared
 from pipeline.benchmark.measuring import Row, Section, column, in_turns, summarise
-from pipeline.parsing import read_config
+from pipeline.settings.parser import read_config
 
 BARE = "bare script with timm"
 CLOCK = {"warmup_steps": 1, "seconds": 0.0}  # the first step is all that counts

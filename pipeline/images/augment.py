@@ -7,11 +7,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline import randaugment
 from pipeline.common.randomness import uniforms
 from pipeline.common.suggestions import check_known
-from pipeline.fitting import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
-from pipeline.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
+from pipeline.images import randaugment
+from pipeline.images.crop import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
+from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
 # What a draw is for: the last part of its address. pipeline.mixing has 2004 to 2006.
 CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.common.suggestions import did_you_mean
-from pipeline.parsing import fail
+from pipeline.settings.parser import fail
 
 
 class CommandFailed(RuntimeError):

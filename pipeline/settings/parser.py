@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from pipeline.common.suggestions import did_you_mean
-from pipeline.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits
+from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits
 
 
 class SettingsLoader(yaml.SafeLoader):

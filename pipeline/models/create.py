@@ -20,15 +20,15 @@ from timm.models import (
 from torch import nn
 
 from pipeline.common.suggestions import check_known, did_you_mean
-from pipeline.small_models import SimpleMLP
-from pipeline.stems import (
+from pipeline.models.small_models import SimpleMLP
+from pipeline.models.small_stems import (
     SMALL_IMAGE_SIZE,
     SMALL_STEM_SUFFIX,
     is_small_stem,
     is_small_stem_possible,
     with_small_stem,
 )
-from pipeline.weights import (
+from pipeline.models.timm_folder import (
     CONFIG_FILE,
     LoadReport,
     check_model_folder,

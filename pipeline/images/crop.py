@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.images import pixels_of
-from pipeline.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
+from pipeline.images.decode import pixels_of
+from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
 FIT = 2  # what a draw is for: the last part of its address
 
