@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv)
     # after the settings: a misspelt one costs no import of torch
     from pipeline.common.stopping import Interrupted, TrainingFailed
-    from pipeline.peers import part
+    from pipeline.distributed.shared_failure import part
     from pipeline.training import train
 
     status = 0

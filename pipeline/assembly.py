@@ -2,36 +2,31 @@
 
 import dataclasses
 import math
-import os
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from pipeline import sharding
 from pipeline.common.randomness import address
-from pipeline.common.system import usable_cores
-from pipeline.datasets import ImageDataset, Split, check_dataset_name, load_image_dataset
+from pipeline.data.from_settings import input_channels, load_data
+from pipeline.data.image_dataset import ImageDataset, Split, check_dataset_name
+from pipeline.data.shards import StreamedSplit
+from pipeline.distributed import fsdp
+from pipeline.distributed.accelerator import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
 from pipeline.ema import create_ema
 from pipeline.images.augment import BatchTransform, cropped_on_cpu
 from pipeline.images.preprocessing import Preprocessing, kept_side
 from pipeline.loaders import FittedImages, Loader, make_source
-from pipeline.machine import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
 from pipeline.memory import with_micro_batch_size
 from pipeline.models.create import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.models.timm_folder import LoadReport
 from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
 from pipeline.placement import choose_loader, choose_num_workers
 from pipeline.schedule import check_scheduler_name
-from pipeline.screening import without_bad_images
 from pipeline.settings.batch_size import first_batch_size, fitting_batch_size
 from pipeline.settings.config import Config, ignored_settings
-from pipeline.shards import StreamedSplit
 from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
 
@@ -50,76 +45,6 @@ def check_settings(config: Config) -> None:
 
 def warnings_of(config: Config) -> list[str]:
     return ignored_settings(config) + ignored_optimizer_settings(config)
-
-
-def name_run(config: Config, accelerator: Accelerator) -> Config:
-    """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
-
-    A checkpoint to resume from brings the name and folder of its run. Under `wandb agent` the name is made of W&B's ids, so
-    that a trial that is queued again goes on in its own folder. Raises ValueError for a launcher that restarts processes
-    which would then begin anew under another name.
-    """
-    if config.run_name is not None:
-        return config
-    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
-        return dataclasses.replace(config, run_name=f"{os.environ['WANDB_SWEEP_ID']}-{os.environ['WANDB_RUN_ID']}")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and config.resume == "auto":
-        raise ValueError("max_restarts needs a --run_name: what is restarted goes on in that run's folder.")
-    if config.resume not in ("auto", "never"):
-        run_dir = Path(config.resume).resolve().parent.parent
-        return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))
-    words = [os.path.basename(os.path.normpath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
-    base = "-".join("".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word) for word in words)
-    name, number = base, 2
-    while (config.run_dir.parent / name).exists():
-        name, number = f"{base}-{number}", number + 1
-    names = broadcast_object_list([name]) if accelerator.num_processes > 1 else [name]
-    return dataclasses.replace(config, run_name=names[0])
-
-
-def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
-    """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache.
-
-    A stream leaves nothing in a cache: one process reads its labels and places, and sends them to the others.
-    """
-    if config.loader != "stream" or accelerator.num_processes == 1:
-        with accelerator.local_main_process_first():
-            return load_as_set(config, accelerator)
-    found: list[ImageDataset | ValueError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [load_as_set(config, accelerator)]
-        except ValueError as error:
-            found = [error]
-    (dataset,) = broadcast_object_list(found)
-    if isinstance(dataset, ValueError):
-        raise dataset
-    return dataset
-
-
-def load_as_set(config: Config, accelerator: Accelerator) -> ImageDataset:
-    """What the settings name, without bad images where that is asked for."""
-    dataset = load_image_dataset(
-        config.dataset,
-        label_column=config.label_column,
-        hub_config=config.hub_config,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        max_train_samples=config.max_train_samples,
-        skip_bad_headers=config.on_bad_image == "skip",
-        streamed=config.loader == "stream",
-    )
-    return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
-
-
-def leave_out_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:
-    """The dataset without the images that cannot be decoded; all are decoded that are not known to be good."""
-    channels, shown = input_channels(config, dataset), accelerator.is_main_process
-    screened = without_bad_images([dataset.train, dataset.val, dataset.test], channels, usable_cores(), shown)
-    train, val, test = screened.splits
-    count = len(screened.complaints)
-    notes = [*dataset.notes, f"{count:,} images cannot be decoded and are left out."] if count else dataset.notes
-    return dataclasses.replace(dataset, train=train, val=val, test=test, notes=notes, bad_images=screened.complaints)
 
 
 def choose_image_size(config: Config, dataset: ImageDataset) -> int:
@@ -145,11 +70,6 @@ def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[
         drop_rate=config.drop_rate,
         drop_path_rate=config.drop_path_rate,
     )
-
-
-def input_channels(config: Config, dataset: ImageDataset) -> int:
-    """Three for pretrained models, else as many as the set's images have."""
-    return 3 if config.pretrained else dataset.channels
 
 
 def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
@@ -212,9 +132,9 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
         loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
     ema, skeleton = create_ema(model, config), None
     if is_to_be_sharded(accelerator):
-        skeleton = sharding.skeleton_of(model)
+        skeleton = fsdp.skeleton_of(model)
         for whole in [model] if ema is None else [model, ema.module]:
-            sharding.shard(whole, accelerator.device)
+            fsdp.shard(whole, accelerator.device)
     optimizer = create_optimizer(model, config, accelerator.mixed_precision)
     return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, ema, skeleton)
 
@@ -280,19 +200,3 @@ def make_loader(
         buffer = config.shuffle_buffer
         return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
     return Loader(split, make_source(images, kind, num_workers, device), transform, **common)
-
-
-def system_facts(accelerator: Accelerator) -> dict[str, Any]:
-    """Device, number of processes and the versions that figures depend on."""
-    import platform
-    from importlib.metadata import version
-
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = ("torch", "torchvision", "timm", "accelerate", "datasets")
-    return {
-        "device": f"{device.type} ({name})",
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-    }

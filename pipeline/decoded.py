@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.common.console import progress_bar, warn
+from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked, written_aside
+from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
-from pipeline.splits import Split
 
 FORMAT = 1  # raised when what a file holds changes its meaning
 SMALLEST_SHARE = 0.25  # of its table that a split must be to have all of the table decoded for it

@@ -4,8 +4,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from pipeline.distributed.fsdp import is_sharded, local
 from pipeline.settings.config import Config
-from pipeline.sharding import is_sharded, local
 
 
 def create_ema(model: nn.Module, config: Config) -> ModelEmaV3 | None:

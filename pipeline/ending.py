@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.assembly import Parts
-from pipeline.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
 from pipeline.common import console
 from pipeline.common.stopping import TrainingFailed
+from pipeline.distributed.fsdp import load_weights, with_weights
 from pipeline.evaluation import evaluate
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.models.timm_folder import save_model
 from pipeline.run import Run
+from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
 from pipeline.schedule import best_epoch, best_kind
 from pipeline.settings.config import Config
-from pipeline.sharding import load_weights, with_weights
 from pipeline.state import TrainState
 
 WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file of the weights that were validated

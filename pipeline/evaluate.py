@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().read(argv)
 
     def run() -> int:
-        from pipeline.peers import part  # after the arguments: --help costs no import of torch
+        from pipeline.distributed.shared_failure import part  # after the arguments: --help costs no import of torch
         from pipeline.saved_evaluation import evaluate_saved
 
         result = evaluate_saved(args)

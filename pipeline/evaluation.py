@@ -5,9 +5,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.distributed.fsdp import is_sharded
 from pipeline.loaders import Loader
 from pipeline.metrics import add_batch, add_calibration, add_confusion, figures, zero_sums
-from pipeline.sharding import is_sharded
 from pipeline.stream import AnyLoader
 
 

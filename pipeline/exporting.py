@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.assembly import load_data
 from pipeline.common.files import sync, write_json
+from pipeline.data.from_settings import load_data
+from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.decode import BadImage
-from pipeline.machine import make_accelerator
 from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
 from pipeline.prediction import find_images, read_file, read_image, to_input
 from pipeline.saved_model import SavedModel

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pipeline.common.randomness import permutation, uniforms
 from pipeline.common.system import usable_cores
+from pipeline.data.bad_images import complaint
+from pipeline.data.splits import Split
 from pipeline.decoded import resident_images
 from pipeline.images.augment import BatchTransform, cropped_on_cpu
 from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_training, shrink_of_part
@@ -23,8 +25,6 @@ from pipeline.images.decode import BadImage, decode_pixels
 from pipeline.images.preprocessing import Preprocessing, resized_side
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
-from pipeline.screening import complaint
-from pipeline.splits import Split
 
 DATA_ORDER = 1  # purpose in the addresses of randomness; pipeline.images.crop and pipeline.images.augment have others
 

@@ -8,22 +8,16 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from pipeline.distributed.accelerator import meet_in_layers
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.optimizers import sam_rho
 from pipeline.settings.batch_size import first_batch_size
 from pipeline.settings.config import Config
-from pipeline.sharding import is_asked_for
 
 MOMENTS = 2  # tensors of an optimizer's state for each parameter, at most
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, Exception) and should_reduce_batch_size(error)
-
-
-def meet_in_layers(config: Config, accelerator: Accelerator) -> bool:
-    """Whether every pass of a process waits for the others', so that none can try one alone."""
-    return accelerator.num_processes > 1 and (config.sync_batchnorm or is_asked_for())
 
 
 def most_images(config: Config, num_processes: int) -> int:
@@ -82,7 +76,7 @@ def with_micro_batch_size(
     if config.micro_batch_size != "auto":
         return config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    copies = MOMENTS + (sam_rho(config) > 0) + (accelerator.num_processes > 1)
+    copies = MOMENTS + config.uses_sam + (accelerator.num_processes > 1)
     most = most_images(config, accelerator.num_processes)
     size = largest_micro_batch(model, preprocessing, most, copies * weights, accelerator)
     if accelerator.num_processes > 1:

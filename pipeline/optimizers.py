@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common.suggestions import check_known
+from pipeline.distributed.fsdp import fitted, is_sharded
 from pipeline.muon import Muon
 from pipeline.settings.batch_size import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.settings.config import DEFAULTS, Config
-from pipeline.sharding import fitted, is_sharded
 
 # What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
 MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING, VECTOR = (

@@ -5,8 +5,8 @@ import os
 import torch
 
 from pipeline.common.system import usable_cores
+from pipeline.data.splits import Split
 from pipeline.images.preprocessing import Preprocessing, kept_side
-from pipeline.splits import Split
 
 DEVICE_MEMORY_SHARE = 0.25  # of the device's memory, for a decoded set that stays there
 

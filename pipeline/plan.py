@@ -5,14 +5,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.assembly import Parts, system_facts
+from pipeline.assembly import Parts
 from pipeline.common import console
+from pipeline.distributed.accelerator import system_facts
+from pipeline.distributed.fsdp import blocks_of
 from pipeline.loaders import largest_share
 from pipeline.optimizers import peak_lr
 from pipeline.schedule import History, lr_scale
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
-from pipeline.sharding import blocks_of
 
 
 def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:

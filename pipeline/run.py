@@ -10,14 +10,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from pipeline.checkpoint import BadCheckpoint, checkpoint_path
 from pipeline.common import console
 from pipeline.common.files import write_atomically, write_json
 from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
-from pipeline.lock import RunLock
 from pipeline.metrics import COUNT, LOSS
-from pipeline.resume import check_same_settings, find_starts, fixed_settings, nothing_left, set_newer_aside
-from pipeline.saving import CheckpointWriter
+from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path
+from pipeline.run_folder.checkpoint_writer import CheckpointWriter
+from pipeline.run_folder.lock import RunLock
+from pipeline.run_folder.resume import (
+    check_same_settings,
+    find_starts,
+    fixed_settings,
+    nothing_left,
+    set_newer_aside,
+)
 from pipeline.schedule import best_epoch
 from pipeline.settings.config import Config, to_yaml
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from pipeline import lock
+from pipeline.run_folder import lock
+from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import FIELDS, Config
 from pipeline.settings.parser import SettingsLoader
-from pipeline.tracking import metrics_path
 
 ENDED = ("completed", "early_stopped")  # what a run's summary says when it ended by itself
 PLACE = ("epoch", "step", "seconds")

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from pipeline.data.shards import LostShard, StreamedSplit
 from pipeline.images.augment import BatchTransform
 from pipeline.images.decode import BadImage
 from pipeline.lanes import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
 from pipeline.loaders import Batch, FittedImages, Loader, as_it_is
 from pipeline.metrics import IGNORED
 from pipeline.mixing import mix
-from pipeline.shards import LostShard, StreamedSplit
 
 AHEAD_BATCHES = 8  # a chunk is fetched so long before its first sample is needed
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import lock
+from pipeline.run_folder import lock
 from pipeline.sweep_file import Sweep, fill_command
 
 ORPHAN_SECONDS = 120.0  # how long a run may take to save itself

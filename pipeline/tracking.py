@@ -6,11 +6,11 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.common.files import LineFile
 from pipeline.common.suggestions import did_you_mean
+from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import Config
 
 WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
@@ -137,7 +137,3 @@ def end_wandb(run: Any, summary: dict[str, Any], figures: dict[str, Any]) -> Non
 def outside_name(split: str, key: str) -> str:
     """split/key, but scaler/scale and scaler/skipped_steps for what is of the fp16 scaler and of no split."""
     return {"scaler_scale": "scaler/scale", "skipped_steps": "scaler/skipped_steps"}.get(key, f"{split}/{key}")
-
-
-def metrics_path(run_dir: Path) -> Path:
-    return run_dir / "metrics.jsonl"

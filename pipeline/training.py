@@ -15,38 +15,36 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.assembly import (
-    Parts,
-    assemble,
-    check_settings,
-    freeze_backbone,
-    load_images,
-    name_run,
-    system_facts,
-    warnings_of,
-)
+from pipeline.assembly import Parts, assemble, check_settings, freeze_backbone, load_images, warnings_of
 from pipeline.common import console
 from pipeline.common.randomness import address
 from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.data.shards import LostShard
+from pipeline.distributed.accelerator import (
+    make_accelerator,
+    meet_in_layers,
+    prepared,
+    seed_generators,
+    system_facts,
+)
+from pipeline.distributed.fsdp import whole
+from pipeline.distributed.shared_failure import failing_together
 from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluation import evaluate
 from pipeline.images.decode import BadImage
 from pipeline.loaders import is_lost_worker, largest_share, share_of
-from pipeline.machine import make_accelerator, prepared, seed_generators
-from pipeline.memory import is_out_of_memory, meet_in_layers, out_of_memory_advice
+from pipeline.memory import is_out_of_memory, out_of_memory_advice
 from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
 from pipeline.optimizers import sam_rho, set_lr
-from pipeline.peers import failing_together
 from pipeline.plan import lr_of_step, plan_text
-from pipeline.resume import ended_summary
 from pipeline.run import Run
+from pipeline.run_folder.paths import name_run
+from pipeline.run_folder.resume import ended_summary
 from pipeline.sam import perturbed, sharpness_norm
 from pipeline.schedule import best_epoch, should_stop_early
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
-from pipeline.sharding import whole
-from pipeline.shards import LostShard
 from pipeline.state import TrainState, average_buffers
 from pipeline.stream import AnyLoader
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from pipeline.checkpoint import (
+from pipeline.common.files import write_json
+from pipeline.run_folder.checkpoint import (
     FORMAT,
     BadCheckpoint,
     checkpoints,
@@ -15,7 +16,6 @@ from pipeline.checkpoint import (
     recover,
     save_checkpoint,
 )
-from pipeline.common.files import write_json
 
 
 def save(run_dir, step, value=1.0):

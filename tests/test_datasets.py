@@ -17,7 +17,7 @@ from conftest import run_process
 from PIL import Image
 from stand_in_hub import set_hub
 
-from pipeline.datasets import (
+from pipeline.data.image_dataset import (
     DATASETS,
     BadImage,
     ImageDataset,
@@ -73,7 +73,7 @@ def test_digits_row_states_the_sizes_and_statistics_of_the_embedded_files():
     assert (len(loaded.train), len(loaded.test)) == (row.num_train, row.num_test)
     assert (round(np.mean(images), 4), round(np.std(images), 4)) == (*row.mean, *row.std)
     assert images[0].shape == (row.image_size, row.image_size)
-    assert sum(file.stat().st_size for file in (ROOT / "pipeline" / "digits").iterdir()) < 400_000
+    assert sum(file.stat().st_size for file in (ROOT / "pipeline" / "data" / "digits").iterdir()) < 400_000
 
 
 def test_digits_load_without_heavy_imports():

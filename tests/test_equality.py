@@ -65,7 +65,7 @@ def batchnorm_facts(folder: Path) -> None:
     import timm.layers
     import torch.distributed as dist
 
-    from pipeline.batchnorm import convert_batchnorm
+    from pipeline.distributed.sync_batchnorm import convert_batchnorm
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -15,8 +15,8 @@ import time
 import pytest
 from conftest import ROOT, flags, lines_of, same_weights, timeless
 
-from pipeline import saving
 from pipeline.common.stopping import TrainingFailed
+from pipeline.run_folder import checkpoint_writer
 
 EVERY_STEP = {"checkpoint_every_steps": 1, "log_every": 1, "monitor": "loss"}
 
@@ -67,7 +67,7 @@ def assert_same(run_dir, whole):
 def test_a_full_disk_costs_warnings_until_there_is_room(
     run_training, whole, monkeypatch, capsys, room_afterwards, retry_seconds
 ):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", retry_seconds)
+    monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", retry_seconds)
     with at_steps({3: fill_disk, 7: make_room}):
         _, run_dir = run_training(**EVERY_STEP)
     assert_same(run_dir, whole)
@@ -101,7 +101,7 @@ def test_the_best_checkpoint_is_kept_in_memory_while_it_cannot_be_written(run_tr
 
 @pytest.mark.parametrize("bring_back", ["moved back", "made anew, empty"])
 def test_a_run_outlives_the_loss_of_its_folder(run_training, whole, tmp_path, capsys, monkeypatch, bring_back):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", 0.0)
     run_dir = tmp_path / "run"
 
     def lose():
@@ -171,7 +171,7 @@ def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_sam
 
 
 def test_what_the_writer_cannot_know_is_not_taken_for_a_full_disk(run_training, monkeypatch):
-    monkeypatch.setattr(saving, "save_checkpoint", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_training()
 

@@ -81,7 +81,7 @@ def outcome(run_dir: Path) -> str:
 
 def check_nothing_lost(run_dir: Path, saved: int) -> int:
     """Every checkpoint under its name is whole, and one at least as new as before is there; returns its step."""
-    from pipeline.checkpoint import checkpoints, read_facts, recover
+    from pipeline.run_folder.checkpoint import checkpoints, read_facts, recover
 
     recover(run_dir)
     steps = [read_facts(folder)["step"] for folder in checkpoints(run_dir)]

@@ -215,7 +215,7 @@ def wait_for_port(port: int, process: subprocess.Popen) -> None:
 def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monkeypatch):
     from accelerate import Accelerator
 
-    from pipeline.machine import processes_here
+    from pipeline.distributed.accelerator import processes_here
 
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert processes_here(Accelerator()) == 1

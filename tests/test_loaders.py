@@ -15,17 +15,17 @@ import torch
 from conftest import flags, lines_of, same_weights, timeless, torchrun
 from PIL import Image
 
-from pipeline import cache, decoded, loaders
-from pipeline.cache import cache_folder, locked
-from pipeline.datasets import load_image_dataset
+from pipeline import decoded, loaders
+from pipeline.data import cache_folder
+from pipeline.data.bad_images import without_bad_images
+from pipeline.data.image_dataset import load_image_dataset
+from pipeline.data.splits import Split
 from pipeline.images.augment import BatchTransform, random_parts, resized_parts
 from pipeline.images.crop import fit_for_eval, random_part
 from pipeline.images.decode import BadImage, decode_image, decode_pixels
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import DeviceImages, FittedImages, Loader, WorkerImages, make_source
 from pipeline.placement import choose_loader
-from pipeline.screening import without_bad_images
-from pipeline.splits import Split
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(8, 3, (0.5,) * 3, (0.2,) * 3, source_size=8)
@@ -63,7 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(cache, "SMALLEST_KEPT", 0)
+    monkeypatch.setattr(cache_folder, "SMALLEST_KEPT", 0)
     return tmp_path / "datasets" / "decoded"
 
 
@@ -291,7 +291,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     monkeypatch.undo()
     folder.parent.mkdir(exist_ok=True)
     monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/none")
-    monkeypatch.setattr(cache, "SMALLEST_KEPT", 0)
+    monkeypatch.setattr(cache_folder, "SMALLEST_KEPT", 0)
     monkeypatch.setattr(decoded, "cache_folder", lambda: Path("/proc/none"))
     assert torch.equal(all_of(device_images(split), split), images)
     assert "could not be kept" in capsys.readouterr().err
@@ -309,7 +309,7 @@ def test_what_a_killed_process_left_is_no_obstacle(folder: Path, decodings: list
 
 def decode_slowly(folder: Path, results: Any) -> None:
     """A process of the test below: tells how many images it decoded, and their sum."""
-    cache.SMALLEST_KEPT, count = 0, 0
+    cache_folder.SMALLEST_KEPT, count = 0, 0
 
     def fit(row: int) -> torch.Tensor:
         nonlocal count
@@ -341,14 +341,14 @@ def test_the_cache_lies_where_datasets_keeps_its_own(monkeypatch: pytest.MonkeyP
 
     import datasets
 
-    assert cache_folder() == Path(datasets.config.HF_DATASETS_CACHE) / "decoded"
+    assert cache_folder.cache_folder() == Path(datasets.config.HF_DATASETS_CACHE) / "decoded"
     monkeypatch.delitem(sys.modules, "datasets")
     for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert cache_folder() == Path.home() / ".cache" / "huggingface" / "datasets" / "decoded"
+    assert cache_folder.cache_folder() == Path.home() / ".cache" / "huggingface" / "datasets" / "decoded"
     for name, rest in [("XDG_CACHE_HOME", "huggingface/datasets"), ("HF_HOME", "datasets"), ("HF_DATASETS_CACHE", ".")]:
         monkeypatch.setenv(name, str(tmp_path / name))
-        assert cache_folder() == tmp_path / name / rest / "decoded"
+        assert cache_folder.cache_folder() == tmp_path / name / rest / "decoded"
 
 
 def test_the_embedded_digits_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -362,9 +362,9 @@ def test_the_embedded_digits_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), locked(tmp_path / "a" / "file"):
+    with pytest.raises(KeyError), cache_folder.locked(tmp_path / "a" / "file"):
         raise KeyError
-    with locked(tmp_path / "a" / "file"):
+    with cache_folder.locked(tmp_path / "a" / "file"):
         pass
 
 
@@ -397,7 +397,7 @@ def test_bad_images_are_left_out_and_named(folder: Path, capsys: pytest.CaptureF
 
 
 def test_what_was_found_good_is_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import screening
+    from pipeline.data import bad_images
 
     calls: list[int] = []
 
@@ -405,7 +405,7 @@ def test_what_was_found_good_is_not_checked_again(folder: Path, monkeypatch: pyt
         calls.append(len(encoded))
         return decode_pixels(encoded, channels)
 
-    monkeypatch.setattr(screening, "decode_pixels", counted)
+    monkeypatch.setattr(bad_images, "decode_pixels", counted)
     split = with_bad_images()
     without_bad_images([split.select(np.arange(20))], 3, 1, shown=False)
     assert len(calls) == 20

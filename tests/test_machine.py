@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline.machine import seed_generators
+from pipeline.distributed.accelerator import seed_generators
 
 PROGRAM = """
 import resource, sys, torch

@@ -62,8 +62,8 @@ class Stepping:
     def __init__(self, settings: dict[str, Any], scaler: torch.amp.GradScaler | None = None):
         from accelerate.state import AcceleratorState
 
+        from pipeline.distributed.accelerator import make_accelerator
         from pipeline.ema import create_ema
-        from pipeline.machine import make_accelerator
         from pipeline.metrics import zero_sums
         from pipeline.optimizers import create_optimizer, set_lr
         from pipeline.settings.config import Config
@@ -146,7 +146,7 @@ def sharpness_facts(sam_sync: bool) -> str:
 
 def work(folder: Path) -> None:
     """What each of the processes does; it leaves the runs and what each rank found."""
-    from pipeline.peers import part
+    from pipeline.distributed.shared_failure import part
 
     for name, settings in RUNS.items():
         run_of(folder, name, settings)
@@ -343,7 +343,8 @@ def checkpoint_of(run_dir: Path, step: int, name: str = "model") -> dict[str, to
 def initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
 
-    from pipeline.assembly import load_data, make_model
+    from pipeline.assembly import make_model
+    from pipeline.data.from_settings import load_data
     from pipeline.settings.config import Config
 
     config = Config(**{**SMALL_RUN, **settings})
@@ -398,7 +399,7 @@ def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_nam
     import timm
     from accelerate import Accelerator
 
-    from pipeline.machine import with_channels_last
+    from pipeline.distributed.accelerator import with_channels_last
     from pipeline.settings.config import Config
 
     model = timm.create_model(model_name)

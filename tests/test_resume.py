@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import lines_of, same_weights, timeless, weights_of
 
-from pipeline import lock
-from pipeline.checkpoint import checkpoints, save_checkpoint
-from pipeline.lock import RunLock
-from pipeline.resume import find_starts, fixed_settings
+from pipeline.run_folder import lock
+from pipeline.run_folder.checkpoint import checkpoints, save_checkpoint
+from pipeline.run_folder.lock import RunLock
+from pipeline.run_folder.resume import find_starts, fixed_settings
 from pipeline.settings.config import Config
 
 EXACT = {

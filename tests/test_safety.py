@@ -92,7 +92,7 @@ def test_a_run_leaves_tensors_and_text_only_and_no_secret(tmp_path):
 
 
 def test_a_checkpoint_names_no_file_outside_its_folder(run_training, tmp_path):
-    from pipeline.checkpoint import BadCheckpoint, own_sha256, read_facts
+    from pipeline.run_folder.checkpoint import BadCheckpoint, own_sha256, read_facts
 
     _, run_dir = run_training()
     newest, *_ = sorted((run_dir / "checkpoints").iterdir())

@@ -14,7 +14,7 @@ import timm
 import torch
 from conftest import ROOT, SMALL_RUN, in_processes, lines_of, run_process, timeless, weights_of
 
-from pipeline.sharding import blocks_of
+from pipeline.distributed.fsdp import blocks_of
 
 # 40 images in batches of 17, 17 and 6; two processes have 8 and 9, and micro-batches of 4 make 2 and 3 of these
 UNEVEN: dict[str, Any] = {

@@ -25,16 +25,16 @@ from conftest import SMALL_RUN, flags, lines_of, run_process, timeless, torchrun
 from PIL import Image
 from stand_in_hub import set_hub
 
-from pipeline import shards
-from pipeline.datasets import load_image_dataset
+from pipeline.data import shards
+from pipeline.data.image_dataset import load_image_dataset
+from pipeline.data.shards import LostShard, Shards, StreamedSplit
 from pipeline.images.augment import BatchTransform
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import FittedImages
-from pipeline.resume import check_same_settings
 from pipeline.run import TrainingFailed
+from pipeline.run_folder.resume import check_same_settings
 from pipeline.settings.config import Config, check_limits
 from pipeline.settings.parser import from_yaml
-from pipeline.shards import LostShard, Shards, StreamedSplit
 from pipeline.stream import StreamLoader
 from pipeline.training import train
 

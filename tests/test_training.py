@@ -104,7 +104,8 @@ def test_the_steps_losses_average_to_the_epochs_loss(run_training):
 def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_training):
     from accelerate import Accelerator
 
-    from pipeline.assembly import load_data, make_preprocessing
+    from pipeline.assembly import make_preprocessing
+    from pipeline.data.from_settings import load_data
     from pipeline.evaluation import evaluate
 
     summary, run_dir = run_training(epochs=4)
@@ -169,14 +170,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_training, tmp_path):
-    from pipeline.checkpoint import checkpoints, read_facts
+    from pipeline.run_folder.checkpoint import checkpoints, read_facts
 
     # the batch-size schedule makes the learning rate jump to where the loss overflows
     settings = {"batch_size_schedule": {1: 40}, "batch_lr_scaling": "linear", "lr": 1e-3}
     with pytest.raises(TrainingFailed, match="the last finite one told was"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "pipeline.schedule.batch_size_at",
+                "pipeline.settings.batch_size.batch_size_at",
                 lambda epoch, config: config.batch_size * 10 ** (40 * epoch),
             )
             run_training(**settings)

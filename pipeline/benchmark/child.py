@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         write_json(Path(result_path), result)
     if "RANK" in os.environ:
-        from pipeline.peers import part  # only here: startup times a process without torch
+        from pipeline.distributed.shared_failure import part  # only here: startup times a process without torch
 
         part()
     return 0

@@ -65,7 +65,7 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
     from pipeline.assembly import assemble
     from pipeline.benchmark.peer_loaders import plain_loader, timm_loader
     from pipeline.benchmark.sets import peer_set
-    from pipeline.machine import make_accelerator
+    from pipeline.distributed.accelerator import make_accelerator
 
     data = peer_set(settings, parquet, folder)
     config = read_config(settings)

@@ -27,7 +27,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     import torch
 
     from pipeline.assembly import assemble, check_settings, load_images
-    from pipeline.machine import make_accelerator
+    from pipeline.distributed.accelerator import make_accelerator
 
     if args.lr_start >= args.lr_end:
         raise ValueError(f"--lr_start {args.lr_start:g} must be below --lr_end {args.lr_end:g}.")

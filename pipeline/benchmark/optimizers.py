@@ -92,7 +92,7 @@ def make_accelerator(args: argparse.Namespace) -> Any:
 
 def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn.Module, Tensor, Tensor]:
     """The model, images [B, 3, S, S] and labels [B] that stay on the device; all from seed 0."""
-    from pipeline.machine import fit_to_machine
+    from pipeline.distributed.accelerator import fit_to_machine
     from pipeline.models.create import create_model
 
     config = make_config(args)

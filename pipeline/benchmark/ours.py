@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.assembly import Parts, assemble, check_settings, load_images, name_run, system_facts
+from pipeline.assembly import Parts, assemble, check_settings, load_images
 from pipeline.benchmark.stepclock import StepClock, wait_for
+from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.loaders import Batch, Loader
-from pipeline.machine import make_accelerator
 from pipeline.metrics import zero_sums
 from pipeline.run import Run
+from pipeline.run_folder.paths import name_run
 from pipeline.settings.parser import read_config
 from pipeline.state import TrainState
 from pipeline.stream import AnyLoader

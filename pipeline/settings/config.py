@@ -214,6 +214,11 @@ class Config:
         return Path(self.output_dir) / str(self.run_name)
 
     @property
+    def uses_sam(self) -> bool:
+        """Whether steps are perturbed: by a sam_rho, or by the name of the optimizer where sam_rho is null."""
+        return self.optimizer == "sam" if self.sam_rho is None else self.sam_rho > 0
+
+    @property
     def compile_mode(self) -> str | None:
         """The mode of torch.compile; None is its default."""
         return None if isinstance(self.compile, bool) else self.compile
@@ -249,7 +254,6 @@ def check_limits(config: Config) -> None:
 
 def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     schedule = config.batch_size_schedule
-    has_sam = config.optimizer == "sam" or bool(config.sam_rho)
     steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
     yield config.pretrained and config.init_from is not None, (
         "pretrained and init_from both say where the weights start from; leave one of them out."
@@ -266,7 +270,7 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     yield config.loader == "stream" and config.on_bad_image == "skip", (
         "on_bad_image skip looks at every image before training, which a stream does not; mend the set, or take loader workers."
     )
-    yield config.compile_mode is not None and (config.micro_batch_size is not None or has_sam), (
+    yield config.compile_mode is not None and (config.micro_batch_size is not None or config.uses_sam), (
         "compile reduce-overhead replays one pass a step into the same memory; micro_batch_size and SAM take several. "
         "Use compile true."
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import BadCheckpoint, checkpoints, read_facts, recover
+from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoints, read_facts, recover
 from pipeline.settings.config import DEFAULTS, FIELDS, Config
 from pipeline.settings.parser import from_yaml
 

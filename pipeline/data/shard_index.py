@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset_table import DatasetRow
-from pipeline.folders import read_class_folders
-from pipeline.hub import (
+from pipeline.data.class_folders import read_class_folders
+from pipeline.data.hub import (
     PREFERRED_LABELS,
     find_image_column,
     find_label_column,
@@ -25,8 +24,8 @@ from pipeline.hub import (
     label_ids,
     load_errors,
 )
-from pipeline.images.files import EXTENSIONS
-from pipeline.shards import (
+from pipeline.data.known_datasets import DatasetRow
+from pipeline.data.shards import (
     ARROW_FILE_MAGIC,
     CHUNK_NAMES,
     LostShard,
@@ -36,7 +35,8 @@ from pipeline.shards import (
     parquet_footer,
     read_shard,
 )
-from pipeline.splits import Reading, Split, find_splits
+from pipeline.data.splits import Reading, Split, find_splits
+from pipeline.images.files import EXTENSIONS
 
 THREADS = 16  # files whose index is read at once
 TAR_PART_SAMPLES, TAR_PART_BYTES = 256, 32 * 2**20  # of a tar file read in one go

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import known_sets
-from pipeline.dataset_table import DatasetRow
-from pipeline.splits import Reading, Split, file_state, find_splits
+from pipeline.data import reading_cache
+from pipeline.data.known_datasets import DatasetRow
+from pipeline.data.splits import Reading, Split, file_state, find_splits
 
 PREFERRED_IMAGES = ("image", "img")
 PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -29,7 +29,7 @@ def read_hub_set(
     """
     asked = ["hub", hub_id, config, label_column, repr(row)]
     commit, obstacle = commit_on_hub(hub_id)
-    known = known_sets.recall(asked, commit) if commit or obstacle else None
+    known = reading_cache.recall(asked, commit) if commit or obstacle else None
     if known is not None:
         splits, class_names, notes = known
         return splits, class_names, [*notes, OUT_OF_REACH.format(obstacle)] if obstacle else notes
@@ -50,7 +50,7 @@ def read_hub_set(
     caches = (HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
     reading = _to_splits(loaded, f"The Hub set {hub_id}", row, label_column, caches)
     if commit and all(commit in file["filename"] for split in loaded.values() for file in split.cache_files):
-        known_sets.remember(asked, commit, reading)
+        reading_cache.remember(asked, commit, reading)
     return reading
 
 
@@ -89,7 +89,7 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     path = os.path.abspath(folder)
     asked = ["folder", path, label_column]
     state = sorted(file_state(os.path.join(parent, name)) for parent, _, names in os.walk(path) for name in names)
-    known = known_sets.recall(asked, state)
+    known = reading_cache.recall(asked, state)
     if known is not None:
         return known
     import datasets
@@ -102,7 +102,7 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     reading = _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
-    known_sets.remember(asked, state, reading)
+    reading_cache.remember(asked, state, reading)
     return reading
 
 

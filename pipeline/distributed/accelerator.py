@@ -15,11 +15,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from pipeline import sharding
-from pipeline.batchnorm import convert_batchnorm
 from pipeline.common.system import keep_freed_memory
-from pipeline.memory import meet_in_layers
-from pipeline.optimizers import sam_rho
+from pipeline.distributed import fsdp
+from pipeline.distributed.sync_batchnorm import convert_batchnorm
 from pipeline.settings.config import Config
 
 PATIENCE = timedelta(hours=1)  # of processes with one that is alive: the first of a machine may be fetching the set
@@ -79,7 +77,7 @@ def join_after_restart(cpu: bool) -> None:
 
 @contextlib.contextmanager
 def without_accelerates_fsdp() -> Iterator[None]:
-    """Inside, Accelerate does not see that FSDP is asked for: pipeline.sharding does it, on CPUs too."""
+    """Inside, Accelerate does not see that FSDP is asked for: pipeline.distributed.fsdp does it, on CPUs too."""
     asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
     yield
     if asked is not None:
@@ -103,20 +101,19 @@ def check_meetings(config: Config, accelerator: Accelerator) -> None:
 
 def check_sharding(config: Config, accelerator: Accelerator) -> None:
     """Raises ValueError for what a sharded model cannot do, or has not been shown to do right."""
-    if not sharding.is_asked_for():
+    if not fsdp.is_asked_for():
         return
     wrong = {
-        "fsdp_version 1: this trainer shards by FSDP2. Set fsdp_version: 2": sharding.launcher_says("VERSION", "1")
-        != "2",
-        "fsdp_offload_params. Leave it out": sharding.launcher_says("OFFLOAD_PARAMS", "false") == "true",
+        "fsdp_version 1: this trainer shards by FSDP2. Set fsdp_version: 2": fsdp.launcher_says("VERSION", "1") != "2",
+        "fsdp_offload_params. Leave it out": fsdp.launcher_says("OFFLOAD_PARAMS", "false") == "true",
         "fsdp_activation_checkpointing. Use --gradient_checkpointing true": (
-            sharding.launcher_says("ACTIVATION_CHECKPOINTING", "false") == "true"
+            fsdp.launcher_says("ACTIVATION_CHECKPOINTING", "false") == "true"
         ),
         "fsdp_transformer_layer_cls_to_wrap: a model's blocks are found by themselves. Leave it out": (
-            sharding.launcher_says("TRANSFORMER_CLS_TO_WRAP", "") != ""
+            fsdp.launcher_says("TRANSFORMER_CLS_TO_WRAP", "") != ""
         ),
         "SAM: it puts other weights in place of the model's, and FSDP2 gathers from a buffer of its own. Leave sam_rho out": (
-            sam_rho(config) > 0
+            config.uses_sam
         ),
         "optimizer muon: it orthogonalises whole matrices. Use adamw": config.optimizer == "muon",
         "freeze_epochs: FSDP2 gathers weights that are frozen and weights that are not together. Use --layer_decay": (
@@ -140,7 +137,7 @@ def processes_here(accelerator: Accelerator) -> int:
 
 
 def is_to_be_sharded(accelerator: Accelerator) -> bool:
-    return sharding.is_asked_for() and accelerator.num_processes > 1
+    return fsdp.is_asked_for() and accelerator.num_processes > 1
 
 
 def prepared(
@@ -192,3 +189,24 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
 def sizes_vary(config: Config) -> bool:
     """Whether training passes are of several batch sizes."""
     return bool(not config.drop_last or config.batch_size_schedule or config.micro_batch_size)
+
+
+def meet_in_layers(config: Config, accelerator: Accelerator) -> bool:
+    """Whether every pass of a process waits for the others', so that none can try one alone."""
+    return accelerator.num_processes > 1 and (config.sync_batchnorm or fsdp.is_asked_for())
+
+
+def system_facts(accelerator: Accelerator) -> dict[str, Any]:
+    """Device, number of processes and the versions that figures depend on."""
+    import platform
+    from importlib.metadata import version
+
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("torch", "torchvision", "timm", "accelerate", "datasets")
+    return {
+        "device": f"{device.type} ({name})",
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }

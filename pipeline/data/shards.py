@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
-from pipeline.splits import Split
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after each attempt: 3.5 s in all
 THREADS = 4  # of a worker, that read ahead

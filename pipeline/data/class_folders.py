@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images.files import EXTENSIONS, visible_entries, images_below
-from pipeline.splits import Reading, Split, find_splits, is_split_name
+from pipeline.data.splits import Reading, Split, find_splits, is_split_name
+from pipeline.images.files import EXTENSIONS, images_below, visible_entries
 
 LAYOUTS = (
     "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), or FOLDER/CLASS/*.jpg, or a folder of "

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import cache_folder, is_worth_keeping, locked, written_aside
 from pipeline.common.console import progress_bar, warn
+from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked, written_aside
+from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage, decode_pixels
-from pipeline.splits import Split
 
 FORMAT = b"1"  # raised when what a file holds changes its meaning
 UNKNOWN, GOOD = 0, 1

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache import cache_folder, locked, written_aside
-from pipeline.splits import Reading, Split, file_state
+from pipeline.data.cache_folder import cache_folder, locked, written_aside
+from pipeline.data.splits import Reading, Split, file_state
 
 FORMAT = 1  # raised when what a record holds changes its meaning
 

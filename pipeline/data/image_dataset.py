@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.suggestions import did_you_mean
-from pipeline.dataset_table import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
-from pipeline.folders import read_class_folders
-from pipeline.hub import is_table_folder, read_hub_set, read_table_folder
+from pipeline.data.class_folders import read_class_folders
+from pipeline.data.hub import is_table_folder, read_hub_set, read_table_folder
+from pipeline.data.known_datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
+from pipeline.data.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
+from pipeline.data.shards import LostShard
+from pipeline.data.splits import Reading, Split, stratified_rows
 from pipeline.images.decode import GREY_MODES, BadImage, decode_image, image_header
-from pipeline.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
-from pipeline.shards import LostShard
-from pipeline.splits import Reading, Split, stratified_rows
 
 __all__ = [
     "DATASETS",

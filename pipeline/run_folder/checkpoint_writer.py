@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Tensors, checkpoint_path, prune, save_checkpoint
 from pipeline.common import console
+from pipeline.run_folder.checkpoint import Tensors, checkpoint_path, prune, save_checkpoint
 
 RETRY_SECONDS = 60.0
 
