@@ -1,8 +1,6 @@
 """From settings to the things of a run: checks, dataset, preprocessing, loaders, model."""
 
 import dataclasses
-import math
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,27 +9,28 @@ from torch import nn
 
 from pipeline.common.randomness import address
 from pipeline.data.from_settings import input_channels, load_data
-from pipeline.data.image_dataset import ImageDataset, Split, check_dataset_name
-from pipeline.data.shards import StreamedSplit
+from pipeline.data.image_dataset import ImageDataset, check_dataset_name
 from pipeline.distributed import fsdp
-from pipeline.distributed.accelerator import fit_to_machine, is_to_be_sharded, processes_here, with_channels_last
-from pipeline.ema import create_ema
-from pipeline.images.augment import BatchTransform, cropped_on_cpu
-from pipeline.images.preprocessing import Preprocessing, kept_side
-from pipeline.loaders import FittedImages, Loader, make_source
+from pipeline.distributed.accelerator import fit_to_machine, is_to_be_sharded, with_channels_last
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.loaders.build import make_loader
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.memory import with_micro_batch_size
 from pipeline.models.create import InputSettings, check_model_name, create_model, default_image_size, input_settings
 from pipeline.models.timm_folder import LoadReport
-from pipeline.optimizers import check_optimizer_name, classifier_names, create_optimizer, ignored_optimizer_settings
-from pipeline.placement import choose_loader, choose_num_workers
-from pipeline.schedule import check_scheduler_name
-from pipeline.settings.batch_size import first_batch_size, fitting_batch_size
+from pipeline.optim.ema import create_ema
+from pipeline.optim.optimizers import (
+    check_optimizer_name,
+    classifier_names,
+    create_optimizer,
+    ignored_optimizer_settings,
+)
+from pipeline.optim.schedule import check_scheduler_name
+from pipeline.settings.batch_size import fitting_batch_size
 from pipeline.settings.config import Config, ignored_settings
-from pipeline.stream import AnyLoader, StreamLoader
 from pipeline.tracking import tracker_names
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
-EVAL_BATCH = 2  # of a training batch: evaluation keeps no activations, so this fits wherever training does
 
 
 def check_settings(config: Config) -> None:
@@ -158,45 +157,3 @@ def freeze_backbone(model: nn.Module, frozen: bool) -> None:
                 parameter.requires_grad_(not frozen)
             if frozen and getattr(module, "track_running_stats", False):
                 module.eval()
-
-
-def make_loader(
-    config: Config,
-    split: Split,
-    dataset: ImageDataset,
-    preprocessing: Preprocessing,
-    accelerator: Accelerator,
-    training: bool,
-) -> AnyLoader:
-    """The loader of one split for this rank."""
-    device = accelerator.device
-    augment = config.augment if training else "none"
-    num_workers = choose_num_workers(config.num_workers, processes_here(accelerator), device)
-    kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(split, preprocessing, config.loader, device)
-    if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
-        preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))
-    transform = BatchTransform(
-        preprocessing,
-        device=device,
-        augment=augment,
-        flip=dataset.flip,
-        random_erasing=config.random_erasing if training else 0.0,
-        seed=config.seed,
-        channels_last=bool(config.channels_last),
-    )
-    common: dict[str, Any] = {
-        "device": device,
-        "rank": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "seed": config.seed,
-        "mixup": config.mixup if training else 0.0,
-        "cutmix": config.cutmix if training else 0.0,
-        "num_classes": len(dataset.class_names),
-        "eval_batch_size": config.images_at_once
-        or EVAL_BATCH * math.ceil(first_batch_size(config) / accelerator.num_processes),
-    }
-    images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
-    if isinstance(split, StreamedSplit):
-        buffer = config.shuffle_buffer
-        return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
-    return Loader(split, make_source(images, kind, num_workers, device), transform, **common)

@@ -16,9 +16,9 @@ from pipeline.evaluation import evaluate
 from pipeline.metrics import per_class_accuracy
 from pipeline.model_card import model_card
 from pipeline.models.timm_folder import save_model
+from pipeline.optim.schedule import best_epoch, best_kind
 from pipeline.run import Run
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
-from pipeline.schedule import best_epoch, best_kind
 from pipeline.settings.config import Config
 from pipeline.state import TrainState
 

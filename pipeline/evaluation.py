@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.distributed.fsdp import is_sharded
-from pipeline.loaders import Loader
+from pipeline.loaders.loader import Loader
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.metrics import add_batch, add_calibration, add_confusion, figures, zero_sums
-from pipeline.stream import AnyLoader
 
 
 def evaluate(

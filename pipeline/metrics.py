@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of a sample that only fills a place; torch's cross_entropy leaves it out as well
+from pipeline.loaders.shares import IGNORED
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
 

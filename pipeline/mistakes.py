@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from pipeline.assembly import choose_image_size, make_loader, make_preprocessing
+from pipeline.assembly import choose_image_size, make_preprocessing
 from pipeline.data.from_settings import load_data
 from pipeline.data.splits import Split
 from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.decode import decode_image
+from pipeline.loaders.build import make_loader
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
 from pipeline.run_records import RunRecord
 from pipeline.settings.parser import from_yaml
-from pipeline.stream import AnyLoader
 
 SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report, in pixels
 

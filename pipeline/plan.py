@@ -9,16 +9,10 @@ from pipeline.assembly import Parts
 from pipeline.common import console
 from pipeline.distributed.accelerator import system_facts
 from pipeline.distributed.fsdp import blocks_of
-from pipeline.loaders import largest_share
-from pipeline.optimizers import peak_lr
-from pipeline.schedule import History, lr_scale
+from pipeline.loaders.shares import largest_share
+from pipeline.optim.optimizers import lr_of_step, peak_lr
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
-
-
-def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:
-    """The learning rate of a step, read off the schedule at the step's middle."""
-    return peak_lr(config) * lr_scale(epoch + (batch + 0.5) / num_batches, history, config)
 
 
 def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:

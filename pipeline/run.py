@@ -14,6 +14,7 @@ from pipeline.common import console
 from pipeline.common.files import write_atomically, write_json
 from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
 from pipeline.metrics import COUNT, LOSS
+from pipeline.optim.schedule import best_epoch
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path
 from pipeline.run_folder.checkpoint_writer import CheckpointWriter
 from pipeline.run_folder.lock import RunLock
@@ -24,7 +25,6 @@ from pipeline.run_folder.resume import (
     nothing_left,
     set_newer_aside,
 )
-from pipeline.schedule import best_epoch
 from pipeline.settings.config import Config, to_yaml
 from pipeline.state import TrainState, from_checkpoint, to_checkpoint
 from pipeline.tracking import Tracker

@@ -208,7 +208,7 @@ def used_image_size(settings: dict[str, Any], path: Path) -> int | None:
 
 def usual_lr(settings: dict[str, Any]) -> float | None:
     """The learning rate that these settings get when none is given; None for settings of another version."""
-    from pipeline.optimizers import peak_lr  # imports timm, and most sweeps give a learning rate
+    from pipeline.optim.optimizers import peak_lr  # imports timm, and most sweeps give a learning rate
 
     try:
         return peak_lr(Config(**{name: value for name, value in settings.items() if name in FIELDS}))

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.assembly import make_loader
 from pipeline.common import console
 from pipeline.data.from_settings import load_data
 from pipeline.data.image_dataset import ImageDataset, check_dataset_name
 from pipeline.distributed.accelerator import fit_to_machine, make_accelerator, system_facts, with_channels_last
 from pipeline.evaluation import evaluate
 from pipeline.images.decode import BadImage
+from pipeline.loaders.build import make_loader
 from pipeline.metrics import calibration_error, per_class_accuracy, zero_calibration
 from pipeline.saved_model import SavedModel, load_saved_model
 from pipeline.settings.command_line import CommandFailed

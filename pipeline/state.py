@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed.fsdp import gathered, load_weights
-from pipeline.optimizers import load_state_tensors, state_tensors
+from pipeline.optim.optimizers import load_state_tensors, state_tensors
+from pipeline.optim.schedule import History
 from pipeline.run_folder.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
-from pipeline.schedule import History
 
 COUNTED = ("epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds")
 TOLD = ("history", "logged", "last_loss")

@@ -29,24 +29,25 @@ from pipeline.distributed.accelerator import (
 )
 from pipeline.distributed.fsdp import whole
 from pipeline.distributed.shared_failure import failing_together
-from pipeline.ema import update_ema
 from pipeline.ending import closing_table, finish, stop
 from pipeline.evaluation import evaluate
 from pipeline.images.decode import BadImage
-from pipeline.loaders import is_lost_worker, largest_share, share_of
+from pipeline.loaders.shares import IGNORED, largest_share, share_of
+from pipeline.loaders.sources import is_lost_worker
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.memory import is_out_of_memory, out_of_memory_advice
-from pipeline.metrics import IGNORED, add_batch, figures, zero_sums
-from pipeline.optimizers import sam_rho, set_lr
-from pipeline.plan import lr_of_step, plan_text
+from pipeline.metrics import add_batch, figures, zero_sums
+from pipeline.optim.ema import update_ema
+from pipeline.optim.optimizers import lr_of_step, sam_rho, set_lr
+from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.optim.schedule import best_epoch, should_stop_early
+from pipeline.plan import plan_text
 from pipeline.run import Run
 from pipeline.run_folder.paths import name_run
 from pipeline.run_folder.resume import ended_summary
-from pipeline.sam import perturbed, sharpness_norm
-from pipeline.schedule import best_epoch, should_stop_early
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.state import TrainState, average_buffers
-from pipeline.stream import AnyLoader
 
 DROPOUT = 4  # purpose in the addresses of randomness
 

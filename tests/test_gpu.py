@@ -10,7 +10,7 @@ import torch
 from conftest import lines_of
 from torch import nn
 
-from pipeline.muon import Muon
+from pipeline.optim.muon import Muon
 
 pytestmark = [
     pytest.mark.gpu,

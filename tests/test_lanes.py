@@ -5,7 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.lanes import EpochOrder, epoch_order, lane_cuts, lanes_of, merged, num_lanes, plan_batches
+from pipeline.loaders.stream_order import (
+    EpochOrder,
+    epoch_order,
+    lane_cuts,
+    lanes_of,
+    merged,
+    num_lanes,
+    plan_batches,
+)
 
 
 def flat(lists: list[list[int]]) -> list[int]:

@@ -15,7 +15,6 @@ import torch
 from conftest import flags, lines_of, same_weights, timeless, torchrun
 from PIL import Image
 
-from pipeline import decoded, loaders
 from pipeline.data import cache_folder
 from pipeline.data.bad_images import without_bad_images
 from pipeline.data.image_dataset import load_image_dataset
@@ -24,8 +23,10 @@ from pipeline.images.augment import BatchTransform, random_parts, resized_parts
 from pipeline.images.crop import fit_for_eval, random_part
 from pipeline.images.decode import BadImage, decode_image, decode_pixels
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.loaders import DeviceImages, FittedImages, Loader, WorkerImages, make_source
-from pipeline.placement import choose_loader
+from pipeline.loaders import decoded_cache, loader
+from pipeline.loaders.build import choose_loader
+from pipeline.loaders.loader import Loader
+from pipeline.loaders.sources import DeviceImages, FittedImages, WorkerImages, make_source
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(8, 3, (0.5,) * 3, (0.2,) * 3, source_size=8)
@@ -76,7 +77,7 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return decode_pixels(*arguments)
 
-    monkeypatch.setattr(loaders, "decode_pixels", counted)
+    monkeypatch.setattr(sources, "decode_pixels", counted)
     return calls
 
 
@@ -174,7 +175,7 @@ def test_a_small_share_of_a_large_photo_is_decoded_smaller_but_large_enough() ->
     for epoch in range(12):
         images[epoch, 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loaders, "decode_pixels", spy)
+        patch.setattr(sources, "decode_pixels", spy)
         fitted = [images[epoch, 0] for epoch in range(12)]
     assert {(3, 500, 600), (3, 125, 150)} & set(sizes) and len(set(sizes)) > 1
     assert all(image.shape == (3, 24, 24) for image in fitted)
@@ -292,7 +293,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     folder.parent.mkdir(exist_ok=True)
     monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/none")
     monkeypatch.setattr(cache_folder, "SMALLEST_KEPT", 0)
-    monkeypatch.setattr(decoded, "cache_folder", lambda: Path("/proc/none"))
+    monkeypatch.setattr(decoded_cache, "cache_folder", lambda: Path("/proc/none"))
     assert torch.equal(all_of(device_images(split), split), images)
     assert "could not be kept" in capsys.readouterr().err
 
@@ -318,7 +319,7 @@ def decode_slowly(folder: Path, results: Any) -> None:
         return torch.full((3, 8, 8), row, dtype=torch.uint8)
 
     os.environ["HF_DATASETS_CACHE"] = str(folder.parent)
-    images, _ = decoded.resident_images(small_split(), (3, 8, 8), "edition", fit, 1, True)
+    images, _ = decoded_cache.resident_images(small_split(), (3, 8, 8), "edition", fit, 1, True)
     results.put((count, int(images.sum())))
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipeline.loaders.shares import IGNORED
 from pipeline.metrics import (
-    IGNORED,
     add_batch,
     add_calibration,
     add_confusion,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from pipeline import muon
-from pipeline.muon import COEFFICIENTS, Muon, newton_schulz_flops, orthogonalize, partition
+from pipeline.optim import muon
+from pipeline.optim.muon import COEFFICIENTS, Muon, newton_schulz_flops, orthogonalize, partition
 
 SHAPES_2D = [(24, 8), (8, 24), (16, 16), (16, 100)]
 SHAPES = [(8, 3, 3, 3), (16, 8, 3, 3), (16, 8, 3, 3), (32, 16, 1, 1), (10, 32)]

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from pipeline.optimizers import (
+from pipeline.optim.optimizers import (
     DEPTHWISE,
     EMBEDDING,
     HEAD,
@@ -25,8 +25,8 @@ from pipeline.optimizers import (
     set_lr,
     state_tensors,
 )
-from pipeline.sam import perturbed, sharpness_norm
-from pipeline.schedule import SCHEDULES, lr_scale
+from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.optim.schedule import SCHEDULES, lr_scale
 from pipeline.settings.config import Config
 
 MODELS = ["resnet18", "resnet50_small_stem", "resnest14d", "simple_mlp", "vit_tiny_patch16_224", "convnext_atto"]

@@ -63,9 +63,9 @@ class Stepping:
         from accelerate.state import AcceleratorState
 
         from pipeline.distributed.accelerator import make_accelerator
-        from pipeline.ema import create_ema
         from pipeline.metrics import zero_sums
-        from pipeline.optimizers import create_optimizer, set_lr
+        from pipeline.optim.ema import create_ema
+        from pipeline.optim.optimizers import create_optimizer, set_lr
         from pipeline.settings.config import Config
         from pipeline.state import TrainState
 

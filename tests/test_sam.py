@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.ema import create_ema, update_ema
 from pipeline.metrics import zero_sums
-from pipeline.optimizers import create_optimizer, set_lr
+from pipeline.optim.ema import create_ema, update_ema
+from pipeline.optim.optimizers import create_optimizer, set_lr
+from pipeline.optim.sam import perturbed, sharpness_norm
 from pipeline.run import SMALLEST_SCALE, TrainingFailed, check_scale
-from pipeline.sam import perturbed, sharpness_norm
 from pipeline.settings.config import Config
 from pipeline.state import TrainState
 from pipeline.training import Share, train_step

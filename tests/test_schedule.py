@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.schedule import SCHEDULES, best_epoch, check_scheduler_name, lr_scale, should_stop_early
+from pipeline.optim.schedule import SCHEDULES, best_epoch, check_scheduler_name, lr_scale, should_stop_early
 from pipeline.settings.batch_size import batch_size_at, fitting_batch_size, steps_per_epoch
 from pipeline.settings.config import Config
 

@@ -30,12 +30,12 @@ from pipeline.data.image_dataset import load_image_dataset
 from pipeline.data.shards import LostShard, Shards, StreamedSplit
 from pipeline.images.augment import BatchTransform
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.loaders import FittedImages
+from pipeline.loaders.sources import FittedImages
+from pipeline.loaders.stream_loader import StreamLoader
 from pipeline.run import TrainingFailed
 from pipeline.run_folder.resume import check_same_settings
 from pipeline.settings.config import Config, check_limits
 from pipeline.settings.parser import from_yaml
-from pipeline.stream import StreamLoader
 from pipeline.training import train
 
 NUM_TRAIN, NUM_TEST = 203, 41  # neither divides by anything here

@@ -13,8 +13,8 @@ import yaml
 from conftest import lines_of, same_weights, timeless
 
 from pipeline import training
-from pipeline.assembly import make_loader
 from pipeline.common.stopping import TrainingFailed
+from pipeline.loaders.build import make_loader
 from pipeline.metrics import add_batch
 from pipeline.models.small_models import SimpleMLP
 from pipeline.settings.config import Config

@@ -14,8 +14,8 @@ from pipeline.images.augment import AUGMENTS, BatchTransform, cropped_on_cpu, er
 from pipeline.images.crop import NUM_FIT_DRAWS, fit_for_eval, fit_for_training, random_part
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
-from pipeline.metrics import IGNORED
-from pipeline.mixing import mix
+from pipeline.loaders.mixing import mix
+from pipeline.loaders.shares import IGNORED
 
 POLICIES = {"randaugment": RANDAUGMENT, "trivialaugment": TRIVIALAUGMENT}
 BLENDS = ["brightness", "color", "contrast", "sharpness"]

@@ -83,7 +83,7 @@ class TimedSaving:
 
     def __init__(self, settings: list[str], steps: int, folder: str):
         from pipeline.benchmark.ours import start
-        from pipeline.optimizers import peak_lr, set_lr
+        from pipeline.optim.optimizers import peak_lr, set_lr
 
         parts, self.run, self.state = start(settings, folder)
         self.loader, self.steps, self.their_folder = parts.loaders["train"], steps, Path(folder) / "save_state"

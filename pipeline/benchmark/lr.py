@@ -63,7 +63,7 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
 
     from pipeline.assembly import freeze_backbone
     from pipeline.metrics import COUNT, LOSS, zero_sums
-    from pipeline.optimizers import set_lr
+    from pipeline.optim.optimizers import set_lr
     from pipeline.settings.batch_size import steps_per_epoch
     from pipeline.state import TrainState
     from pipeline.training import Share, train_step

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.benchmark.measuring import Row, Section, summarise
 from pipeline.common.console import progress_bar
 from pipeline.metrics import zero_sums
-from pipeline.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
+from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 from pipeline.settings.config import Config
 
 Call = Callable[[], object]

@@ -11,13 +11,13 @@ from torch import Tensor
 from pipeline.assembly import Parts, assemble, check_settings, load_images
 from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.distributed.accelerator import make_accelerator, system_facts
-from pipeline.loaders import Batch, Loader
+from pipeline.loaders.loader import Batch, Loader
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.metrics import zero_sums
 from pipeline.run import Run
 from pipeline.run_folder.paths import name_run
 from pipeline.settings.parser import read_config
 from pipeline.state import TrainState
-from pipeline.stream import AnyLoader
 from pipeline.training import train_epoch
 
 # whatever file of settings is given: the time decides when it ends, and nobody is told of it

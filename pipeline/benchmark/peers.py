@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.benchmark.peer_loaders import plain_loader, timm_loader
 from pipeline.benchmark.stepclock import StepClock
 from pipeline.models.create import create_model
-from pipeline.optimizers import create_optimizer, peak_lr, set_lr
+from pipeline.optim.optimizers import create_optimizer, peak_lr, set_lr
 from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 

@@ -1,1 +1,1 @@
-"""Processes and devices: the accelerator, FSDP2, synchronised BatchNorm, failures shared by ranks. It imports common and settings."""
+"""Processes and devices: the accelerator, FSDP2, synchronised BatchNorm, shared failures. It imports settings and common."""

@@ -13,7 +13,7 @@ from pipeline.images import randaugment
 from pipeline.images.crop import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
 from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
-# What a draw is for: the last part of its address. pipeline.mixing has 2004 to 2006.
+# What a draw is for: the last part of its address. pipeline.loaders.mixing has 2004 to 2006.
 CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003
 
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image; width / height

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pipeline.common.suggestions import check_known
 from pipeline.distributed.fsdp import fitted, is_sharded
-from pipeline.muon import Muon
+from pipeline.optim.muon import Muon
+from pipeline.optim.schedule import History, lr_scale
 from pipeline.settings.batch_size import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.settings.config import DEFAULTS, Config
 
@@ -251,3 +252,8 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     saved["state"] = {number: state[parameter] for number, parameter in zip(numbers, ordered) if parameter in state}
     optimizer.load_state_dict(saved)
+
+
+def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:
+    """The learning rate of a step, read off the schedule at the step's middle."""
+    return peak_lr(config) * lr_scale(epoch + (batch + 0.5) / num_batches, history, config)

@@ -10,10 +10,11 @@ import torch
 from pipeline.data.shards import LostShard, StreamedSplit
 from pipeline.images.augment import BatchTransform
 from pipeline.images.decode import BadImage
-from pipeline.lanes import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
-from pipeline.loaders import Batch, FittedImages, Loader, as_it_is
-from pipeline.metrics import IGNORED
-from pipeline.mixing import mix
+from pipeline.loaders.loader import Batch, Loader
+from pipeline.loaders.mixing import mix
+from pipeline.loaders.shares import IGNORED
+from pipeline.loaders.sources import FittedImages, as_it_is
+from pipeline.loaders.stream_order import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
 
 AHEAD_BATCHES = 8  # a chunk is fetched so long before its first sample is needed
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.common.randomness import address, uniforms
 from pipeline.images.augment import inside
-from pipeline.metrics import IGNORED
+from pipeline.loaders.shares import IGNORED
 
 MIX, MIXUP, CUTMIX = 2004, 2005, 2006  # what a draw is for: the last part of its address
 

@@ -1,0 +1,106 @@
+"""The loader of a split: where its images live while training and how many processes decode them, chosen from the machine."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.common.system import usable_cores
+from pipeline.data.image_dataset import ImageDataset
+from pipeline.data.shards import StreamedSplit
+from pipeline.data.splits import Split
+from pipeline.distributed.accelerator import processes_here
+from pipeline.images.augment import BatchTransform, cropped_on_cpu
+from pipeline.images.preprocessing import Preprocessing, kept_side
+from pipeline.loaders.loader import Loader
+from pipeline.loaders.sources import FittedImages, make_source
+from pipeline.loaders.stream_loader import AnyLoader, StreamLoader
+from pipeline.settings.batch_size import first_batch_size
+from pipeline.settings.config import Config
+
+EVAL_BATCH = 2  # of a training batch: evaluation keeps no activations, so this fits wherever training does
+DEVICE_MEMORY_SHARE = 0.25  # of the device's memory, for a decoded set that stays there
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has: a GPU's own, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:
+    """What the split takes on the device; of photos, as they are kept for training."""
+    side = preprocessing.source_size or kept_side(preprocessing)
+    return len(split) * preprocessing.channels * side**2
+
+
+def choose_loader(split: Split, preprocessing: Preprocessing, wanted: str, device: torch.device) -> str:
+    """device or workers. Raises ValueError when the device loader is asked for and the set cannot stay on the device.
+
+    Photos stay on the device only when that is asked for: their random parts are then cut from a smaller picture.
+    """
+    is_small = preprocessing.source_size is not None
+    needed, limit = decoded_bytes(split, preprocessing), int(DEVICE_MEMORY_SHARE * device_memory(device))
+    if wanted == "device" and needed > limit:
+        raise ValueError(
+            f"loader device needs {needed / 2**20:,.0f} MiB for the decoded set, above {DEVICE_MEMORY_SHARE:.0%} of the "
+            f"device's memory ({limit / 2**20:,.0f} MiB). Use loader workers or auto."
+        )
+    return "device" if wanted == "device" or wanted == "auto" and is_small and needed <= limit else "workers"
+
+
+def choose_num_workers(wanted: int | None, num_processes: int, device: torch.device) -> int:
+    """Worker processes for one training process: as wanted, else this process's share of the cores, at most 8.
+
+    On a CPU one core's share is left to the training itself.
+    """
+    if wanted is not None:
+        return wanted
+    cores = usable_cores() // max(num_processes, 1)
+    return min(cores if device.type != "cpu" else cores - 1, 8)
+
+
+def make_loader(
+    config: Config,
+    split: Split,
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    training: bool,
+) -> AnyLoader:
+    """The loader of one split for this rank."""
+    device = accelerator.device
+    augment = config.augment if training else "none"
+    num_workers = choose_num_workers(config.num_workers, processes_here(accelerator), device)
+    kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(split, preprocessing, config.loader, device)
+    if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
+        preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))
+    transform = BatchTransform(
+        preprocessing,
+        device=device,
+        augment=augment,
+        flip=dataset.flip,
+        random_erasing=config.random_erasing if training else 0.0,
+        seed=config.seed,
+        channels_last=bool(config.channels_last),
+    )
+    common: dict[str, Any] = {
+        "device": device,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "seed": config.seed,
+        "mixup": config.mixup if training else 0.0,
+        "cutmix": config.cutmix if training else 0.0,
+        "num_classes": len(dataset.class_names),
+        "eval_batch_size": config.images_at_once
+        or EVAL_BATCH * math.ceil(first_batch_size(config) / accelerator.num_processes),
+    }
+    images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
+    if isinstance(split, StreamedSplit):
+        buffer = config.shuffle_buffer
+        return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
+    return Loader(split, make_source(images, kind, num_workers, device), transform, **common)
