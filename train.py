@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # after the settings: a misspelt one costs no import of torch
     from pipeline.common.stopping import Interrupted, TrainingFailed
     from pipeline.distributed.shared_failure import part
-    from pipeline.training import train
+    from pipeline.training.loop import train
 
     status = 0
     try:

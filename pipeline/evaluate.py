@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         from pipeline.distributed.shared_failure import part  # after the arguments: --help costs no import of torch
-        from pipeline.saved_evaluation import evaluate_saved
+        from pipeline.inference.saved_evaluation import evaluate_saved
 
         result = evaluate_saved(args)
         part()

@@ -35,9 +35,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--push_to_hub uploads the timm folder, not --format {args.format}. Leave --format out.")
     if args.private and args.push_to_hub is None:
         raise ValueError("--private goes with --push_to_hub.")
-    from pipeline.exporting import check_exportable, check_packages, check_replaceable, export, images_for_check
-    from pipeline.publishing import check_can_push, push_to_hub
-    from pipeline.saved_model import load_saved_model
+    from pipeline.inference.export_formats import (
+        check_exportable,
+        check_packages,
+        check_replaceable,
+        export,
+        images_for_check,
+    )
+    from pipeline.inference.hub_upload import check_can_push, push_to_hub
+    from pipeline.inference.saved_model import load_saved_model
 
     if args.push_to_hub is not None:
         check_can_push(args.push_to_hub)

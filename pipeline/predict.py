@@ -15,7 +15,7 @@ from pipeline.common import console
 from pipeline.settings.command_line import CommandParser, at_least, check_output, exit_status, one_of
 
 if TYPE_CHECKING:
-    from pipeline.prediction import Answer
+    from pipeline.inference.prediction import Answer
 
 LONGEST_NAME = 32  # in a table; ImageNet's go up to 131 letters
 
@@ -81,8 +81,8 @@ def make_parser() -> CommandParser:
 
 def run(args: argparse.Namespace) -> int:
     """Predicts and writes; 1 if a file was bad, else 0. Raises ValueError when there is no image or no such model."""
-    from pipeline import prediction  # after the arguments: --help costs no import of torch
-    from pipeline.saved_model import load_saved_model
+    from pipeline.inference import prediction  # after the arguments: --help costs no import of torch
+    from pipeline.inference.saved_model import load_saved_model
 
     check_output(args.output)
     device = prediction.choose_device(args.device)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that run a test file as their program
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, as all it starts would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,7 +50,7 @@ def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[
         from accelerate.state import AcceleratorState
 
         from pipeline.settings.config import Config
-        from pipeline.training import train
+        from pipeline.training.loop import train
 
         AcceleratorState._reset_state(reset_partial_state=True)
         config = Config(**{"output_dir": str(tmp_path), **SMALL_RUN, **settings})
@@ -103,7 +104,7 @@ def torchrun(
         "--master_port",
         str(free_port()),
     ]
-    return run_process(*launcher, program, *arguments, timeout=timeout, PYTHONPATH=str(ROOT))
+    return run_process(*launcher, program, *arguments, timeout=timeout, PYTHONPATH=PYTHONPATH)
 
 
 def in_processes(number: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[int]:

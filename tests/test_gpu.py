@@ -30,9 +30,9 @@ SMALL_GPU_RUN: dict[str, Any] = {
 @pytest.fixture
 def train_on_gpu(run_training, monkeypatch):
     """Trains with the given settings and first loss scale; returns the run's folder."""
-    from pipeline import training
+    from pipeline.training import loop
 
-    make_accelerator, scales = training.make_accelerator, [START_SCALE]
+    make_accelerator, scales = loop.make_accelerator, [START_SCALE]
 
     def make_with_scale(config: Any) -> Any:
         accelerator = make_accelerator(config)
@@ -41,7 +41,7 @@ def train_on_gpu(run_training, monkeypatch):
             accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=scales[0])
         return accelerator
 
-    monkeypatch.setattr(training, "make_accelerator", make_with_scale)
+    monkeypatch.setattr(loop, "make_accelerator", make_with_scale)
 
     def run(name: str, scale: float = START_SCALE, **settings: Any) -> Path:
         scales[0] = scale

@@ -1,112 +1,89 @@
-"""The house: import floors, true README, checks that the tree itself must pass."""
+"""The house: rooms and floors of pipeline/, and what the tree itself must satisfy."""
 
 import ast
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import ROOT, run_process
 
 from pipeline.settings.config import FIELDS, SECTIONS
 from pipeline.settings.parser import read_config
 
-# A module imports only from a floor below; floor 1 and 2 modules may also build on a neighbour that is listed before them.
-FLOORS = [
-    {
-        "batchnorm",
-        "config",
-        "console",
-        "cores",
-        "failures",
-        "files",
-        "importance",
-        "metrics",
-        "muon",
-        "randomness",
-        "sharding",
-        "signals",
-    },
-    {
-        "linefile",
-        "lock",
-        "peers",
-        "schedule",
-        "parsing",
-        "images",
-        "randaugment",
-        "ema",
-        "stems",
-        "cache",
-        "lanes",
-        "small_models",
-        "preprocessing",
-    },
-    {"dataset_table", "splits", "fitting", "weights", "optimizers", "sam", "checkpoint", "tracking", "command_line"},
-    {"known_sets", "transforms"},
-    {
-        "folders",
-        "hub",
-        "models",
-        "mixing",
-        "placement",
-        "decoded",
-        "screening",
-        "shards",
-        "resume",
-        "saving",
-        "publishing",
-        "run_records",
-    },
-    {"loaders", "shard_index", "memory", "figures", "sweep_records"},
-    {"datasets", "machine", "stream", "saved_model"},
-    {"assembly", "comparison", "evaluation", "state", "prediction"},
-    {"run", "plan", "model_card", "saved_evaluation", "exporting", "mistakes", "comparison_figures", "report_tables"},
-    {"ending", "report_page"},
-    {"training", "report_content"},
-    {"evaluate", "predict", "export", "report", "sweep_space"},
-    {"sweep_file"},
-    {"sweep_stopping", "sweep_trials"},
-    {"sweep_study"},
-    {"sweep_table"},
-    {"sweep"},
-    {"benchmark.measuring", "benchmark.stepclock", "benchmark.sets", "benchmark.peer_loaders", "benchmark.child"},
-    {"benchmark.children", "benchmark.reporting", "benchmark.ours", "benchmark.peers", "benchmark.bare_script"},
-    {"benchmark.contenders"},
-    {
-        *("benchmark.loop", "benchmark.loaders", "benchmark.optimizers", "benchmark.checkpoint"),
-        *("benchmark.startup", "benchmark.scaling", "benchmark.efficiency", "benchmark.lr"),
-    },
-    {"benchmark.__main__"},
-]
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# The floor of each room. A room imports only from rooms on lower floors; inside a room files may build on one another.
+FLOORS = {
+    "common": 1,
+    "settings": 2,
+    "images": 2,
+    "models": 2,
+    "data": 3,
+    "distributed": 3,
+    "run_folder": 3,
+    "loaders": 4,
+    "optim": 4,
+    "training": 5,
+    "inference": 6,
+    "sweep": 6,
+    "benchmark": 6,
+    "report": 7,
+}
+COMMANDS = {"evaluate", "predict", "export"}  # modules beside the rooms, on the highest floor
 
 
-def modules_of_pipeline() -> dict[str, Path]:
-    """The files by their names below pipeline: training, benchmark.loop."""
-    root = ROOT / "pipeline"
-    paths = [path for path in root.rglob("*.py") if path.stem != "__init__"]
-    return {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
+def modules() -> dict[str, Path]:
+    """The modules of pipeline by their dotted names, such as pipeline.training.loop."""
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "pipeline").rglob("*.py")}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules of pipeline that a file imports, anywhere in it, by their names below pipeline."""
+def imports_of(path: Path, known: Iterable[str]) -> set[str]:
+    """The modules of pipeline that a file imports, anywhere in it."""
     named = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            named |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names}
-    below = {name.removeprefix("pipeline.") for name in named if name.startswith("pipeline.")}
-    return {name for name in below if name in FLOOR}
+    return named & set(known)
 
 
-def test_a_module_imports_only_from_a_floor_below():
-    modules = modules_of_pipeline()
-    assert modules.keys() == FLOOR.keys()
-    for name, path in modules.items():
-        for imported in imports_of(path):
-            assert FLOOR[imported] < FLOOR[name], f"{name} imports {imported}, which is not on a floor below"
+def test_every_folder_of_pipeline_is_a_room_with_a_floor_and_a_sentence():
+    folders = {path.name for path in (ROOT / "pipeline").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == FLOORS.keys()
+    beside = {path.stem for path in (ROOT / "pipeline").glob("*.py")}
+    assert beside == COMMANDS | {"__init__"}
+    for room in FLOORS:
+        tree = ast.parse((ROOT / "pipeline" / room / "__init__.py").read_text())
+        assert ast.get_docstring(tree) and len(tree.body) == 1, f"{room}/__init__.py must be a docstring and nothing else"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_only_from_rooms_on_lower_floors(room):
+    known = modules()
+    paths = {name: path for name, path in known.items() if name.startswith(f"pipeline.{room}.")}
+    assert len(paths) > 1
+    for name, path in paths.items():
+        for imported in imports_of(path, known):
+            other = imported.split(".")[1] if "." in imported else room
+            assert other not in COMMANDS, f"{name} imports the command {imported}"
+            assert other == room or FLOORS[other] < FLOORS[room], f"{name} imports {imported}, which is not on a lower floor"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    left = {name: imports_of(path, known) - {name, "pipeline"} for name, path in known.items()}
+    assert len(left) > 100
+    while left:
+        free = {name for name, imported in left.items() if not imported & left.keys()}
+        assert free, f"these modules import each other in a circle, or one that does: {sorted(left)}"
+        left = {name: imported for name, imported in left.items() if name not in free}
+
+
+def test_tests_mirror_the_rooms():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == FLOORS.keys()
 
 
 def test_readme_names_every_file_and_every_section_of_settings():

@@ -27,7 +27,7 @@ def test_a_recipe_opens_with_its_command_and_is_in_the_readme(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_takes_its_first_steps(path, tmp_path):
     """On the embedded digits, without published weights and on the CPU's precision; all else as it stands."""
-    from pipeline.training import train
+    from pipeline.training.loop import train
 
     config = read_config(["--config", str(path)])
     image_size = 16 if (config.image_size or 0) > 32 else None

@@ -91,7 +91,7 @@ class TimedSaving:
 
     def take_steps(self) -> None:
         from pipeline.benchmark.stepclock import wait_for
-        from pipeline.training import Share, train_step
+        from pipeline.training.step import Share, train_step
 
         config, accelerator = self.run.config, self.run.accelerator
         assert config.batch_size is not None

@@ -12,7 +12,7 @@ from pipeline.common.files import write_json
 def main(argv: list[str]) -> int:
     """argv: module.function, its arguments as a JSON object, the file for what it returns. Returns the exit status."""
     name, arguments, result_path = argv
-    module, function = name.split(".")
+    module, _, function = name.rpartition(".")
     try:
         result = getattr(importlib.import_module(f"pipeline.benchmark.{module}"), function)(**json.loads(arguments))
     except ValueError as error:

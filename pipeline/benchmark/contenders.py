@@ -78,7 +78,7 @@ def check_comparable(config: Config) -> None:
 
 
 def installed_peers() -> dict[str, str]:
-    """Functions of pipeline.benchmark.peers and the names of their rows."""
+    """Functions of pipeline.benchmark.peers.loops and the names of their rows."""
     return {function: name for function, name in PEERS.items() if find_spec(PACKAGE_OF[function])}
 
 
@@ -97,17 +97,17 @@ def contenders(
     """
     cache = {"HF_DATASETS_CACHE": str(Path(data["parquet"]).parent / "peers")}
     calls = {
-        BARE: contender("peers.bare", settings, cache, clock, data=data),
+        BARE: contender("peers.loops.bare", settings, cache, clock, data=data),
         OURS: contender("ours.train", settings, environment, clock),
     }
     if args.layouts:
         calls[BARE_CHANNELS_LAST] = contender(
-            "peers.bare", [*settings, "--channels_last=true"], cache, clock, data=data
+            "peers.loops.bare", [*settings, "--channels_last=true"], cache, clock, data=data
         )
         calls[OURS_CONTIGUOUS] = contender("ours.train", [*settings, "--channels_last=false"], environment, clock)
     if args.fast:
         fast = [*settings, "--mixed_precision=bf16", "--channels_last=true"]
         calls[FAST] = contender("ours.train", fast, environment, clock)
     for function, name in installed_peers().items():
-        calls[name] = contender(f"peers.{function}", settings, cache, clock, data=data, workers=args.peer_workers)
+        calls[name] = contender(f"peers.loops.{function}", settings, cache, clock, data=data, workers=args.peer_workers)
     return calls

@@ -62,10 +62,10 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
     """
     import torch
 
-    from pipeline.assembly import assemble
-    from pipeline.benchmark.peer_loaders import plain_loader, timm_loader
+    from pipeline.benchmark.peers.loaders import plain_loader, timm_loader
     from pipeline.benchmark.sets import peer_set
     from pipeline.distributed.accelerator import make_accelerator
+    from pipeline.training.build import assemble
 
     data = peer_set(settings, parquet, folder)
     config = read_config(settings)

@@ -11,7 +11,7 @@ from pipeline.common.console import progress_bar
 from pipeline.settings.parser import read_config
 
 if TYPE_CHECKING:
-    from pipeline.assembly import Parts
+    from pipeline.training.build import Parts
 
 DIVERGED = 4.0  # times the lowest moving average of the loss
 SMOOTHING = 0.8  # what the moving average of the loss keeps at each step
@@ -26,8 +26,8 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     """One curve. Nothing is written: there is no run. Raises ValueError for wrong settings."""
     import torch
 
-    from pipeline.assembly import assemble, check_settings, load_images
     from pipeline.distributed.accelerator import make_accelerator
+    from pipeline.training.build import assemble, check_settings, load_images
 
     if args.lr_start >= args.lr_end:
         raise ValueError(f"--lr_start {args.lr_start:g} must be below --lr_end {args.lr_end:g}.")
@@ -61,12 +61,12 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
     """
     import torch
 
-    from pipeline.assembly import freeze_backbone
-    from pipeline.metrics import COUNT, LOSS, zero_sums
     from pipeline.optim.optimizers import set_lr
     from pipeline.settings.batch_size import steps_per_epoch
-    from pipeline.state import TrainState
-    from pipeline.training import Share, train_step
+    from pipeline.training.loop import freeze_backbone
+    from pipeline.training.metrics import COUNT, LOSS, zero_sums
+    from pipeline.training.state import TrainState
+    from pipeline.training.step import Share, train_step
 
     config, loader = parts.config, parts.loaders["train"]
     batch_size = config.batch_size or 1

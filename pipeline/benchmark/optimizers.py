@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.measuring import Row, Section, summarise
 from pipeline.common.console import progress_bar
-from pipeline.metrics import zero_sums
 from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 from pipeline.settings.config import Config
+from pipeline.training.metrics import zero_sums
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -107,8 +107,8 @@ def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn
 
 def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, accelerator: Any) -> Call:
     """A training step as a run takes it: forward, backward, optimizer, metrics, on a copy of the model."""
-    from pipeline.state import TrainState
-    from pipeline.training import Share, train_step
+    from pipeline.training.state import TrainState
+    from pipeline.training.step import Share, train_step
 
     own = copy.deepcopy(model)
     prepared, optimizer = accelerator.prepare(own, create_optimizer(own, config, accelerator.mixed_precision))

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.assembly import Parts, assemble, check_settings, load_images
 from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.metrics import zero_sums
-from pipeline.run import Run
 from pipeline.run_folder.paths import name_run
 from pipeline.settings.parser import read_config
-from pipeline.state import TrainState
-from pipeline.training import train_epoch
+from pipeline.training.build import Parts, assemble, check_settings, load_images
+from pipeline.training.loop import train_epoch
+from pipeline.training.metrics import zero_sums
+from pipeline.training.run import Run
+from pipeline.training.state import TrainState
 
 # whatever file of settings is given: the time decides when it ends, and nobody is told of it
 OWN = ["--epochs=1000", "--resume=never", "--run_name=run", "--log_with=null", "--checkpoint_every_steps=null"]

@@ -69,10 +69,10 @@ def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
 
     Returns what a peer must know of it: parquet, num_images, num_classes, flip, and Preprocessing's fields.
     """
-    from pipeline.assembly import check_settings, choose_image_size, make_model, make_preprocessing
     from pipeline.data.from_settings import load_data
     from pipeline.distributed.accelerator import make_accelerator
     from pipeline.settings.parser import read_config
+    from pipeline.training.build import check_settings, choose_image_size, make_model, make_preprocessing
 
     config = read_config([*settings, "--loader=auto"])  # a stream has no rows to be copied
     check_settings(config)

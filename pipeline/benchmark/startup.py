@@ -14,7 +14,7 @@ from pipeline.settings.parser import read_config
 
 BARE = "bare script with timm"
 CLOCK = {"warmup_steps": 1, "seconds": 0.0}  # the first step is all that counts
-BARE_SCRIPT = Path(__file__).with_name("bare_script.py")
+BARE_SCRIPT = Path(__file__).parent / "peers" / "bare_script.py"
 IMPORT_LINE = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
 MOST_ROWS = 12
 
@@ -47,7 +47,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         if environment:  # a made set, whose cache may be a new one
             calls["ours, this set, first start"] = first_start
         for function, name in installed_peers().items():
-            calls[name] = contender(f"peers.{function}", settings, peers_cache, CLOCK, data=data, workers=0)
+            calls[name] = contender(f"peers.loops.{function}", settings, peers_cache, CLOCK, data=data, workers=0)
         calls["ours, this set, from its cache"]()  # fills the cache
         results = in_turns(calls, args.rounds)
         timed = run_child(

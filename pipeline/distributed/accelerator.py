@@ -50,16 +50,6 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     return accelerator
 
 
-def seed_generators(device: torch.device, seed: int) -> None:
-    """Seeds the generators that a model on the device draws from: the CPU's and the device's own.
-
-    torch.manual_seed asks every backend in turn, and each that is not in use keeps a trace of its caller: 0.2 to 0.5 ms.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-
-
 def join_after_restart(cpu: bool) -> None:
     """Lets processes that torchrun has restarted on one machine meet where their dead predecessors left no addresses.
 

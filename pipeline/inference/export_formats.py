@@ -1,0 +1,235 @@
+"""A saved model in other formats, each compared with the model itself on real images before it is called done."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.common.files import sync, write_json
+from pipeline.data.from_settings import load_data
+from pipeline.distributed.accelerator import make_accelerator
+from pipeline.images.decode import BadImage
+from pipeline.inference.prediction import find_images, read_file, read_image, to_input
+from pipeline.inference.saved_model import SavedModel
+from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
+from pipeline.settings.command_line import CommandFailed
+
+PREPROCESSING_FILE = "preprocessing.json"
+NUM_CHECK_IMAGES = 32
+LARGEST_ONNX_FILE = 2**31 - 2**20  # protobuf's limit; a larger model's weights go into a file of their own
+
+Item = TypeVar("Item")
+Logits = Callable[[Tensor], Tensor]
+
+
+def write_timm(saved: SavedModel, images: Tensor, folder: Path) -> None:
+    """Copies config.json, model.safetensors and the model card."""
+    assert saved.folder is not None, "check_exportable has been called"
+    for name in (CONFIG_FILE, WEIGHTS_FILE, README_FILE):
+        if (saved.folder / name).is_file():
+            shutil.copyfile(saved.folder / name, folder / name)
+
+
+def read_timm(folder: Path) -> Logits:
+    return load_model(folder).eval()
+
+
+def write_onnx(saved: SavedModel, images: Tensor, folder: Path) -> None:
+    """model.onnx with input `images`, output `logits` and a batch of any size."""
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved.model.state_dict().values())
+    torch.onnx.export(
+        saved.model,
+        (images,),
+        folder / "model.onnx",
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        input_names=["images"],
+        output_names=["logits"],
+        external_data=num_bytes > LARGEST_ONNX_FILE,
+        verbose=False,
+    )
+
+
+def read_onnx(folder: Path) -> Logits:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def write_torchscript(saved: SavedModel, images: Tensor, folder: Path) -> None:
+    """model.pt, traced; torch.jit.load reads it, in C++ too."""
+    torch.jit.trace(saved.model, (images,), check_trace=False).save(folder / "model.pt")
+
+
+def read_torchscript(folder: Path) -> Logits:
+    return torch.jit.load(folder / "model.pt")
+
+
+def write_torch_export(saved: SavedModel, images: Tensor, folder: Path) -> None:
+    """model.pt2 with a batch of any size; torch.export.load reads it."""
+    program = torch.export.export(saved.model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, folder / "model.pt2")
+
+
+def read_torch_export(folder: Path) -> Logits:
+    return torch.export.load(folder / "model.pt2").module()
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a format is written and read back, the packages it needs, and how far its logits may be from the model's.
+
+    tolerance is relative: the largest difference between two logits, over the larger of 1 and the largest absolute logit.
+    """
+
+    write: Callable[[SavedModel, Tensor, Path], None]
+    read: Callable[[Path], Logits]
+    tolerance: float
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "timm": Format(write_timm, read_timm, 0.0),
+    "onnx": Format(write_onnx, read_onnx, 1e-4, ("onnx", "onnxruntime", "onnxscript")),
+    "torchscript": Format(write_torchscript, read_torchscript, 1e-5),
+    "torch_export": Format(write_torch_export, read_torch_export, 1e-5),
+}
+
+
+def check_exportable(saved: SavedModel, name: str) -> None:
+    """Raises ValueError for a published model as a timm folder, which has nothing to copy."""
+    if name == "timm" and saved.folder is None:
+        raise ValueError(f"{saved.source} is a published model: timm has it already. Take another --format, or a run.")
+
+
+def check_packages(name: str) -> None:
+    """Raises ValueError when a package is missing that the format needs."""
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
+    if missing:
+        needed = " ".join(FORMATS[name].packages)
+        raise ValueError(f"--format {name} needs {' and '.join(missing)}: pip install {needed}")
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises ValueError unless the folder is missing, empty or an earlier export."""
+    if output.exists() and not (output / PREPROCESSING_FILE).is_file() and not is_empty_folder(output):
+        raise ValueError(f"{output} exists and is no earlier export. Choose another --output.")
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
+    """Model input of at most 32 real images [B, C, S, S]: of these places, else evenly from the run's test split.
+
+    Raises ValueError where there are none, or one cannot be read.
+    """
+    if places:
+        paths, problems = find_images(places)
+        read = [read_file(path, saved.preprocessing) for path in spread(paths)]
+        problems += [image for image in read if isinstance(image, str)]
+        if problems or not read:
+            raise ValueError(f"--images: {problems[0] if problems else 'there is no image.'}")
+        images = [image for image in read if isinstance(image, Tensor)]
+    elif saved.config is not None:
+        config = dataclasses.replace(saved.config, mixed_precision="no", loader="auto")
+        test = load_data(config, make_accelerator(config, "cpu")).test
+        try:
+            images = [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]
+        except BadImage as error:
+            raise ValueError(f"A test image cannot be read: {error} Name others with --images.") from error
+    else:
+        raise ValueError(
+            f"{saved.source} is no run, so it has no test images to be checked on. Name some with --images."
+        )
+    return to_input(images, saved.preprocessing, torch.device("cpu"))
+
+
+def spread(items: Sequence[Item]) -> list[Item]:
+    """At most 32 of the items, evenly from the first to the last."""
+    rows = np.linspace(0, len(items) - 1, min(len(items), NUM_CHECK_IMAGES)).round().astype(int)
+    return [items[row] for row in rows]
+
+
+def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[str, Any]:
+    """Writes the folder and returns the content of its preprocessing.json, which tells what the check found.
+
+    images: model input [B, C, S, S] to check on. The folder is written aside, checked, and renamed; an earlier export
+    is replaced. Raises CommandFailed when the format cannot be made or its logits are not the model's; nothing is left then.
+    """
+    aside = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside.mkdir()
+    try:
+        difference = convert(saved, name, images, aside)
+        facts = describe(saved, name) | {
+            "check": {
+                "num_images": len(images),
+                "largest_relative_difference": difference,
+                "tolerance": FORMATS[name].tolerance,
+            }
+        }
+        write_json(aside / PREPROCESSING_FILE, facts)
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+        sync(output.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return facts
+
+
+def convert(saved: SavedModel, name: str, images: Tensor, folder: Path) -> float:
+    """Writes the format's files and returns the largest relative difference of their logits from the model's."""
+    kind = FORMATS[name]
+    example = images[:2] if len(images) > 1 else torch.cat([images, images])  # a batch of one would be taken for fixed
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own about tracing; what counts is the check
+            kind.write(saved, example, folder)
+            exported = kind.read(folder)
+            difference = max(relative_difference(saved.model, exported, batch) for batch in (images, images[:1]))
+    except Exception as error:  # the converters raise whatever they please
+        cause = str(error).strip().splitlines() or [""]
+        raise CommandFailed(
+            f"{saved.source} cannot be made into {name} ({type(error).__name__}: {cause[0]}). Nothing was left."
+        ) from error
+    if not difference <= kind.tolerance:  # NaN is no match either
+        raise CommandFailed(
+            f"{name}: the exported model's logits differ from the model's by {difference:.3g}, above the tolerance of "
+            f"{kind.tolerance:g}, on {len(images)} images. Nothing was left."
+        )
+    return difference
+
+
+def relative_difference(model: nn.Module, exported: Logits, images: Tensor) -> float:
+    """The largest difference between two logits, over the larger of 1 and the largest absolute logit."""
+    ours, theirs = model(images), exported(images)
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1))
+
+
+def describe(saved: SavedModel, name: str) -> dict[str, Any]:
+    """What a program needs besides the weights: how to prepare an image, and what the outputs mean."""
+    shape = saved.preprocessing
+    return {
+        "format": name,
+        "input": "images, float32 [batch, channels, height, width]: (pixel / 255 - mean) / std",
+        "output": "logits, float32 [batch, classes]",
+        "input_size": [shape.channels, shape.image_size, shape.image_size],
+        "mean": list(shape.mean),
+        "std": list(shape.std),
+        "interpolation": shape.interpolation,
+        "crop_pct": shape.crop_pct,
+        "source_size": shape.source_size,
+        "labels": saved.shown_names,
+    }

@@ -1,0 +1,139 @@
+"""Images anywhere on the disk become input exactly as in evaluation, and a saved model's answers."""
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.common.system import usable_cores
+from pipeline.images.augment import BatchTransform
+from pipeline.images.crop import fit_for_eval
+from pipeline.images.decode import BadImage, decode_pixels
+from pipeline.images.files import EXTENSIONS, images_below
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.inference.saved_model import SavedModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an image: the most probable classes first. problem: why there are none, else None."""
+
+    path: str
+    classes: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    problem: str | None = None
+
+
+def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """The paths of images, in the order of the places, and a sentence for each place that gives none.
+
+    A place is a file, a folder (all images below it, sorted by name), a pattern such as photos/**/*.jpg, or `-` for the
+    lines of `listed`, each a file or a folder.
+    """
+    found: list[str] = []
+    problems: list[str] = []
+    for place in places:
+        lines = [line.rstrip("\r\n") for line in listed] if place == "-" else [place]
+        for line in filter(None, lines):
+            images = images_at(line, is_pattern=place != "-")
+            found += images
+            if not images:
+                problems.append(f"{line}: {what_is_missing(line)}")
+    return found, problems
+
+
+def images_at(place: str, is_pattern: bool) -> list[str]:
+    """Images of a file, a folder or, if it is neither, a pattern; of what a pattern names, only what ends like an image."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return images_below(path)
+    if path.exists():
+        return [str(path)]
+    matches = sorted(glob.glob(str(path), recursive=True)) if is_pattern and glob.has_magic(place) else []
+    return [match for match in matches if Path(match).is_file() and match.lower().endswith(EXTENSIONS)]
+
+
+def what_is_missing(place: str) -> str:
+    if Path(place).expanduser().is_dir():
+        return f"no image below this folder (names end in {' '.join(EXTENSIONS)})."
+    return "no image matches this pattern." if glob.has_magic(place) else "no such file or folder."
+
+
+def read_image(encoded: bytes, preprocessing: Preprocessing) -> Tensor:
+    """The image as it travels to the device, uint8 [C, S, S], as the loaders of training read it. Raises BadImage."""
+    return fit_for_eval(decode_pixels(encoded, preprocessing.channels), preprocessing)
+
+
+def read_file(path: str, preprocessing: Preprocessing) -> Tensor | str:
+    """As read_image, or a sentence that says what is wrong with the file."""
+    try:
+        return read_image(Path(path).read_bytes(), preprocessing)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}."
+    except BadImage as error:
+        return f"{path}: {error}"
+
+
+def to_input(images: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """Model input, float32 [B, channels, image_size, image_size], as in evaluation; images: uint8 from read_image."""
+    transform = BatchTransform(preprocessing, device=device, augment="none", flip=False, seed=0)
+    return transform.eval(torch.stack(list(images)).to(device))
+
+
+def predict(
+    saved: SavedModel, paths: Sequence[str], *, top_k: int, batch_size: int, device: torch.device
+) -> Iterator[Answer]:
+    """An answer for each path, in order. While the model is at a batch, threads read and decode the next one."""
+    model = saved.model.to(device)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+
+        def start(batch: Sequence[str]) -> list[Future[Tensor | str]]:
+            return [pool.submit(read_file, path, saved.preprocessing) for path in batch]
+
+        batches = [paths[first : first + batch_size] for first in range(0, len(paths), batch_size)] + [[]]
+        reading = start(batches[0])
+        for batch, following in pairwise(batches):
+            read = [future.result() for future in reading]
+            reading = start(following)
+            yield from answers_of(model, batch, read, saved.preprocessing, top_k, device)
+
+
+def answers_of(
+    model: nn.Module,
+    paths: Sequence[str],
+    read: Sequence[Tensor | str],
+    preprocessing: Preprocessing,
+    top_k: int,
+    device: torch.device,
+) -> list[Answer]:
+    """An answer for each path. read: for each its uint8 image, or what is wrong with it."""
+    images = [image for image in read if isinstance(image, Tensor)]
+    best: Iterator[tuple[tuple[int, ...], tuple[float, ...]]] = iter(())
+    if images:
+        probabilities = probabilities_of(model, to_input(images, preprocessing, device))
+        values, classes = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+        best = zip(map(tuple, classes.tolist()), map(tuple, values.tolist()))
+    return [
+        Answer(path, problem=image) if isinstance(image, str) else Answer(path, *next(best))
+        for path, image in zip(paths, read)
+    ]
+
+
+@torch.inference_mode()
+def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
+    """float32 [B, num_classes]; images: model input [B, C, S, S]."""
+    return model(images).float().softmax(dim=1)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of that kind; auto is a GPU where there is one. Raises ValueError where there is none of the kind."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device("cpu") if accelerator is None or wanted == "cpu" else accelerator
+    if wanted not in ("auto", device.type):
+        raise ValueError(f"No device {wanted} was found, but {device.type}. Use --device auto or cpu.")
+    return device

@@ -1,0 +1,119 @@
+"""A report on runs, `python -m pipeline.report RUN... | SWEEP | FOLDER`: one folder with a page, figures and a CSV of all runs.
+
+OUTPUT/report.html   one page that needs no other file and no network
+OUTPUT/report.md     the same in Markdown
+OUTPUT/results.csv   a line for each run
+OUTPUT/figures/      every figure as PNG and SVG
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.common.files import sync, write_atomically
+from pipeline.report.comparison import ranked
+from pipeline.report.content import best_tested, make_report
+from pipeline.report.pages import html_page, markdown_page
+from pipeline.report.read_sweeps import read_records
+from pipeline.report.tables import results_csv
+
+PAGE = "report.html"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description = "Write a report on runs: a page, Markdown, figures and a CSV, in one folder."
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=description, allow_abbrev=False)
+    text = "run folders, a sweep's folder, or a folder of runs"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP|FOLDER", help=text)
+    text = "folder to write; a report that is there is replaced (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help=text)
+    text = "mark runs of this test accuracy or more, 0.9 for example"
+    parser.add_argument("--target", type=fraction, metavar="FRACTION", help=text)
+    text = "show the best run's N most confident mistakes; loads its model and dataset (default: %(default)s)"
+    parser.add_argument("--mistakes", type=whole_number, default=0, metavar="N", help=text)
+    return parser
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1; 90 % is 0.9")
+    return value
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError when the folder can be replaced by none: it holds something else than a report."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).is_file()):
+        raise ValueError(f"--output {folder} is there and holds no report. Give a new folder, or an earlier report's.")
+    if not folder.resolve().parent.is_dir():
+        raise ValueError(f"There is no folder {folder.parent} for --output {folder}. Make it first.")
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files, by name with at most one folder, aside; then they take the place of the folder that is there."""
+    folder = folder.resolve()
+    aside, replaced = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        for name, content in files.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(aside / name, content)
+        if folder.exists():
+            folder.rename(replaced)
+        aside.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_report(paths: Sequence[Path], output: Path, target: float | None, num_mistakes: int) -> str:
+    """Reads the runs, writes the report, and returns a line about it. Raises ValueError, before it writes, for bad input."""
+    check_output(output)
+    runs, sweep = read_records(paths)
+    mistakes = None
+    if num_mistakes:
+        tested = best_tested(runs, sweep)
+        if tested is None:
+            raise ValueError("--mistakes wants a run that was tested, and none of these was. Leave it out.")
+        from pipeline.inference.mistakes import most_confident_mistakes
+
+        mistakes = most_confident_mistakes(tested.path, num_mistakes)
+    report = make_report(runs, sweep, target, mistakes)
+    files = {
+        PAGE: html_page(report.page, report.looks).encode(),
+        "report.md": markdown_page(report.page).encode(),
+        "results.csv": results_csv(runs, ranked(runs, sweep), sweep).encode(),
+    }
+    write_folder(output, files | {f"figures/{name}": content for name, content in report.files.items()})
+    return f"{len(runs)} runs, {len(report.files)} figure files: {output / PAGE}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes a report; returns the exit status: 0 done, 1 when it could not be written, 2 for what cannot be reported on."""
+    args = make_parser().parse_args(argv)
+    try:
+        print(write_report(args.paths, args.output, args.target, args.mistakes))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: The report could not be written: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

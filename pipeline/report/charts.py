@@ -1,0 +1,287 @@
+"""Figures that compare runs: repeated seeds, parallel coordinates, importance, throughput; and one run's confusion matrix."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.report.comparison import setting_text
+from pipeline.report.curves import in_unit, prepare_axis, time_unit
+from pipeline.report.figure_style import (
+    COLOURS,
+    FAINT,
+    INK,
+    MARKERS,
+    MOST_NAMED,
+    PAPER,
+    Look,
+    legend_below,
+    new_figure,
+    num_others,
+    run_entries,
+    short,
+    use_log_scale,
+)
+from pipeline.report.importance import is_number
+from pipeline.report.read_runs import RunRecord, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_TICKS = 6  # of an axis of the parallel coordinates
+MOST_NUMBERED = 20  # classes whose confusion matrix has its numbers written in
+MOST_CLASS_NAMES = 40  # classes that are named along an axis
+LONGEST_GROUP_NAME = 80
+FAINTEST_CELL = 0.15  # so that a single mistake among many images is seen
+FAN = 0.07  # height over which the lines of one value are spread
+BEST_LINES = 3  # drawn thick
+WHITE = "#ffffff"  # on the dark cells of the matrix, in dark mode too
+
+
+def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | None:
+    """Validation accuracy by epoch: the mean over each group's seeds and one standard deviation around it, in percent.
+
+    groups: name and runs; those of a single run are left out. An epoch counts where two runs of the group have it.
+    """
+    groups = [(name, runs) for name, runs in groups if len(runs) > 1 and any(run.epochs for run in runs)][:MOST_NAMED]
+    if not groups:
+        return None
+    figure, axes = new_figure("Validation accuracy over repeated seeds: mean and standard deviation")
+    for place, (name, runs) in enumerate(groups):
+        by_epoch: dict[int, list[float]] = {}
+        for entry in (entry for run in runs for entry in run.epochs):
+            value = in_unit(entry["val"], "accuracy")
+            if value is not None:
+                by_epoch.setdefault(entry["epoch"], []).append(value)
+        epochs = sorted(epoch for epoch, values in by_epoch.items() if len(values) > 1)
+        means = np.array([statistics.mean(by_epoch[epoch]) for epoch in epochs])
+        spreads = np.array([statistics.stdev(by_epoch[epoch]) for epoch in epochs])
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axes.fill_between(epochs, means - spreads, means + spreads, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(
+            epochs, means, color=colour, marker=marker, label=f"{short(name, LONGEST_GROUP_NAME)} (n = {len(runs)})"
+        )
+    prepare_axis(axes, "epoch", "")
+    axes.set_ylabel("validation accuracy (%)")
+    legend_below(figure, axes.get_legend_handles_labels()[0])
+    return figure
+
+
+def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
+    """Images per second of training in each epoch; None where no epoch has it."""
+    shown = [run for run in runs if epoch_rates(run)]
+    if not shown:
+        return None
+    figure, axes = new_figure("Throughput in training by epoch")
+    for run in shown:
+        look, rates = look_of[run.name], epoch_rates(run)
+        axes.plot(list(rates), list(rates.values()), marker=look.marker, **look.line("throughput"))
+    prepare_axis(axes, "epoch", "")
+    axes.set_ylabel("images/s")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    legend_below(figure, run_entries(shown, look_of), num_others(shown, look_of))
+    return figure
+
+
+def epoch_rates(run: RunRecord) -> dict[int, float]:
+    """Images per second of training in each finished epoch, by epoch.
+
+    A training line tells the rate since the start, so the seconds of training so far are its samples over its rate.
+    """
+    ends = {line["epoch"]: line for line in run.log if number(line, "images_per_second") and number(line, "samples")}
+    rates, samples, seconds = {}, 0.0, 0.0
+    for epoch in sorted(ends.keys() & {entry["epoch"] for entry in run.epochs}):
+        line = ends[epoch]
+        until = line["samples"] / line["images_per_second"]
+        if until > seconds and line["samples"] > samples:
+            rates[epoch] = (line["samples"] - samples) / (until - seconds)
+        samples, seconds = line["samples"], until
+    return rates
+
+
+def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
+    """A mark for each run that was tested: test accuracy by the time it took; None for fewer than two."""
+    shown = [run for run in runs if run.test_accuracy is not None and number(run.facts, "seconds")]
+    if len(shown) < 2:
+        return None
+    seconds = [run.facts["seconds"] for run in shown]
+    unit, unit_name = time_unit(max(seconds))
+    figure, axes = new_figure("Test accuracy against time")
+    for run in shown:
+        look = look_of[run.name]
+        mark = {"marker": look.marker or ".", "markersize": 8 if look.named else 6, "linestyle": ""}
+        axes.plot([run.facts["seconds"] / unit], [in_unit(run.test or {}, "accuracy")], **{**look.line("time"), **mark})
+    if max(seconds) > 10 * min(seconds):
+        use_log_scale(axes, "x")
+    axes.set_xlabel(f"time of the whole run ({unit_name})")
+    axes.set_ylabel("test accuracy (%)")
+    axes.margins(0.08)
+    legend_below(figure, run_entries(shown, look_of), num_others(shown, look_of))
+    return figure
+
+
+def parallel_coordinates(
+    runs: Sequence[RunRecord],
+    names: Sequence[str],
+    scores: Sequence[float],
+    score_name: str,
+    look_of: dict[str, Look],
+    higher_is_better: bool = True,
+) -> Figure | None:
+    """A line for each run through its settings to its score, the bluer the better; None for fewer than two runs.
+
+    names: the settings, an axis each; numbers above zero that span a factor of ten stand on a logarithmic axis.
+    """
+    if len(runs) < 2 or not names or max(scores) == min(scores):
+        return None
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ramp = LinearSegmentedColormap.from_list("grey to blue", ["#b4b4b1", COLOURS[5], COLOURS[0]])
+    width = max(8.2, 1.5 * (len(names) + 1))
+    figure, axes = new_figure("Settings and results, a line a run (parallel coordinates)", width, 4.6)
+    columns = [placed([run.settings.get(name) for run in runs]) for name in names]
+    columns.append(placed(list(scores), evenly=False))
+    heights = np.array([places for places, _ in columns])
+    goodness = np.asarray(scores) if higher_is_better else -np.asarray(scores)
+    order = np.argsort(goodness, kind="stable")
+    for heights_of_one in heights[:-1]:
+        if len(set(heights_of_one)) < len(runs):  # the better a run, the higher its line among those of one value
+            heights_of_one[order] += np.linspace(-FAN / 2, FAN / 2, len(runs))
+    for place, row in enumerate(order):
+        share = float((goodness[row] - goodness.min()) / np.ptp(goodness))
+        thick = place >= len(order) - BEST_LINES
+        line = {"gid": f"run-{look_of[runs[row].name].index}-parallel", "linewidth": 2.6 if thick else 1.2}
+        axes.plot(range(len(columns)), heights[:, row], color=ramp(share), alpha=1.0 if thick else 0.75, **line)
+    for place, (name, (_, ticks)) in enumerate(zip([*names, score_name], columns)):
+        axes.plot([place, place], [-FAN / 2, 1 + FAN / 2], color=INK, linewidth=1, zorder=4)
+        axes.text(place, 1.09, on_lines(name), ha="center", va="bottom", weight="bold", fontsize=9)
+        for height, text in ticks:
+            box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
+            axes.text(place + 0.05, height, short(text, 18), va="center", fontsize=8, bbox=box, zorder=5)
+    axes.set_axis_off()
+    axes.set_xlim(-0.3, len(columns) - 0.5)
+    axes.set_ylim(-0.06, 1.25)
+    return figure
+
+
+def on_lines(name: str) -> str:
+    """The name of a setting as a heading of short lines."""
+    return textwrap.fill(name.replace("_", " "), 13)
+
+
+def placed(values: Sequence[Any], evenly: bool = True) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights from 0 to 1 of the values on an axis, and its ticks as (height, text).
+
+    Values that are no numbers stand evenly spaced, and so do few numbers if evenly is true; others on a linear or
+    logarithmic scale.
+    """
+    texts = [setting_text(value) for value in values]
+    numeric = all(is_number(value) for value in values)
+    if not numeric or (evenly and len(set(texts)) <= MOST_TICKS):
+        distinct = sorted(
+            set(texts), key=lambda text: (float(values[texts.index(text)]), "") if numeric else (0.0, text)
+        )
+        step = 1 / max(len(distinct) - 1, 1)
+        height = {text: place * step if len(distinct) > 1 else 0.5 for place, text in enumerate(distinct)}
+        every = math.ceil(len(distinct) / (3 * MOST_TICKS))
+        return [height[text] for text in texts], [(height[text], text) for text in distinct[::every]]
+    logarithmic = min(values) > 0 and max(values) >= 10 * min(values)
+    numbers = np.log10(values) if logarithmic else np.asarray(values, dtype=np.float64)
+    low, high = float(numbers.min()), float(numbers.max())
+    span = high - low or 1.0
+    ticks = np.linspace(low, high, 5)
+    words = [setting_text(float(f"{10**tick if logarithmic else tick:.3g}")) for tick in ticks]
+    return list((numbers - low) / span), [(float(tick - low) / span, text) for tick, text in zip(ticks, words)]
+
+
+def importance_bars(shares: dict[str, float]) -> Figure | None:
+    """A bar for each setting: the share of the spread of the results that it accounts for, in percent."""
+    if not shares:
+        return None
+    figure, axes = new_figure("Importance of each setting", height=1.5 + 0.34 * len(shares))
+    names = [name.replace("_", " ") for name in shares]
+    bars = axes.barh(names, [100 * share for share in shares.values()], color=COLOURS[0], height=0.62)
+    axes.bar_label(bars, fmt="%.0f", padding=3, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 105)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("share of the variance of the results (omega squared, %)")
+    return figure
+
+
+def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: str) -> Figure:
+    """Rows are true classes; a cell's shade is its share of the row. Small matrices have their counts written in.
+
+    counts: int [C, C].
+    """
+    size = len(class_names)
+    side = min(max(3.6 + 0.32 * size, 4.8), 10.0)
+    figure, axes = new_figure(f"Confusion matrix of {short(run_name)}, test images", side + 0.8, side)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    for row, column in zip(*np.nonzero(counts)):
+        cell = {"facecolor": COLOURS[0], "alpha": max(float(shares[row, column]), FAINTEST_CELL), "linewidth": 0}
+        axes.add_patch(rectangle(column - 0.5, row - 0.5, cell))
+        if size <= MOST_NUMBERED:
+            dark = shares[row, column] > 0.5
+            style = {"color": WHITE if dark else INK, "fontsize": 8.5 if counts.max() < 1000 else 7}
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", **style)
+    axes.set_xlim(-0.5, size - 0.5)
+    axes.set_ylim(size - 0.5, -0.5)
+    axes.set_aspect("equal")
+    axes.grid(visible=False)
+    for line in np.arange(0.5, size - 1) if size <= MOST_CLASS_NAMES else ():
+        axes.axhline(line, color=FAINT, linewidth=0.4)
+        axes.axvline(line, color=FAINT, linewidth=0.4)
+    name_classes(axes, class_names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    return figure
+
+
+def rectangle(x: float, y: float, style: dict[str, Any]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, **style)
+
+
+def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
+    """Ticks along both axes of a matrix; of very many classes only some, by number."""
+    size = len(class_names)
+    if size <= MOST_CLASS_NAMES:
+        names = [short(name, 18) for name in class_names]
+        turned = max(map(len, names)) > 3
+        axes.set_xticks(range(size), names, rotation=90 if turned else 0, fontsize=8)
+        axes.set_yticks(range(size), names, fontsize=8)
+    else:
+        places = range(0, size, 10)
+        axes.set_xticks(places, [str(place) for place in places], fontsize=8)
+        axes.set_yticks(places, [str(place) for place in places], fontsize=8)
+
+
+def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | None:
+    """A dot for each class, the hardest first; of many classes the hardest MOST_CLASS_NAMES. In percent."""
+    if not accuracies:
+        return None
+    hardest = sorted(accuracies.items(), key=lambda item: item[1])[:MOST_CLASS_NAMES]
+    which = (
+        "by class" if len(hardest) == len(accuracies) else f"of the hardest {len(hardest)} of {len(accuracies)} classes"
+    )
+    figure, axes = new_figure(f"Test accuracy {which}, {short(run_name)}", height=1.4 + 0.23 * len(hardest))
+    names = [short(name) for name, _ in hardest]
+    values = [100 * value for _, value in hardest]
+    left = max(min(values) - 5, 0)
+    axes.hlines(range(len(names)), left, values, color=FAINT, linewidth=1)
+    axes.plot(values, range(len(names)), "o", color=COLOURS[0], markersize=6, linestyle="", clip_on=False)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(left, 100)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("test accuracy (%)")
+    return figure

@@ -1,0 +1,267 @@
+"""What stands in a report: from runs to sections of tables, figures and sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.common.console import percent
+from pipeline.report.charts import (
+    accuracy_against_time,
+    class_accuracies,
+    confusion_matrix,
+    importance_bars,
+    parallel_coordinates,
+    seed_bands,
+    throughput,
+)
+from pipeline.report.comparison import ranked, repeated, score, varied_settings
+from pipeline.report.curves import AXES, curves, schedules
+from pipeline.report.figure_style import STYLE, Look, looks, png_and_svg
+from pipeline.report.importance import FEWEST_RUNS, importances
+from pipeline.report.pages import Block, Figure, Gallery, Page, Picture, Section, Views
+from pipeline.report.read_runs import RunRecord, number
+from pipeline.report.read_sweeps import Sweep
+from pipeline.report.tables import (
+    class_table,
+    comparison_table,
+    confusions_table,
+    efficiency_table,
+    group_name,
+    is_over,
+    measured,
+    ranked_table,
+    seeds_table,
+    unfinished_table,
+)
+
+if TYPE_CHECKING:
+    from pipeline.inference.mistakes import Mistake
+
+MOST_PARALLEL = 8  # settings with an axis of the parallel coordinates
+LARGEST_MATRIX = 200  # classes
+
+
+@dataclass(frozen=True)
+class Report:
+    """page and looks are for pipeline.report.pages; files: the content of figures/ by file name."""
+
+    page: Page
+    looks: dict[str, Look]
+    files: dict[str, bytes]
+
+
+class Drawing:
+    """Draws figures in the report's style and keeps their files."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | None:
+        """What draw returns as files of that stem; None where it returns none."""
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            drawn = draw()
+            if drawn is None:
+                return None
+            contents = png_and_svg(drawn)
+        self.files |= {f"{stem}.{ending}": content for ending, content in contents.items()}
+        return Figure(stem, alt, contents["svg"])
+
+    def views(self, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | None:
+        """A figure for each of AXES; None where there is nothing to draw."""
+        figures = {axis: self.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis)) for axis in AXES}
+        drawn = {axis: figure for axis, figure in figures.items() if figure is not None}
+        return Views(drawn) if drawn else None
+
+
+def make_report(
+    runs: Sequence[RunRecord], sweep: Sweep | None, target: float | None, mistakes: tuple[list[Mistake], int] | None
+) -> Report:
+    """The report on at least one run. mistakes: those of the best tested run and how many it made, None if nobody asked."""
+    best_first = ranked(runs, sweep)
+    look_of = looks(repeated(runs), best_first)
+    drawing = Drawing()
+    sections = [section("comparison", "Comparison of runs", comparison_table(runs, target))]
+    if len(runs) > 1:
+        sections.append(section("ranking", "Ranking", ranked_table(best_first, sweep, target)))
+    sections += [
+        curves_section(runs, look_of, drawing),
+        seeds_section(runs, drawing),
+        settings_section(best_first, sweep, look_of, drawing),
+        efficiency_section(runs, look_of, drawing),
+    ]
+    tested = best_tested(runs, sweep)
+    if tested is not None:
+        sections.append(test_section(tested, drawing))
+        if mistakes is not None:
+            sections.append(mistakes_section(tested, *mistakes, drawing))
+    sections.append(section("unfinished", "Not finished, or damaged", unfinished_table(runs)))
+    filled = tuple(part for part in sections if part.blocks)
+    title = f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs"
+    return Report(Page(title, overview(runs, sweep, target, tested), filled), look_of, drawing.files)
+
+
+def section(id: str, title: str, *blocks: Block | None) -> Section:
+    return Section(id, title, tuple(block for block in blocks if block is not None))
+
+
+def best_tested(runs: Sequence[RunRecord], sweep: Sweep | None) -> RunRecord | None:
+    """The first of the ranking that was tested."""
+    return next((run for run in ranked(runs, sweep) if run.test is not None), None)
+
+
+def overview(
+    runs: Sequence[RunRecord], sweep: Sweep | None, target: float | None, tested: RunRecord | None
+) -> tuple[tuple[str, str], ...]:
+    """What a reader wants to know first, as terms and sentences."""
+    states = Counter(run.status for run in runs)
+    terms = [("Runs", ", ".join(f"{count} {status}" for status, count in sorted(states.items())))]
+    if sweep is not None:
+        goal = "maximize" if sweep.maximize else "minimize"
+        terms.append(("Sweep", f"{sweep.path.resolve().name}: {sweep.method}, {goal} {sweep.metric}"))
+    terms.append(("Dataset", told(run.settings.get("dataset") for run in runs)))
+    if tested is not None:
+        text = f"{tested.name}, validation accuracy {percent(tested.val_accuracy)}, test {measured(tested.test).text}"
+        terms.append(("Best in validation" if len(runs) > 1 else "Result", text))
+    if target is not None:
+        over = sum(is_over(run, target) for run in runs)
+        terms.append(("Target", f"{over} of {len(runs)} runs have a test accuracy of {percent(target)} or more"))
+    terms.append(("Device", told(run.facts.get("device") for run in runs)))
+    versions = [run.facts["versions"] for run in runs if isinstance(run.facts.get("versions"), dict)]
+    terms.append(
+        ("Versions", told(", ".join(f"{name} {version}" for name, version in each.items()) for each in versions))
+    )
+    return tuple((term, text) for term, text in terms if text)
+
+
+def told(values: Any) -> str:
+    """The different values in order of appearance, those that are not known left out."""
+    return "; ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def curves_section(runs: Sequence[RunRecord], look_of: dict[str, Look], drawing: Drawing) -> Section:
+    alt = "of each run in training and in validation"
+    return section(
+        "curves",
+        "Curves",
+        drawing.views("accuracy", f"Accuracy {alt}", lambda axis: curves(runs, look_of, "accuracy", axis)),
+        drawing.views("loss", f"Loss {alt}", lambda axis: curves(runs, look_of, "loss", axis)),
+        drawing.views(
+            "learning_rate", "Learning rate and batch size of each run", lambda axis: schedules(runs, look_of, axis)
+        ),
+    )
+
+
+def seeds_section(runs: Sequence[RunRecord], drawing: Drawing) -> Section:
+    groups = [(group_name(group, runs), group) for group in repeated(runs)]
+    bands = drawing.figure(
+        "seeds", "Mean and standard deviation of the validation accuracy by epoch", lambda: seed_bands(groups)
+    )
+    return section("seeds", "Repeated seeds", seeds_table(runs), bands)
+
+
+def settings_section(
+    best_first: Sequence[RunRecord], sweep: Sweep | None, look_of: dict[str, Look], drawing: Drawing
+) -> Section:
+    """Parallel coordinates and importance, over the runs that ended."""
+    compared = [run for run in best_first if run.ended and score(run, sweep) is not None]
+    names = varied_settings(compared) if compared else []
+    own_metric = sweep is not None and sweep.metric != "val/accuracy" and any(run.trial for run in compared)
+    signed = [score(run, sweep) or 0.0 for run in compared]
+    if own_metric and sweep is not None:
+        label, values = sweep.metric, signed if sweep.maximize else [-value for value in signed]
+    else:
+        label, values = "validation accuracy (%)", [100 * value for value in signed]
+    shares = (
+        importances([{name: run.settings.get(name) for name in names} for run in compared], values) if names else {}
+    )
+    shown = [name for name in names if name in list(shares)[:MOST_PARALLEL]] if shares else names[:MOST_PARALLEL]
+    lines = drawing.figure(
+        "parallel_coordinates",
+        f"A line for each run through its settings to its {label}",
+        lambda: parallel_coordinates(compared, shown, values, label, look_of, sweep is None or sweep.maximize),
+    )
+    bars = drawing.figure(
+        "importance", "Share of the variance of the results by setting", lambda: importance_bars(shares)
+    )
+    note = (
+        f"Importance is omega squared: the part of the variance of {label.removesuffix(' (%)')} over {len(compared)} runs that "
+        "lies between the values of a setting, corrected for what chance would give. It is each setting's effect by itself; "
+        "settings that were varied together share theirs. Repeated seeds and chance are in what is missing to 100 %."
+    )
+    if shares and not any(shares.values()):
+        note += " Here none stands out from chance."
+    few = f"There is no importance of settings: it wants {FEWEST_RUNS} runs that ended, with different results."
+    if lines is None:
+        return section("settings", "Settings and results")
+    return section("settings", "Settings and results", lines, note if shares else few, bars)
+
+
+def efficiency_section(runs: Sequence[RunRecord], look_of: dict[str, Look], drawing: Drawing) -> Section:
+    return section(
+        "efficiency",
+        "Throughput and efficiency",
+        efficiency_table(runs),
+        drawing.figure("throughput", "Images per second by epoch of each run", lambda: throughput(runs, look_of)),
+        drawing.figure(
+            "accuracy_against_time",
+            "Test accuracy of each run by the time it took",
+            lambda: accuracy_against_time(runs, look_of),
+        ),
+    )
+
+
+def test_section(run: RunRecord, drawing: Drawing) -> Section:
+    """Confusion matrix and classes of one tested run; empty where its summary does not hold a matrix that fits its classes."""
+    test = run.test or {}
+    accuracies = test.get("per_class_accuracy")
+    title = f"Test of {run.name}"
+    matrix = counts_of(test.get("confusion_matrix"), len(accuracies)) if isinstance(accuracies, dict) else None
+    if not isinstance(accuracies, dict) or matrix is None:
+        return section("test", title)
+    names = [str(name) for name in accuracies]
+    known = {name: value for name in names if (value := number(accuracies, name)) is not None}
+    drawn = None
+    if len(names) <= LARGEST_MATRIX:
+        alt = "Confusion matrix: true classes by predicted classes"
+        drawn = drawing.figure("confusion_matrix", alt, lambda: confusion_matrix(np.array(matrix), names, run.name))
+    dots = drawing.figure(
+        "classes", "Test accuracy by class, the hardest first", lambda: class_accuracies(known, run.name)
+    )
+    return section("test", title, drawn, confusions_table(names, matrix), class_table(run, names, matrix), dots)
+
+
+def counts_of(value: Any, size: int) -> list[list[int]] | None:
+    """The value if it is a list of `size` lists of `size` counts, at least one; else None."""
+    is_matrix = (
+        isinstance(value, list)
+        and len(value) == size > 0
+        and all(isinstance(row, list) and len(row) == size for row in value)
+        and all(isinstance(count, int) and count >= 0 for row in value for count in row)
+    )
+    return value if is_matrix else None
+
+
+def mistakes_section(run: RunRecord, mistakes: list[Mistake], total: int, drawing: Drawing) -> Section:
+    pictures = []
+    for place, mistake in enumerate(mistakes, 1):
+        stem = f"mistake_{place:02d}"
+        drawing.files[f"{stem}.png"] = mistake.png
+        lines = (
+            f"{mistake.predicted}: {percent(mistake.confidence)}",
+            f"true: {mistake.true}, {percent(mistake.true_probability)}",
+            mistake.where,
+        )
+        alt = f"Test image of class {mistake.true}, taken for {mistake.predicted}"
+        pictures.append(Picture(stem, alt, lines, mistake.png))
+    note = (
+        f"{total:,} test images were classified wrong by {run.name}; these are the {len(mistakes)} with the highest probability "
+        "for the wrong class."
+    )
+    return section("mistakes", "Most confident mistakes", note, Gallery(tuple(pictures)) if pictures else None)

@@ -1,0 +1,184 @@
+"""Figures of runs with matplotlib: one look for all of them, the curves over training, and figures to PNG and SVG bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.read_runs import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours that can be told apart by colour-blind people (https://jfly.uni-koeln.de/color/), without the yellow
+# that white paper swallows. The last three stand for what the page replaces by its own in dark mode.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, FAINT, PAPER = "#1b1b1a", "#d4d4d1", "#fffffe"
+OTHERS = "#a3a3a0"  # runs that are not named in a legend
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+MOST_NAMED = 12  # runs in one legend
+LONGEST_NAME = 34
+LEGEND_ROW = 0.2  # height in inches
+
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.formatter.use_mathtext": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "figure.titlesize": 12.5,
+    "figure.titleweight": "bold",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "pipeline.report",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a run's lines are drawn wherever it appears. index: its place in the report, which the page highlights by."""
+
+    index: int
+    label: str
+    colour: str
+    marker: str
+    dashes: Any
+    named: bool
+
+    def line(self, part: str, faint: bool = False) -> dict[str, Any]:
+        """The properties of a line; part tells two lines of one run in one figure apart."""
+        return {
+            "color": self.colour,
+            "gid": f"run-{self.index}-{part}",
+            "linestyle": self.dashes,
+            "linewidth": 1.0 if faint or not self.named else 1.7,
+            "alpha": 1.0 if self.named else 0.5,
+            "zorder": 3 if self.named else 2,
+        }
+
+
+def looks(groups: Sequence[Sequence[RunRecord]], best_first: Sequence[RunRecord]) -> dict[str, Look]:
+    """A Look for each run by name: the best MOST_NAMED get colours and a place in legends, the rest are grey.
+
+    groups: the repetitions with other seeds together; a group shares a colour, its runs differ in dashes and markers.
+    best_first: all runs; the place of a run in it is the index of its Look.
+    """
+    named = {run.name for run in best_first[:MOST_NAMED]}
+    index = {run.name: place for place, run in enumerate(best_first)}
+    found: dict[str, Look] = {}
+    coloured = [members for group in groups if (members := [run for run in group if run.name in named])]
+    for place, members in enumerate(coloured):
+        colour, cycle = COLOURS[place % len(COLOURS)], place // len(COLOURS)
+        for member, run in enumerate(members):
+            marker, dashes = MARKERS[(place + member) % len(MARKERS)], DASHES[(cycle + member) % len(DASHES)]
+            found[run.name] = Look(index[run.name], short(run.name), colour, marker, dashes, named=True)
+    for run in best_first[MOST_NAMED:]:
+        found[run.name] = Look(index[run.name], short(run.name), OTHERS, "", "-", named=False)
+    return found
+
+
+def short(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that fits its place: the middle of a long one is left out."""
+    name = " ".join(name.split())
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[len(name) - (longest - 1) // 2 :]}"
+
+
+def new_figure(title: str, width: float = 8.2, height: float = 3.9, **grid: Any) -> tuple[Figure, Any]:
+    """A figure with its title and axes, in inches. To be called, drawn on and saved within matplotlib.rc_context(STYLE)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(title)
+    return figure, figure.subplots(**grid)
+
+
+def png_and_svg(figure: Figure) -> dict[str, bytes]:
+    """The figure's files by ending; the same bytes for the same figure, without dates."""
+    contents = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # a name in a script that the font lacks shows boxes
+        for ending, metadata in (("png", {}), ("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, dpi=144, metadata=metadata)
+            contents[ending] = buffer.getvalue()
+            figure.set_layout_engine("none")  # it is laid out now, and that takes as long as drawing
+    return contents
+
+
+def use_log_scale(axes: Axes, which: str) -> None:
+    """A logarithmic scale with plain numbers at its ticks, on the axis x or y."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> None:
+    """One legend for the whole figure, under it."""
+    from matplotlib.lines import Line2D
+
+    handles = list(entries)
+    if others:
+        grey: dict[str, Any] = {"color": OTHERS, "linewidth": 1.0, "alpha": 0.5}
+        handles.append(Line2D([], [], label=f"{others} more, ranked lower", **grey))
+    longest = max((len(handle.get_label()) for handle in handles), default=1)
+    columns = max(min(len(handles), 110 // (longest + 8)), 1)
+    rows = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.8)
+    # what a legend draws are copies, without the originals' ids
+    for place, (handle, line, name) in enumerate(zip(handles, legend.legend_handles, legend.get_texts())):
+        if line is not None and handle.get_gid():
+            line.set_gid(f"{handle.get_gid()}-line{place}")
+            name.set_gid(f"{handle.get_gid()}-name{place}")
+
+
+def run_entries(runs: Sequence[RunRecord], look_of: dict[str, Look], both_splits: bool = False) -> list[Any]:
+    """Legend entries of the runs that are named; of their training and their validation where they share a panel."""
+    from matplotlib.lines import Line2D
+
+    entries = []
+    for look in (look_of[run.name] for run in runs):
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "gid": f"run-{look.index}-legend"}
+        if look.named and both_splits:
+            dashed = {"linestyle": DASHES[1], "linewidth": 1.1, "markerfacecolor": PAPER}
+            entries.append(Line2D([], [], label=f"{look.label}, training", **style | dashed))
+        if look.named:
+            ending = ", validation" if both_splits else ""
+            dashes = "-" if both_splits else look.dashes
+            entries.append(Line2D([], [], label=look.label + ending, linestyle=dashes, **style))
+    return entries
+
+
+def num_others(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> int:
+    return sum(not look_of[run.name].named for run in runs)

@@ -1,0 +1,311 @@
+"""Tables of a report as plain values: what their cells say and what they sort by; and the CSV of all runs."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.common.console import duration, percent
+from pipeline.report.comparison import repeated, score, setting_text, strategy, varied_settings
+from pipeline.report.read_runs import RunRecord, number
+from pipeline.report.read_sweeps import Sweep
+
+ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table, whatever differs
+MOST_CONFUSIONS = 10
+
+SortKey = float | str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a reader sees, and what the column sorts by: a number, a text, or None for nothing known."""
+
+    text: str
+    key: SortKey = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """run: the name of the run that the row is about, if it is about one; marked: above the target."""
+
+    cells: tuple[Cell, ...]
+    run: str | None = None
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: headings, with units; note: how to read it, in a sentence or two."""
+
+    id: str
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def words(text: str) -> Cell:
+    return Cell(text, text.lower())
+
+
+def count(value: float | None, form: str = ",.0f", unit: str = "") -> Cell:
+    return Cell("-") if value is None else Cell(f"{value:{form}}{unit}", value)
+
+
+def fraction(value: float | None) -> Cell:
+    return Cell(percent(value), value)
+
+
+def measured(figures: dict[str, Any] | None) -> Cell:
+    """An accuracy with half the width of its 95 % interval, 1.96 sqrt(p (1 - p) / n)."""
+    accuracy, n = number(figures, "accuracy"), number(figures, "num_samples")
+    if accuracy is None or not n:
+        return fraction(accuracy)
+    margin = 1.96 * math.sqrt(max(accuracy * (1 - accuracy), 0.0) / n)
+    return Cell(f"{percent(accuracy)} ± {100 * margin:.2f}", accuracy)
+
+
+def time_cell(seconds: float | None) -> Cell:
+    return Cell("-") if seconds is None else Cell(duration(seconds), seconds)
+
+
+def memory_cell(run: RunRecord) -> Cell:
+    value = number(run.facts, "peak_memory_bytes")
+    return count(None if value is None else value / 2**20, ",.0f", " MiB")
+
+
+def setting_cell(value: Any) -> Cell:
+    is_figure = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Cell(setting_text(value), value) if is_figure else words(setting_text(value))
+
+
+def run_seconds(run: RunRecord) -> float | None:
+    """Seconds that the run took, or has taken so far."""
+    seconds = [line["seconds"] for line in (*run.epochs[-1:], *run.log[-1:])]
+    return number(run.facts, "seconds") or max(seconds, default=None)
+
+
+def run_rate(run: RunRecord) -> float | None:
+    """Images per second of training, over the whole run."""
+    return number(run.facts, "images_per_second") or number(run.log[-1] if run.log else None, "images_per_second")
+
+
+def is_over(run: RunRecord, target: float | None) -> bool:
+    return target is not None and run.test_accuracy is not None and run.test_accuracy >= target
+
+
+def comparison_table(runs: Sequence[RunRecord], target: float | None) -> Table:
+    """A row for each run: where its weights came from, what it was, what it reached and what that took."""
+    rows = []
+    for run in runs:
+        planned = number(run.settings, "epochs")
+        done = number(run.facts, "epochs") or len(run.epochs)
+        epochs = f"{done:.0f}" if planned in (None, done) else f"{done:.0f} of {planned:.0f}"
+        cells = (
+            words(run.name),
+            words(run.status),
+            words(strategy(run)),
+            words(str(run.settings.get("model_name", "-"))),
+            count(number(run.facts, "image_size")),
+            Cell(epochs, done),
+            fraction(run.val_accuracy),
+            count(number(run.best, "epoch")),
+            measured(run.test),
+            time_cell(run_seconds(run)),
+            count(run_rate(run)),
+            memory_cell(run),
+            count(number(run.facts, "num_parameters")),
+        )
+        rows.append(Row(cells, run.name, is_over(run, target)))
+    columns = (
+        "run", "status", "strategy", "model", "image size (pixels)", "epochs", "best validation accuracy", "best epoch",
+        "test accuracy", "time", "images/s", "peak memory", "parameters",
+    )  # fmt: skip
+    note = (
+        "Test accuracy is that of the best epoch's weights, chosen in validation, with half the width of its 95 % interval. "
+        "Images per second are of training. Peak memory is GPU memory of tensors, or the process's on a CPU."
+    )
+    return Table("comparison", "Comparison of runs", note, columns, tuple(rows))
+
+
+def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: float | None) -> Table:
+    """The runs from the best to the worst, with the settings that they are ranked over. A run without a figure has no rank."""
+    names = list(ALWAYS_RANKED_BY) + [name for name in varied_settings(best_first) if name not in ALWAYS_RANKED_BY]
+    has_own_metric = sweep is not None and any(run.trial is not None for run in best_first)
+    metric = sweep.metric if sweep is not None and has_own_metric else "validation accuracy"
+    own_column = has_own_metric and metric != "val/accuracy"
+    rows = []
+    for rank, run in enumerate(best_first, 1):
+        value = score(run, sweep)
+        cells = [
+            count(rank if value is not None and run.ended else None),
+            words(run.name),
+            words(run.status),
+            *(setting_cell(run.settings.get(name)) for name in names),
+            *((count(None if run.trial is None else run.trial.value, ".4g"),) if own_column else ()),
+            fraction(run.val_accuracy),
+            measured(run.test),
+            time_cell(run_seconds(run)),
+        ]
+        cells += [words("yes" if is_over(run, target) else "no")] if target is not None else []
+        rows.append(Row(tuple(cells), run.name, is_over(run, target)))
+    columns = ["rank", "run", "status", *(name.replace("_", " ") for name in names)]
+    columns += [metric] if own_column else []
+    columns += ["validation accuracy", "test accuracy", "time"]
+    columns += [f"test accuracy of {percent(target)} or more"] if target is not None else []
+    over = sum(is_over(run, target) for run in best_first)
+    lowest = sweep is not None and has_own_metric and not sweep.maximize
+    note = (
+        f"Ranked by {metric}{', the lowest first' if lowest else ''}. Where that is of the validation split, the test split "
+        "chooses nothing, and the first rank's test accuracy is an honest one. "
+        "Runs that failed, were interrupted or are going on have no rank."
+    )
+    if target is not None:
+        note += f" Marked: test accuracy of {percent(target)} or more, {over} of {len(best_first)} runs."
+    return Table("ranking", "Ranking", note, tuple(columns), tuple(rows))
+
+
+def group_name(group: Sequence[RunRecord], runs: Sequence[RunRecord]) -> str:
+    """What a group of repeated runs has for itself: its values of the settings in which the repeated runs differ."""
+    bare = ("model_name", "optimizer", "dataset")  # values that say what they are
+    several = [run for members in repeated(runs) if len(members) > 1 for run in members]
+    names = sorted(varied_settings(several), key=lambda name: name not in bare)
+    values = [(name, setting_text(group[0].settings.get(name))) for name in names]
+    told = [value if name in bare else f"{name} {value}" for name, value in values if value not in ("-", "{}")]
+    return ", ".join(told) or str(group[0].settings.get("model_name", group[0].name))
+
+
+def seeds_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Mean and sample standard deviation over runs that differ by seed only; None where nothing was repeated."""
+    rows = []
+    for group in repeated(runs):
+        ended = [run for run in group if run.ended]
+        if len(ended) > 1:
+            seeds = ", ".join(sorted(setting_text(run.settings.get("seed")) for run in ended))
+            spreads = [
+                spread([run.val_accuracy for run in ended], 100, " %"),
+                spread([run.test_accuracy for run in ended], 100, " %"),
+                spread([number(run.test, "loss") for run in ended], 1, ""),
+            ]
+            times = [seconds for run in ended if (seconds := run_seconds(run)) is not None]
+            mean_time = statistics.mean(times) if times else None
+            name = group_name(group, runs)
+            rows.append(Row((words(name), count(len(ended)), words(seeds), *spreads, time_cell(mean_time))))
+    columns = ("runs", "n", "seeds", "best validation accuracy", "test accuracy", "test loss", "mean time")
+    note = "Runs that ended and are equal in everything but the seed: mean ± sample standard deviation."
+    return Table("seeds", "Repeated seeds", note, columns, tuple(rows)) if rows else None
+
+
+def spread(values: Iterable[float | None], factor: float, unit: str) -> Cell:
+    known = [factor * value for value in values if value is not None]
+    if len(known) < 2:
+        return Cell("-")
+    mean = statistics.mean(known)
+    digits = 2 if unit else 4
+    return Cell(f"{mean:.{digits}f} ± {statistics.stdev(known):.{digits}f}{unit}", mean)
+
+
+def efficiency_table(runs: Sequence[RunRecord]) -> Table:
+    """What each run took: images per second, the part of its time spent in training steps, memory, machine."""
+    rows = []
+    for run in runs:
+        seconds, rate, samples = run_seconds(run), run_rate(run), number(run.facts, "samples")
+        share = samples / rate / seconds if seconds and rate and samples else None
+        cells = (
+            words(run.name),
+            count(rate),
+            time_cell(seconds),
+            Cell("-") if share is None else Cell(f"{100 * share:.0f} %", share),
+            memory_cell(run),
+            count(number(run.facts, "skipped_steps")),
+            words(str(run.facts.get("device", "-"))),
+            count(number(run.facts, "num_processes")),
+            words(str(run.facts.get("mixed_precision", "-"))),
+        )
+        rows.append(Row(cells, run.name))
+    columns = (
+        "run", "images/s in training", "time", "of it in training steps", "peak memory", "skipped steps", "device",
+        "processes", "precision",
+    )  # fmt: skip
+    note = "The rest of the time went into evaluation, checkpoints and the test. Training steps include waiting for their data."
+    return Table("efficiency", "Throughput and efficiency", note, columns, tuple(rows))
+
+
+def class_table(run: RunRecord, class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table:
+    """A row for each class: its test images, how many were right, and what the others were taken for most often."""
+    rows = []
+    for place, name in enumerate(class_names):
+        row = counts[place]
+        total = sum(row)
+        others = [(n, other) for other, n in enumerate(row) if other != place and n]
+        most = max(others, key=lambda item: (item[0], -item[1]), default=None)
+        taken = "-" if most is None else f"{class_names[most[1]]} ({most[0]})"
+        accuracy = row[place] / total if total else None
+        rows.append(Row((words(name), count(total), count(row[place]), fraction(accuracy), words(taken))))
+    columns = ("class", "test images", "right", "accuracy", "most often taken for")
+    return Table("classes", f"Accuracy by class of {run.name}", "", columns, tuple(rows))
+
+
+def confusions_table(class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table | None:
+    """The most frequent mistakes as pairs of classes; None where none was made."""
+    pairs = [
+        (n, true, predicted)
+        for true, row in enumerate(counts)
+        for predicted, n in enumerate(row)
+        if true != predicted and n
+    ]
+    wrong = sum(n for n, _, _ in pairs)
+    rows = [
+        Row((words(class_names[true]), words(class_names[predicted]), count(n), fraction(n / wrong)))
+        for n, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))[:MOST_CONFUSIONS]
+    ]
+    columns = ("true class", "predicted class", "test images", "of all mistakes")
+    return Table("confusions", "Most frequent mistakes", "", columns, tuple(rows)) if rows else None
+
+
+def unfinished_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Runs that have not ended, and runs whose files are damaged, with what is known of them; None for none."""
+    rows = []
+    for run in runs:
+        told = "; ".join((*([" ".join(run.reason.split())] if run.reason else []), *run.notes))
+        if not run.ended or run.notes or run.status == "stopped":
+            steps = max((line["step"] for line in (*run.epochs, *run.log)), default=0)
+            cells = (words(run.name), words(run.status), count(len(run.epochs)), count(steps), words(told or "-"))
+            rows.append(Row(cells, run.name))
+    note = (
+        "running: its process lives on this machine. unfinished: it left no summary, and no such process is known here."
+    )
+    columns = ("run", "status", "finished epochs", "steps", "reason")
+    return Table("unfinished", "Not finished, or damaged", note, columns, tuple(rows)) if rows else None
+
+
+def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], sweep: Sweep | None) -> str:
+    """A line for each run: figures as fractions, seconds and bytes, then every setting that any run has."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    rank = {run.name: place for place, run in enumerate(best_first, 1) if run.ended and score(run, sweep) is not None}
+    figures = (
+        "seconds", "images_per_second", "peak_memory_bytes", "num_parameters", "steps", "samples", "skipped_steps", "device",
+        "num_processes",
+    )  # fmt: skip
+    own = ("run", "folder", "status", "reason", "rank", "strategy", "finished_epochs", "image_size_used", "best_epoch")
+    accuracies = ("best_val_accuracy", "best_val_loss", "test_accuracy", "test_top5_accuracy", "test_loss")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*own, *accuracies, *figures, *(f"setting_{name}" for name in names)])
+    for run in runs:
+        values = [run.name, run.path, run.status, run.reason, rank.get(run.name), strategy(run), len(run.epochs)]
+        values += [run.facts.get("image_size"), number(run.best, "epoch")]
+        values += [run.val_accuracy, number(run.best, "loss")]
+        values += [number(run.test, key) for key in ("accuracy", "top5_accuracy", "loss")]
+        values += [run.facts.get(key) for key in figures]
+        values += [csv_value(run.settings.get(name)) for name in names]
+        writer.writerow(["" if value is None else value for value in values])
+    return text.getvalue()
+
+
+def csv_value(value: Any) -> Any:
+    """A number or text as it is, anything else as JSON; None for null."""
+    return value if value is None or isinstance(value, (int, float, str)) else setting_text(value)

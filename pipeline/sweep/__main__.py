@@ -1,0 +1,231 @@
+"""python -m pipeline.sweep FILE: runs a W&B sweep file without W&B, on this machine or together with others."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.common.stopping import Signals
+from pipeline.common.system import usable_cores
+from pipeline.sweep.file import Sweep, check_trials, read_sweep
+from pipeline.sweep.trials import (
+    Outcome,
+    RunningTrial,
+    ask_to_stop,
+    has_news,
+    judge,
+    read_history,
+    shares,
+    start_trial,
+    visible_devices,
+)
+
+if TYPE_CHECKING:
+    from pipeline.sweep.study import Claim, SweepStudy
+
+POLL_SECONDS = 0.5
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.sweep", description=__doc__, allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="a W&B sweep file")
+    parser.add_argument("--num_trials", type=at_least_one, metavar="N", help="most trials in all, over all agents")
+    parser.add_argument(
+        "--num_parallel", type=at_least_one, default=1, metavar="N", help="trials at once on this machine"
+    )
+    parser.add_argument("--name", help="folder of the sweep; the file's name unless given")
+    text = "folder that holds the sweep's; the file's output_dir, or runs, unless given"
+    parser.add_argument("--output_dir", type=Path, help=text)
+    text = "Optuna storage that agents share: a journal file, or a URL such as sqlite:///x.db or postgresql://host/base"
+    parser.add_argument("--storage", help=f"{text}; a journal in the sweep's folder unless given")
+    parser.add_argument("--seed", type=int, default=0, help="of random draws and of the search; 0 unless given")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+class Agent:
+    """Runs trials of a sweep on this machine until there are none left to run anywhere, or somebody stops it."""
+
+    def __init__(self, sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int):
+        self.sweep, self.study, self.folder = sweep, study, folder
+        self.shares = shares(num_parallel, usable_cores(), visible_devices() if num_parallel > 1 else [])
+        self.running: dict[int, tuple[Claim, RunningTrial]] = {}  # by place
+        self.next_beat = 0.0
+        self.told_waiting = False
+
+    def run(self) -> int:
+        """Returns 0 when the sweep has ended, or the number of the signal that stopped this agent."""
+        signals = Signals()
+        try:
+            while not signals.received:
+                started = len(self.running) < len(self.shares) and self.start_next()
+                if not started and not self.running and not self.others_run():
+                    break
+                if not started:
+                    time.sleep(POLL_SECONDS)
+                self.look_after()
+            self.stop_all()
+        except BaseException:  # the storage has failed: what runs saves itself, and the next agent goes on with it
+            for _, trial in self.running.values():
+                ask_to_stop(trial, "interrupted")
+                trial.log.close()
+            raise
+        finally:
+            signals.release()
+        return signals.received
+
+    def start_next(self) -> bool:
+        """Starts a trial on a free share of the machine; False when there is none to start now."""
+        from pipeline.sweep.table import run_dir_name
+
+        claim = self.study.claim()
+        if claim is None:
+            return False
+        taken = {trial.share for _, trial in self.running.values()}
+        share = next(number for number in range(len(self.shares)) if number not in taken)
+        run_dir = self.folder / run_dir_name(claim.place)
+        try:
+            trial = start_trial(self.sweep, claim.settings, run_dir, self.shares[share], share)
+        except OSError as error:
+            self.end(claim, Outcome("failed", None, {"error": f"The command cannot be started: {error}."}))
+            return True
+        self.running[claim.place] = (claim, trial)
+        self.tell(claim.place)
+        return True
+
+    def look_after(self) -> None:
+        """Tells the study what running trials have reported, stops those that do not keep up, ends those that have ended."""
+        beats = time.monotonic() >= self.next_beat
+        for place, (claim, trial) in list(self.running.items()):
+            ended = trial.process.poll() is not None
+            if has_news(trial):
+                history = read_history(trial.run_dir, self.sweep.metric)
+                self.study.report(claim.trial, history, trial.reported)
+                is_new, trial.reported = len(history) > trial.reported, len(history)
+                if is_new and not ended and trial.stopped is None and not self.study.keeps_up(place, history):
+                    ask_to_stop(trial, "stopped")
+            if ended:
+                del self.running[place]
+                self.end(claim, judge(trial, self.sweep))
+            elif beats:
+                trial.beats += 1
+                self.study.beat(claim.trial, trial.beats)
+        if beats:
+            from pipeline.sweep.study import BEAT_SECONDS
+
+            self.next_beat = time.monotonic() + BEAT_SECONDS
+
+    def end(self, claim: "Claim", outcome: Outcome) -> None:
+        if outcome.status == "interrupted":
+            self.study.put_back(claim.trial, claim.place)
+        else:
+            self.study.end(claim.trial, outcome.status, outcome.value, outcome.facts)
+        self.tell(claim.place)
+
+    def others_run(self) -> bool:
+        """Whether trials of other agents are under way, which this one takes over should they die."""
+        unfinished = self.study.unfinished()
+        if unfinished and not self.told_waiting:
+            print(f"Other agents run {unfinished} more; this one waits for them to end. Ctrl-C leaves it.", flush=True)
+            self.told_waiting = True
+        return unfinished > 0
+
+    def stop_all(self) -> None:
+        """Has all running trials save themselves and puts them back, for this sweep to go on with later."""
+        for _, trial in self.running.values():
+            ask_to_stop(trial, trial.stopped or "interrupted")
+        while self.running:
+            time.sleep(POLL_SECONDS / 5)
+            self.look_after()
+
+    def tell(self, place: int) -> None:
+        """Writes the sweep's tables anew and prints a line about one trial."""
+        from pipeline.sweep.table import event_line, rows_of, write_results
+
+        rows = rows_of(self.study.places(), self.sweep)
+        write_results(self.folder, rows, self.sweep)
+        ended = sum(row["status"] not in ("running", "interrupted") for row in rows)
+        of = "" if self.study.limit is None else f"/{self.study.limit}"
+        print(f"[{ended}{of}]  {event_line(rows[place], self.sweep)}", flush=True)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
+    """The sweep, checked, its study and its folder. Raises ValueError for whatever is wrong with them."""
+    sweep = read_sweep(args.file)
+    sweep = dataclasses.replace(sweep, name=args.name or sweep.name)
+    if Path(sweep.name).name != sweep.name:
+        raise ValueError(f"--name {sweep.name!r} must be a plain folder name.")
+    limits = [limit for limit in (sweep.limit, args.num_trials) if limit is not None]
+    if not limits:
+        raise ValueError(f"Method {sweep.method} never ends by itself. Give --num_trials N, or run_cap in {args.file}.")
+    try:
+        configs = check_trials(sweep)
+        check_names(configs)
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from error
+    folder = (args.output_dir or Path(configs[0].output_dir)) / sweep.name
+    from pipeline.sweep.study import SweepStudy
+    from pipeline.sweep.table import write_shared
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"Cannot write into {folder} ({error.strerror}). Choose another --output_dir.") from error
+    study = SweepStudy(sweep, args.storage or str(folder / "journal.log"), min(limits), args.seed)
+    write_shared(folder / "sweep.yaml", args.file.read_text())
+    return sweep, study, folder
+
+
+def check_names(configs: Sequence[Any]) -> None:
+    """Raises ValueError for a model, optimizer, schedule, set or tracker that does not exist."""
+    from pipeline.training.build import check_settings
+
+    for config in configs:
+        check_settings(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sweep; returns the exit status: 0 done, 1 no trial succeeded, 2 wrong file or settings, 128 + n by signal n."""
+    args = make_parser().parse_args(argv)
+    try:
+        sweep, study, folder = prepare(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    from optuna.exceptions import StorageInternalError
+
+    from pipeline.sweep.table import result_table, rows_of
+
+    print(
+        f"sweep      {sweep.name}: {sweep.method}, {study.limit} trials, {sweep.metric}\nfolder     {folder}",
+        flush=True,
+    )
+    try:
+        signal_number = Agent(sweep, study, folder, args.num_parallel).run()
+        rows = rows_of(study.places(), sweep)
+    except (StorageInternalError, OSError) as error:
+        told = " ".join(str(error.__cause__ or error).split())
+        print(
+            f"error: The sweep's storage or folder failed: {told}. To go on, give the same command again.",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"\n{result_table(rows, sweep)}\n\ntable      {folder}/results.csv, trials.jsonl")
+    if signal_number:
+        print("To go on, give the same command again.")
+        return 128 + signal_number
+    return 0 if any(row["status"] == "completed" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

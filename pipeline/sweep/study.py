@@ -1,0 +1,283 @@
+"""A sweep's trials in an Optuna storage, which any number of agents on any number of machines may share.
+
+Every trial has a place: 0, 1, 2, ... in the order in which trials were begun. The place decides the point of a grid and the
+draws of a random search, so agents need not talk to one another. A trial that was interrupted, or whose agent died, fails in
+Optuna's terms and is put back as a new one at the same place; whoever makes it fail puts it back, and Optuna lets only one.
+"""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.common import console
+from pipeline.common.randomness import address
+from pipeline.sweep.file import Sweep
+from pipeline.sweep.hyperband import keeps_up
+from pipeline.sweep.space import WHOLE, Parameter
+
+OPENINGS = 4  # attempts to open a database
+BEAT_SECONDS = 30.0
+SILENCE_SECONDS = 300.0  # an agent on another machine that has not stirred for so long is dead
+
+# how a trial stands, by Optuna's name
+STATUS = {
+    TrialState.WAITING: "interrupted",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "completed",
+    TrialState.PRUNED: "stopped",
+    TrialState.FAIL: "failed",
+}
+
+
+def open_storage(text: str) -> BaseStorage:
+    """A database by its URL, else a journal file. Raises ValueError when it cannot be opened."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if "://" not in text:
+            return JournalStorage(JournalFileBackend(text))
+        return open_database(text)
+    except ImportError as error:
+        raise ValueError(f"--storage {text} needs a package that is not installed: {error}.") from error
+    except Exception as error:  # whatever a database's driver raises
+        raise ValueError(f"Cannot open --storage {text}: {' '.join(str(error).split())}") from error
+
+
+def open_database(url: str) -> BaseStorage:
+    """Tries again after a moment: of agents that begin together, only one can make the tables."""
+    for _ in range(OPENINGS - 1):
+        try:
+            return optuna.storages.get_storage(url)
+        except ImportError:
+            raise
+        except Exception:  # whatever a database's driver raises
+            time.sleep(1.0)
+    return optuna.storages.get_storage(url)
+
+
+def optuna_distribution(parameter: Parameter) -> BaseDistribution:
+    """What Optuna's samplers and dashboards see of a parameter."""
+    low, high, is_log = parameter.bounds
+    if parameter.distribution == "categorical":
+        return CategoricalDistribution([str(value) for value in parameter.spec["values"]])
+    if parameter.distribution in WHOLE:
+        return IntDistribution(int(low), int(high))
+    return FloatDistribution(low, high, log=is_log)
+
+
+class PlaceSampler(optuna.samplers.BaseSampler):
+    """TPE with randomness that is a function of the sweep's seed and the trial's number, so agents draw differently."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.tpe = optuna.samplers.TPESampler(seed=seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self.tpe = optuna.samplers.TPESampler(seed=address(self.seed, trial.number) % 2**32)
+        self.tpe.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.tpe.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self.tpe.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        seeded = optuna.samplers.TPESampler(
+            seed=address(self.seed, trial.number, zlib.crc32(param_name.encode())) % 2**32
+        )
+        return seeded.sample_independent(study, trial, param_name, param_distribution)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this agent runs. settings: the values of the sweep's parameters."""
+
+    place: int
+    trial: optuna.Trial
+    settings: Mapping[str, Any]
+
+
+class SweepStudy:
+    """The trials of one sweep: claimed, followed, ended. All methods may be called by several agents at once."""
+
+    def __init__(self, sweep: Sweep, storage: str, limit: int | None, seed: int):
+        """Opens the study or makes it. limit: most trials, None for no limit.
+
+        Raises ValueError when the storage cannot be opened or holds another sweep of this name.
+        """
+        self.sweep, self.limit = sweep, limit
+        self.study = optuna.create_study(
+            study_name=sweep.name,
+            storage=open_storage(storage),
+            direction="maximize" if sweep.maximize else "minimize",
+            sampler=PlaceSampler(seed),
+            load_if_exists=True,
+        )
+        begun = self.study.user_attrs.get("sweep")
+        ours = json.dumps({**sweep.fixed_content, "seed": seed}, sort_keys=True)
+        if begun is None:
+            self.study.set_user_attr("sweep", ours)
+        elif begun != ours:
+            raise ValueError(
+                f"The sweep {sweep.name} in {storage} was begun with another file or --seed. Give this one another --name."
+            )
+        self.seed = seed
+        self.heard: dict[int, tuple[Any, float]] = (
+            {}
+        )  # by trial number: its agent's last beat, and when it was seen first
+
+    def places(self) -> dict[int, FrozenTrial]:
+        """The newest trial of every place that has been begun."""
+        return {place: trial for trial, place in self.with_places(self.study.get_trials(deepcopy=False))}
+
+    def with_places(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, int]]:
+        placed, begun = [], 0
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            if "surplus" in trial.user_attrs:
+                continue
+            if "put_back" in trial.user_attrs:
+                placed.append((trial, trial.user_attrs["put_back"]))
+            else:
+                placed.append((trial, begun))
+                begun += 1
+        return placed
+
+    def claim(self) -> Claim | None:
+        """A trial to run: one that was interrupted, else a new one; None when there is none to begin."""
+        self.put_back_dead()
+        places = self.places()
+        waiting = any(trial.state == TrialState.WAITING for trial in places.values())
+        full = self.limit is not None and len(places) >= self.limit
+        if not waiting and (full or self.target_reached(places)):
+            return None
+        trial = self.study.ask()
+        placed = self.with_places(self.study.get_trials(deepcopy=False))
+        place = next(place for other, place in placed if other.number == trial.number)
+        if self.limit is not None and place >= self.limit and "put_back" not in trial.user_attrs:
+            trial.set_user_attr("surplus", True)  # another agent took the last place in the same moment
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        self.beat(trial, 0)
+        settings = self.settings(place, trial)
+        trial.set_user_attr("settings", settings)
+        return Claim(place, trial, settings)
+
+    def settings(self, place: int, trial: optuna.Trial | FrozenTrial) -> dict[str, Any]:
+        """The values of a trial's parameters; a search that learns draws what the trial does not have yet."""
+        space = self.sweep.space
+        if self.sweep.method == "grid":
+            return space.grid_point(place)
+        if self.sweep.method == "random":
+            return space.random_point(place, self.seed)
+        return {parameter.name: suggested(trial, parameter) for parameter in space.parameters}
+
+    def beat(self, trial: optuna.Trial, count: int) -> None:
+        """Tells the other agents that this one lives."""
+        trial.set_user_attr("agent", {"machine": os.uname().nodename, "process": os.getpid(), "beat": count})
+
+    def report(self, trial: optuna.Trial, history: Sequence[float], known: int) -> None:
+        """Tells the values of the metric that are new since the first `known`; iterations count from 1."""
+        for iteration in range(known, len(history)):
+            trial.report(history[iteration], iteration + 1)
+
+    def keeps_up(self, place: int, history: Sequence[float]) -> bool:
+        """Whether hyperband lets the trial go on; always without one."""
+        if self.sweep.hyperband is None:
+            return True
+        others = [reported(trial) for other, trial in self.places().items() if other != place]
+        return keeps_up(history, others, self.sweep.hyperband, self.sweep.maximize)
+
+    def end(self, trial: optuna.Trial, status: str, value: float | None, facts: Mapping[str, Any]) -> None:
+        """Ends a trial. status: one of STATUS; facts: what the table shows of it, with an error when it failed."""
+        for key, fact in facts.items():
+            trial.set_user_attr(key, fact)
+        try:
+            state = next(state for state, name in STATUS.items() if name == status)
+            self.study.tell(trial, values=value if status == "completed" else None, state=state)
+        except (ValueError, UpdateFinishedTrialError):
+            console.warn(f"Trial {trial.number} was taken for dead by another agent, which runs it again.")
+
+    def put_back(self, trial: optuna.Trial | FrozenTrial, place: int) -> None:
+        """Lets any agent go on with a trial that this one does not finish, or that a dead one did not."""
+        try:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        except (ValueError, UpdateFinishedTrialError):
+            return  # it has ended, or another agent has just put it back
+        again = optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={"put_back": place, "settings": trial.user_attrs.get("settings", {})},
+        )
+        self.study.add_trial(again)
+
+    def put_back_dead(self) -> None:
+        for place, trial in self.places().items():
+            if trial.state == TrialState.RUNNING and self.is_dead(trial):
+                self.put_back(trial, place)
+
+    def is_dead(self, trial: FrozenTrial) -> bool:
+        """Whether the agent of a running trial has ended: on this machine its process, elsewhere its beat."""
+        agent = trial.user_attrs.get("agent", {})
+        if agent.get("machine") == os.uname().nodename:
+            return agent["process"] != os.getpid() and not is_alive(agent["process"])
+        beat, since = self.heard.get(trial.number, (None, 0.0))
+        if beat != agent or trial.number not in self.heard:
+            self.heard[trial.number] = (agent, time.monotonic())
+            return False
+        return time.monotonic() - since > SILENCE_SECONDS
+
+    def target_reached(self, places: Mapping[int, FrozenTrial]) -> bool:
+        target = self.sweep.target
+        values = [value for trial in places.values() for value in reported(trial)]
+        return target is not None and any(
+            value >= target if self.sweep.maximize else value <= target for value in values
+        )
+
+    def unfinished(self) -> int:
+        """How many trials still run or wait, anywhere."""
+        return sum(not trial.state.is_finished() for trial in self.places().values())
+
+
+def suggested(trial: optuna.Trial | FrozenTrial, parameter: Parameter) -> Any:
+    """The value of a parameter that Optuna has drawn, or draws now."""
+    if not parameter.is_varied:
+        return parameter.value(0)
+    distribution = optuna_distribution(parameter)
+    if isinstance(distribution, CategoricalDistribution):
+        drawn = distribution.choices.index(trial.suggest_categorical(parameter.name, distribution.choices))
+        return parameter.value(drawn)
+    if isinstance(distribution, IntDistribution):
+        return parameter.value(trial.suggest_int(parameter.name, distribution.low, distribution.high))
+    low, high, is_log = parameter.bounds
+    return parameter.value(trial.suggest_float(parameter.name, low, high, log=is_log))
+
+
+def reported(trial: FrozenTrial) -> list[float]:
+    """The values of the metric by iteration."""
+    return [value for _, value in sorted(trial.intermediate_values.items())]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True

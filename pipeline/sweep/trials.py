@@ -1,0 +1,234 @@
+"""A sweep's trial as a process of its own: started with its share of the machine, followed, asked to stop, judged."""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.run_folder import lock
+from pipeline.sweep.file import Sweep, fill_command
+
+ORPHAN_SECONDS = 120.0  # how long a run may take to save itself
+
+LAST_VALUE = ("test/", "train/")  # of these metrics a run's last value counts, of the others its best
+
+
+def shares(num_parallel: int, cores: int, devices: Sequence[str]) -> list[dict[str, str]]:
+    """The environment that gives each of the parallel trials its part of the machine.
+
+    devices: the GPUs by CUDA's names. Each trial gets as many as there are for it, or one that it shares with others; without
+    GPUs it gets its part of the cores as threads.
+    """
+    if num_parallel == 1:
+        return [{}]
+    threads = {"OMP_NUM_THREADS": str(max(cores // num_parallel, 1))}
+    if not devices:
+        return [threads] * num_parallel
+    return [
+        {**threads, "CUDA_VISIBLE_DEVICES": ",".join(devices[index::num_parallel] or [devices[index % len(devices)]])}
+        for index in range(num_parallel)
+    ]
+
+
+def visible_devices() -> list[str]:
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name for name in named.split(",") if name] or [str(index) for index in range(torch.cuda.device_count())]
+
+
+@dataclass
+class RunningTrial:
+    """A trial's process.
+
+    log_start: where in the log its own lines begin; share: which part of the machine it has; earlier: the summary that a part
+    before this one left; reported: how many values of the metric are told to the study; stopped: why it was asked to stop.
+    """
+
+    run_dir: Path
+    process: subprocess.Popen
+    log: IO[bytes]
+    log_start: int
+    share: int
+    earlier: Mapping[str, Any]
+    began: float = field(default_factory=time.monotonic)
+    reported: int = 0
+    beats: int = 0
+    stopped: str | None = None
+    metrics_bytes: int = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. status: completed, stopped (by hyperband), interrupted or failed; facts: what the table shows."""
+
+    status: str
+    value: float | None
+    facts: Mapping[str, Any]
+
+
+def start_trial(
+    sweep: Sweep, settings: Mapping[str, Any], run_dir: Path, environment: Mapping[str, str], share: int
+) -> RunningTrial:
+    """Starts the sweep's command in a session of its own, so that a terminal's Ctrl-C reaches the sweep only.
+
+    What it prints is added to logs/NAME.log beside the run's folder. Raises OSError when the command cannot be started.
+    """
+    own = {"output_dir": str(run_dir.parent), "run_name": run_dir.name}
+    command = fill_command(sweep, {**settings, **own})
+    stop_orphan(run_dir)
+    logs = run_dir.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = open(logs / f"{run_dir.name}.log", "ab")
+    # launchers such as accelerate and torchrun lie beside this Python
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    env = {**os.environ, "PATH": path, **environment}
+    try:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError:
+        log.close()
+        raise
+    return RunningTrial(run_dir, process, log, log.tell(), share, read_summary(run_dir))
+
+
+def ask_to_stop(trial: RunningTrial, why: str) -> None:
+    """Has the trial save itself and end; all its processes follow the one that writes."""
+    trial.stopped = why
+    process = training_process(trial.run_dir)
+    try:
+        if process is not None:
+            os.kill(process, signal.SIGTERM)
+        else:
+            os.killpg(trial.process.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it has just ended
+
+
+def training_process(run_dir: Path) -> int | None:
+    """The process of this machine that holds the run's folder, None when there is none."""
+    try:
+        file = os.open(run_dir / ".lock", os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None  # free, whatever a dead process left in it
+    except OSError:
+        holder = lock.read(run_dir / ".lock")
+        process = holder.get("process")
+        return process if isinstance(process, int) and holder.get("machine") == os.uname().nodename else None
+    finally:
+        os.close(file)
+
+
+def stop_orphan(run_dir: Path) -> None:
+    """Has a training process that outlived its agent save itself and end, so that the trial can go on from there."""
+    process = training_process(run_dir)
+    if process is not None:
+        os.kill(process, signal.SIGTERM)
+        end = time.monotonic() + ORPHAN_SECONDS
+        while training_process(run_dir) == process and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def read_history(run_dir: Path, metric: str) -> list[float]:
+    """The values of a metric, split/key as trackers name it, in the order in which the run told them."""
+    split, key = metric.split("/")
+    values = []
+    for line in whole_lines(run_dir / "metrics.jsonl"):
+        is_epoch = line.get("event") == "epoch"
+        if line.get("split") == split.removesuffix("_epoch") and is_epoch == split.endswith("_epoch") and key in line:
+            values.append(float(line[key]))
+    return values
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that may be growing; what is not a whole one is left out."""
+    lines = []
+    for text in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def has_news(trial: RunningTrial) -> bool:
+    """Whether the run's metrics.jsonl has changed since the last time."""
+    try:
+        size = (trial.run_dir / "metrics.jsonl").stat().st_size
+    except OSError:
+        size = 0
+    changed, trial.metrics_bytes = size != trial.metrics_bytes, size
+    return changed
+
+
+def best_value(history: Sequence[float], sweep: Sweep) -> float | None:
+    """What counts of a trial: the best value of a validation metric, the last of a test or training metric."""
+    finite = [value for value in history if math.isfinite(value)]
+    if not finite:
+        return None
+    if sweep.metric.startswith(LAST_VALUE):
+        return finite[-1]
+    return max(finite) if sweep.maximize else min(finite)
+
+
+def judge(trial: RunningTrial, sweep: Sweep) -> Outcome:
+    """What became of a trial whose process has ended."""
+    code = trial.process.returncode
+    trial.log.close()
+    summary = read_summary(trial.run_dir)
+    if summary == trial.earlier and summary.get("status") not in ("completed", "early_stopped"):
+        summary = {}
+    value = best_value(read_history(trial.run_dir, sweep.metric), sweep)
+    facts = {
+        "epochs": summary.get("epochs"),
+        "seconds": summary.get("seconds", round(time.monotonic() - trial.began, 1)),
+        "best_accuracy": (summary.get("best") or {}).get("accuracy"),
+        "test_accuracy": (summary.get("test") or {}).get("accuracy"),
+    }
+    if summary.get("status") in ("completed", "early_stopped") and code == 0:
+        if value is not None:
+            return Outcome("completed", value, facts)
+        return Outcome("failed", None, {**facts, "error": f"The run told no finite {sweep.metric}."})
+    if trial.stopped is not None:
+        return Outcome(trial.stopped, value, facts)
+    error = summary.get("reason") or last_words(trial) or f"It ended with status {code}."
+    if code < 0 and summary.get("status") is None:
+        error = f"Killed by {signal.Signals(-code).name}. {error}"
+    return Outcome("failed", value, {**facts, "error": error})
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+        return summary if isinstance(summary, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def last_words(trial: RunningTrial) -> str:
+    """The last line that the trial printed, without train.py's `error: `."""
+    try:
+        with open(trial.run_dir.parent / "logs" / f"{trial.run_dir.name}.log", "rb") as file:
+            file.seek(trial.log_start)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    told = [line for line in lines if line.startswith("error: ")]  # a launcher's own traceback comes after it
+    return (told or lines or [""])[-1].removeprefix("error: ")

@@ -1,0 +1,143 @@
+"""From settings to the things of a run: checks, dataset, preprocessing, loaders, model."""
+
+import dataclasses
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from pipeline.common.randomness import address
+from pipeline.data.from_settings import input_channels, load_data
+from pipeline.data.image_dataset import ImageDataset, check_dataset_name
+from pipeline.distributed import fsdp
+from pipeline.distributed.accelerator import fit_to_machine, is_to_be_sharded, with_channels_last
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.loaders.build import make_loader
+from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.models.create import InputSettings, check_model_name, create_model, default_image_size, input_settings
+from pipeline.models.timm_folder import LoadReport
+from pipeline.optim.ema import create_ema
+from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
+from pipeline.optim.schedule import check_scheduler_name
+from pipeline.settings.batch_size import fitting_batch_size
+from pipeline.settings.config import Config, ignored_settings
+from pipeline.training.micro_batch import with_micro_batch_size
+from pipeline.training.tracking import tracker_names
+
+INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
+
+
+def check_settings(config: Config) -> None:
+    """Everything that can be known wrong before data is loaded or a device taken. Raises ValueError."""
+    check_scheduler_name(config.scheduler)
+    check_optimizer_name(config.optimizer)
+    check_dataset_name(config.dataset)
+    check_model_name(config.model_name)
+    tracker_names(config)
+
+
+def warnings_of(config: Config) -> list[str]:
+    return ignored_settings(config) + ignored_optimizer_settings(config)
+
+
+def choose_image_size(config: Config, dataset: ImageDataset) -> int:
+    """image_size, else the set's own when its images are small and the model is not pretrained, else the model's."""
+    if config.image_size is not None:
+        return config.image_size
+    if dataset.image_size is not None and not config.pretrained:
+        return dataset.image_size
+    return default_image_size(config.model_name, config.pretrained)
+
+
+def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[nn.Module, LoadReport | None]:
+    """The model with initial weights that depend on the seed only, on the CPU."""
+    torch.manual_seed(address(config.seed, INITIAL_WEIGHTS))
+    return create_model(
+        config.model_name,
+        num_classes=len(dataset.class_names),
+        in_chans=input_channels(config, dataset),
+        image_size=image_size,
+        pretrained=config.pretrained,
+        stem=config.stem,
+        init_from=config.init_from,
+        drop_rate=config.drop_rate,
+        drop_path_rate=config.drop_path_rate,
+    )
+
+
+def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
+    """How images become input: as the published weights want it when pretrained, else by the set's own statistics."""
+    theirs: InputSettings = input_settings(model)
+    channels = input_channels(config, dataset)
+    mean, std = (theirs.mean, theirs.std) if config.pretrained else (dataset.mean, dataset.std)
+    small = dataset.image_size is not None
+    return Preprocessing(
+        image_size=image_size,
+        channels=channels,
+        mean=mean if len(mean) == channels else mean * channels,
+        std=std if len(std) == channels else std * channels,
+        interpolation=theirs.interpolation,
+        crop_pct=1.0 if small else theirs.crop_pct,
+        source_size=dataset.image_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is put together from.
+
+    config: the settings with batch_size and channels_last filled in; loaders: of the train, val and test splits, for this
+    rank; skeleton: the model without weights if it is sharded.
+    """
+
+    config: Config
+    dataset: ImageDataset
+    preprocessing: Preprocessing
+    model: nn.Module
+    load_report: LoadReport | None
+    optimizer: torch.optim.Optimizer
+    loaders: dict[str, AnyLoader]
+    ema: ModelEmaV3 | None
+    skeleton: nn.Module | None = None
+
+
+def assemble(config: Config, accelerator: Accelerator) -> Parts:
+    """Loads the data and builds model, optimizer and loaders. Raises ValueError for what does not fit together."""
+    dataset = load_data(config, accelerator)
+    if config.batch_size is None:
+        config = dataclasses.replace(config, batch_size=fitting_batch_size(len(dataset.train)))
+    image_size = choose_image_size(config, dataset)
+    with accelerator.local_main_process_first():  # pretrained weights are fetched once
+        model, load_report = make_model(config, dataset, image_size)
+    config = with_channels_last(config, model, accelerator)
+    model = fit_to_machine(model, config, accelerator)
+    preprocessing = make_preprocessing(config, dataset, image_size, model)
+    loaders = {
+        "train": make_loader(config, dataset.train, dataset, preprocessing, accelerator, training=True),
+        "val": make_loader(config, dataset.val, dataset, preprocessing, accelerator, training=False),
+    }
+    if dataset.test is dataset.val:
+        loaders["test"] = loaders["val"]
+    else:
+        loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
+    config = with_micro_batch_size(config, model, preprocessing, accelerator)
+    for loader in loaders.values():
+        loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
+    ema, skeleton = create_ema(model, config), None
+    if is_to_be_sharded(accelerator):
+        skeleton = fsdp.skeleton_of(model)
+        for whole in [model] if ema is None else [model, ema.module]:
+            fsdp.shard(whole, accelerator.device)
+    optimizer = create_optimizer(model, config, accelerator.mixed_precision)
+    return Parts(config, dataset, preprocessing, model, load_report, optimizer, loaders, ema, skeleton)
+
+
+def load_images(parts: Parts, accelerator: Accelerator) -> None:
+    """Decodes what stays on the device; the first process of each machine does it, the others find it in the cache.
+
+    Raises BadImage.
+    """
+    with accelerator.local_main_process_first():
+        for loader in parts.loaders.values():
+            loader.load()

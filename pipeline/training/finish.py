@@ -1,0 +1,145 @@
+"""How a run ends: the best weights tested once and kept as a timm folder, summary.json, the closing table."""
+
+import math
+import resource
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.common import console
+from pipeline.common.stopping import TrainingFailed
+from pipeline.distributed.fsdp import load_weights, with_weights
+from pipeline.models.timm_folder import save_model
+from pipeline.optim.schedule import best_epoch, best_kind
+from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
+from pipeline.settings.config import Config
+from pipeline.training.build import Parts
+from pipeline.training.evaluation import evaluate
+from pipeline.training.metrics import per_class_accuracy
+from pipeline.training.model_card import model_card
+from pipeline.training.run import Run
+from pipeline.training.state import TrainState
+
+WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file of the weights that were validated
+
+
+def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, Any]:
+    """Tests the best weights, writes model/ and summary.json, and returns the summary. Every rank calls it."""
+    accelerator = run.accelerator
+    run.finish_saving()
+    best = run.best_checkpoint(state)
+    assert best is not None, "a run has at least one epoch"
+    model = state.bare_model
+    entry = state.history[best_epoch(state.history, run.config) or 0]
+    try:
+        weights = read_tensors(best, WEIGHTS[best_kind(entry, run.config)])
+    except BadCheckpoint as error:
+        raise TrainingFailed(
+            f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Bring it back and go on; or start anew "
+            f"from the weights of the last epoch with --init_from {checkpoint_path(run.config.run_dir, state.step)}."
+        ) from error
+    load_weights(model, weights)
+    test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
+    run.read_clock(state)
+    summary = make_summary(state, run, status)
+    summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
+    run.log("test", state, summary["best"]["epoch"], test_figures)
+    per_class = per_class_accuracy(confusion)
+    summary["test"]["per_class_accuracy"] = dict(zip(parts.dataset.class_names, per_class))
+    summary["test"]["confusion_matrix"] = confusion.tolist()
+    if accelerator.is_main_process:
+        save_model(
+            model if parts.skeleton is None else with_weights(parts.skeleton, weights),
+            run.config.run_dir / "model",
+            label_names=parts.dataset.class_names,
+            image_size=parts.preprocessing.image_size,
+            in_chans=parts.preprocessing.channels,
+            mean=parts.preprocessing.mean,
+            std=parts.preprocessing.std,
+            interpolation=parts.preprocessing.interpolation,
+            crop_pct=parts.preprocessing.crop_pct,
+            readme=model_card(run.config, parts, summary),
+            source_size=parts.preprocessing.source_size,
+        )
+    run.end(summary)
+    return summary
+
+
+def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
+    """Ends a run before its time and says how to go on.
+
+    status: interrupted, when every rank calls it and the state is saved first; or failed, when a single rank may call it.
+    """
+    if status == "interrupted":
+        if run.submitted != state.step:
+            run.save(state)
+        try:
+            run.finish_saving()
+        except TrainingFailed as error:
+            console.warn(str(error))
+    elif run.writer is not None:
+        run.writer.join()
+    try:
+        run.end(make_summary(state, run, status) | {"reason": reason})
+    except OSError as error:
+        console.warn(f"summary.json could not be written: {error}.")
+    if run.writer is not None:
+        step = run.writer.last_saved
+        saved = f"Saved at step {step}" if step >= 0 else "Nothing was saved yet"
+        console.say(f"\n{saved}. {run.how_to_go_on()}")
+
+
+def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
+    """How the run ended; the object of summary.json but for the test figures."""
+    best = best_epoch(state.history, run.config)
+    entry = None if best is None else state.history[best]
+    kind = "val" if entry is None else best_kind(entry, run.config)
+    return {
+        "status": status,
+        "epochs": state.epoch,
+        "steps": state.step,
+        "samples": state.samples,
+        "skipped_steps": state.skipped_steps,
+        "best": None if entry is None else {"epoch": entry["epoch"], "weights": WEIGHTS[kind], **entry[kind]},
+        "test": None,
+        "seconds": round(state.seconds, 3),
+        "images_per_second": round(state.samples / state.train_seconds, 1) if state.train_seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator),
+        "num_parameters": sum(parameter.numel() for parameter in state.bare_model.parameters()),
+        **run.facts,
+    }
+
+
+def peak_memory_bytes(accelerator: Accelerator) -> int:
+    """The most GPU memory that tensors took on rank 0's device, or the process's peak resident size on a CPU."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def closing_table(summary: dict[str, Any], config: Config) -> str:
+    """What was reached and where it lies."""
+    best, test, run_dir = summary["best"], summary["test"], config.run_dir
+    margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
+    return "\n" + console.table(
+        [
+            (
+                "test accuracy",
+                f"{console.percent(test['accuracy'])} +- {100 * margin:.2f} of {test['num_samples']:,} images",
+            ),
+            ("test top-5, loss", f"{console.percent(test['top5_accuracy'])}, {test['loss']:.4f}"),
+            (
+                "best epoch",
+                f"{best['epoch']} of {summary['epochs']} (validation accuracy {console.percent(best['accuracy'])})",
+            ),
+            (
+                "time",
+                f"{console.duration(summary['seconds'])}, {summary['images_per_second']:,.0f} images/s in training",
+            ),
+            ("model", f'{run_dir}/model  (timm.create_model("local-dir:{run_dir}/model", pretrained=True))'),
+            ("figures", f"{run_dir}/metrics.jsonl, summary.json"),
+        ]
+    )

@@ -1,0 +1,178 @@
+"""The loop: train a model for some epochs, evaluate after each, and leave a folder that people can use.
+
+One step is one optimizer update on one global batch. Processes, micro-batches and the batch-size schedule only decide how
+that batch is cut up.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.common import console
+from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.data.shards import LostShard
+from pipeline.distributed.accelerator import make_accelerator, prepared, system_facts
+from pipeline.distributed.shared_failure import failing_together
+from pipeline.images.decode import BadImage
+from pipeline.loaders.sources import is_lost_worker
+from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.optim.optimizers import classifier_names, lr_of_step, set_lr
+from pipeline.optim.schedule import best_epoch, should_stop_early
+from pipeline.run_folder.paths import name_run
+from pipeline.run_folder.resume import ended_summary
+from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
+from pipeline.settings.config import Config
+from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
+from pipeline.training.evaluation import evaluate
+from pipeline.training.finish import closing_table, finish, stop
+from pipeline.training.metrics import figures, zero_sums
+from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
+from pipeline.training.plan import plan_text
+from pipeline.training.run import Run
+from pipeline.training.state import TrainState, average_buffers
+from pipeline.training.step import Share, train_step
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains as the settings say and returns the run's summary, which is also in its summary.json.
+
+    Raises ValueError for what is wrong before the first step, TrainingFailed for what goes wrong after it, and Interrupted
+    when a signal stopped the run; whatever was saved is whole then, and summary.json tells how it ended.
+    """
+    check_settings(config)
+    accelerator = make_accelerator(config)
+    with failing_together():
+        return train_on(accelerator, name_run(config, accelerator))
+
+
+def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
+    """train, for each of the processes."""
+    if accelerator.is_main_process:
+        for sentence in warnings_of(config):
+            console.warn(sentence)
+    summary = ended_summary(config)
+    if summary is not None:
+        text = f"{config.run_dir} has ended ({summary['status']}); nothing was changed."
+        console.say(text, accelerator.is_main_process)
+        return summary
+    parts = assemble(config, accelerator)
+    config = parts.config
+    console.say(plan_text(config, parts, accelerator), accelerator.is_main_process)
+    if config.dry_run:
+        return {}
+    load_images(parts, accelerator)
+    run = Run(config, accelerator, system_facts(accelerator) | {"bad_images": len(parts.dataset.bad_images)})
+    try:
+        summary = train_in(run, parts)
+    finally:
+        run.release()
+    console.say(closing_table(summary, config), accelerator.is_main_process)
+    return summary
+
+
+def train_in(run: Run, parts: Parts) -> dict[str, Any]:
+    """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
+    accelerator = run.accelerator
+    model, optimizer = prepared(parts.model, parts.optimizer, accelerator)
+    bad_step = torch.tensor(-1, device=accelerator.device)
+    state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
+    run.begin(state)
+    try:
+        with failing_together():
+            return finish(state, parts, run, train_epochs(state, parts, run))
+    except Interrupted as interruption:
+        stop(state, run, "interrupted", str(interruption))
+        raise
+    except (TrainingFailed, BadImage, LostShard) as error:
+        stop(state, run, "failed", str(error))
+        raise TrainingFailed(str(error)) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        if is_out_of_memory(error):
+            advice = out_of_memory_advice(error, state.bare_model, parts.preprocessing, run.config, accelerator)
+        elif is_lost_worker(error):
+            advice = "A worker process that reads images was killed, as systems do that run out of memory. Lower --num_workers."
+        elif isinstance(error, OSError):  # a full disk, at the end for example
+            raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
+        else:
+            raise
+        stop(state, run, "failed", advice)
+        raise TrainingFailed(advice) from error
+
+
+def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
+    """Trains and evaluates, epoch after epoch; returns how it ended: completed or early_stopped."""
+    config, accelerator = run.config, run.accelerator
+    while state.epoch < config.epochs:
+        if should_stop_early(state.history, config):
+            return "early_stopped"
+        train_figures = train_epoch(state, parts.loaders["train"], run)
+        average_buffers(state, accelerator)
+        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, parts.loaders["val"], accelerator)[0]}
+        if state.ema is not None:
+            figures_of["val_ema"] = evaluate(state.ema.module, parts.loaders["val"], accelerator)[0]
+        end_epoch(state, run, figures_of)
+    return "completed"
+
+
+def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any]:
+    """Trains from where the state stands to the end of its epoch; returns the epoch's figures over all ranks."""
+    config = run.config
+    batch_size = batch_size_at(state.epoch, config)
+    num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
+    state.model.train()
+    freeze_backbone(state.bare_model, state.epoch < config.freeze_epochs)
+    run.read_clock(state)
+    with run.progress_bar(state, num_batches) as bar:
+        for images, labels in loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch):
+            lr = lr_of_step(state.epoch, state.batch, num_batches, state.history, config)
+            set_lr(state.optimizer, lr)
+            count = min(batch_size, len(loader) - state.batch * batch_size)
+            share = Share(images, labels, count, epochs=count / len(loader))
+            norm = train_step(state, share, config, run.accelerator)
+            bar.update()
+            run.after_step(state, lr, batch_size, norm, is_last=state.batch == num_batches)
+    return figures(run.accelerator.reduce(state.sums))
+
+
+def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
+    """Takes the epoch into the history, tells of it, saves. figures_of: train, val and, with a moving average, val_ema."""
+    run.read_clock(state)
+    earlier = state.history[-1] if state.history else {"samples": 0, "train_seconds": 0.0}
+    state.epoch += 1
+    state.batch = 0
+    state.sums.zero_()
+    state.logged = [0.0] * 4
+    rate = (state.samples - earlier["samples"]) / (state.train_seconds - earlier["train_seconds"])
+    entry = {
+        **state.place(state.epoch),
+        "train_seconds": state.train_seconds,
+        "images_per_second": round(rate, 1),
+        **figures_of,
+    }
+    state.history.append(entry)
+    run.log("train", state, state.epoch, {"event": "epoch", **figures_of["train"]})
+    run.log("val", state, state.epoch, {**figures_of["val"], **prefixed("ema_", figures_of.get("val_ema", {}))})
+    is_best = best_epoch(state.history, run.config) == len(state.history) - 1
+    batch_size = batch_size_at(state.epoch - 1, run.config)
+    lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
+    line = console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best)
+    console.say(line, run.accelerator.is_main_process)
+    run.save(state)
+    run.stop_if_asked(state, is_last=True)
+
+
+def prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{key}": value for key, value in values.items()}
+
+
+def freeze_backbone(model: nn.Module, frozen: bool) -> None:
+    """Leaves only the classifier to train, running statistics included, or lets everything train again."""
+    heads = classifier_names(model)
+    for name, module in model.named_modules():
+        if not name.startswith(heads):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
+            if frozen and getattr(module, "track_running_stats", False):
+                module.eval()

@@ -1,0 +1,81 @@
+"""The model card: what a saved model is, what it was trained on and how, what it reached, how to load it."""
+
+from typing import Any
+
+from pipeline.common import console
+from pipeline.settings.config import DEFAULTS, FIELDS, Config
+from pipeline.training.build import Parts
+
+# Where a run lay and who watched it is not part of what the model is.
+NOT_TOLD = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}
+
+
+def model_card(config: Config, parts: Parts, summary: dict[str, Any]) -> str:
+    """The README.md of a model folder, with the front matter that the Hub reads."""
+    data, shape, test = parts.dataset, parts.preprocessing, summary["test"]
+    changed = [name for name in FIELDS if name not in NOT_TOLD and getattr(config, name) != getattr(DEFAULTS, name)]
+    settings = "\n".join(f"- {name}: {getattr(config, name)}" for name in changed) or "- the defaults"
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    classes = ", ".join(map(str, data.class_names[:100])) + (", ..." if len(data.class_names) > 100 else "")
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+tags: [image-classification, timm]
+---
+# {config.model_name} trained on {data.name}
+
+An image classifier with {len(data.class_names)} classes and {summary["num_parameters"]:,} parameters. Its input is
+{shape.channels} x {shape.image_size} x {shape.image_size} with mean {shape.mean} and std {shape.std}, resized by
+{shape.interpolation} interpolation.
+
+## Figures
+
+| split | images | accuracy | top-5 accuracy | loss |
+| --- | ---: | ---: | ---: | ---: |
+{figures_row("validation", summary["best"])}
+{figures_row("test", test)}
+
+The weights are those of epoch {summary["best"]["epoch"]} of {summary["epochs"]}, the best by validation {config.monitor}; \
+the test split was evaluated once, with them.
+
+## Data
+
+{data.source}: {len(data.train):,} training, {len(data.val):,} validation and {len(data.test):,} test images.
+{" ".join(data.notes)}
+Classes: {classes}.
+
+## Settings that differ from the defaults
+
+{settings}
+
+Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summary["num_processes"]} process(es), with {versions}.
+
+## Using it
+
+With the project that trained it, on images, folders or a list, with the preprocessing above:
+
+```sh
+python -m pipeline.predict local-dir:PATH_OF_THIS_FOLDER IMAGE...
+```
+
+With timm alone:
+
+```python
+import timm
+import pipeline  # of the project that trained it; only for simple_mlp, small_convnet* and names that end in _small_stem
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+config.json carries the label names (`label_names`) and the preprocessing (`pretrained_cfg`).
+"""
+
+
+def figures_row(name: str, values: dict[str, Any]) -> str:
+    cells = (
+        f"{values['num_samples']:,}",
+        console.percent(values["accuracy"]),
+        console.percent(values["top5_accuracy"]),
+    )
+    return f"| {name} | {' | '.join(cells)} | {values['loss']:.4f} |"

@@ -1,0 +1,90 @@
+"""The plan of a run, as a person reads it before it starts and --dry_run prints it."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline.common import console
+from pipeline.distributed.accelerator import system_facts
+from pipeline.distributed.fsdp import blocks_of
+from pipeline.loaders.shares import largest_share
+from pipeline.optim.optimizers import lr_of_step, peak_lr
+from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
+from pipeline.settings.config import Config
+from pipeline.training.build import Parts
+
+
+def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
+    """Sizes, model, optimizer groups, device, precision and folder; with dry_run every epoch's batch and learning rate too."""
+    data, shape = parts.dataset, parts.preprocessing
+    facts = system_facts(accelerator)
+    sizes = ", ".join(
+        f"{len(split):,} {name}" for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
+    )
+    num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    batch_size = batch_size_at(0, config)
+    num_steps = steps_per_epoch(len(data.train), batch_size, config.drop_last)
+    size = f"{shape.channels} x {shape.image_size} x {shape.image_size}"
+    rows = [
+        ("dataset", f"{config.dataset} ({data.source}): {sizes} images, {len(data.class_names)} classes"),
+        *(("", note) for note in data.notes),
+        ("input", f"{size}, loader {loader_text(parts)}, augment {config.augment}"),
+        ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
+        *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
+        ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
+        ("batch", f"{batch_size}, {num_steps} steps per epoch, {config.epochs} epochs"),
+        (
+            "device",
+            f"{facts['device']}, processes: {facts['num_processes']}, mixed precision {facts['mixed_precision']}",
+        ),
+        *([("sharded", f"FSDP2, in {len(blocks_of(parts.skeleton))} blocks")] if parts.skeleton is not None else []),
+        ("run", str(Path(config.run_dir))),
+    ]
+    text = console.table(rows)
+    return (
+        f"{text}\n\n{groups_text(parts)}\n\n{epochs_text(config, len(data.train), accelerator.num_processes)}"
+        if config.dry_run
+        else text
+    )
+
+
+def loader_text(parts: Parts) -> str:
+    """The kind of the training loader and, when decoded images stay on the device, the memory that they take there."""
+    resident = sum(
+        loader.resident_bytes for loader in {id(loader): loader for loader in parts.loaders.values()}.values()
+    )
+    kind = parts.loaders["train"].kind
+    return f"{kind} ({max(resident / 2**20, 0.1):,.1f} MiB)" if resident else kind
+
+
+def architecture(model: Any) -> str:
+    return str(model.pretrained_cfg["architecture"])
+
+
+def groups_text(parts: Parts) -> str:
+    """The optimizer's groups: how many tensors and numbers, with which learning-rate factor and weight decay."""
+    lines = [f"{'parameter group':<24} {'tensors':>8} {'parameters':>12} {'lr factor':>10} {'weight decay':>13}"]
+    for group in parts.optimizer.param_groups:
+        numel = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['name']:<24} {len(group['params']):>8} {numel:>12,} {group['lr_scale']:>10g} {group['weight_decay']:>13g}"
+        )
+    return "\n".join(lines)
+
+
+def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
+    """A line for each epoch: batch size, steps, learning rate of its first and last step as far as they are known now, and
+    the micro-batches of a step on the process that has most of them.
+    """
+    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'lr at its start':>16} {'and end':>10} {'micro-batches':>14}"]
+    for epoch in range(config.epochs):
+        batch_size = batch_size_at(epoch, config)
+        steps = steps_per_epoch(num_samples, batch_size, config.drop_last)
+        first, last = (lr_of_step(epoch, batch, steps, [], config) for batch in (0, steps - 1))
+        most = largest_share(min(batch_size, num_samples), num_processes)
+        passes = -(-most // (config.images_at_once or most))
+        lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g} {passes:>14}")
+    if config.scheduler == "plateau":
+        lines.append("(a plateau of the monitored value lowers the rate further)")
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""One step: an optimizer update on one global batch, however it is split into ranks' shares and micro-batches."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.common.randomness import address
+from pipeline.distributed.accelerator import meet_in_layers
+from pipeline.distributed.fsdp import whole
+from pipeline.loaders.shares import IGNORED, largest_share, share_of
+from pipeline.optim.ema import update_ema
+from pipeline.optim.optimizers import sam_rho
+from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.settings.config import Config
+from pipeline.training.metrics import add_batch
+from pipeline.training.state import TrainState
+
+DROPOUT = 4  # purpose in the addresses of randomness
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a global batch.
+
+    images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch; epochs: the
+    part of an epoch that they are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    epochs: float
+
+
+def train_step(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> Tensor | None:
+    """One optimizer update on one global batch; all of it, or under fp16 nothing but a smaller loss scale.
+
+    Returns the gradient's L2 norm before clipping, float []; None when clip_grad_norm is null.
+    """
+    model, norm = state.bare_model, None
+    before = None if accelerator.scaler is None else fp16_memory(state, model)
+    sharp = sam_rho(config) > 0 and state.step % config.sam_every == 0
+    loss_sum = accumulate_gradient(
+        state, share, config, accelerator, sync=config.sam_sync or not sharp, sums=state.sums
+    )
+    if before is None:
+        state.bad_step = torch.where(loss_sum.isfinite() | (state.bad_step >= 0), state.bad_step, state.step)
+    if sharp:
+        sharpen_gradient(state, share, config, accelerator)
+    if config.clip_grad_norm is not None:
+        norm = whole(accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
+    # Accelerate's wrapper looks for packages on the disk in every step; it is the one that knows the scaler
+    optimizer = state.optimizer.optimizer if accelerator.scaler is None else state.optimizer
+    optimizer.step()
+    optimizer.zero_grad()
+    if before is not None and state.optimizer.step_was_skipped:
+        restore(state, model, before)
+    elif state.ema is not None and config.ema_decay is not None:
+        update_ema(state.ema, model, config.ema_decay, share.epochs, state.step)
+    state.step += 1
+    state.batch += 1
+    state.samples += share.count
+    return norm
+
+
+def accumulate_gradient(
+    state: TrainState, share: Share, config: Config, accelerator: Accelerator, sync: bool, sums: Tensor | None
+) -> Tensor:
+    """Adds the gradient of the global batch's mean loss, micro-batch by micro-batch; returns this rank's loss sum, float [].
+
+    sync: whether the gradient is averaged over ranks; sums: the metrics to add to.
+    """
+    seed_generators(accelerator.device, address(config.seed, DROPOUT, state.step, accelerator.process_index))
+    weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
+    total = torch.zeros((), device=share.images.device)
+    parts = micro_batches(share, config, accelerator)
+    for number, (images, labels) in enumerate(parts, 1):
+        with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
+            logits = state.model(images)
+            loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
+            # checkpointed layers run again in the backward pass, and would count the batch's statistics twice
+            with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
+                accelerator.backward(loss_sum * weight)
+        if sums is not None:
+            add_batch(sums, logits, hard_labels(labels), loss_sum)
+        total += loss_sum.detach()
+    return total
+
+
+def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
+    """The share's images and labels in parts of at most micro_batch_size.
+
+    With sync_batchnorm or a sharded model the ranks meet in every layer, and each has as many parts as the largest share:
+    the others are empty, or where statistics do not count them, one sample whose label is IGNORED.
+    """
+    size = config.images_at_once or len(share.images)
+    parts = list(zip(share.images.split(size), share.labels.split(size)))
+    if meet_in_layers(config, accelerator):
+        largest = largest_share(share.count, accelerator.num_processes)
+        start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
+        filling = 0 if config.sync_batchnorm else 1
+        unlabelled = torch.full_like(share.labels[:filling], IGNORED if share.labels.ndim == 1 else 0)
+        parts = parts if stop > start else []
+        number = math.ceil(largest / (config.images_at_once or largest))
+        parts += [(share.images[:filling], unlabelled)] * (number - len(parts))
+    return parts
+
+
+def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:
+    """Puts the gradient at SAM's perturbed weights in place of that at the weights.
+
+    Under fp16 an overflow of a rank's first gradient makes its perturbed weights NaN (inf times a radius of 0), and so the
+    second gradient of all ranks: the scaler skips the step on each of them, and no rank has to wait to find out.
+    """
+    model = state.bare_model
+    norm = sharpness_norm(model, config.sam_adaptive)
+    with perturbed(model, sam_rho(config), config.sam_adaptive, norm):
+        accumulate_gradient(state, share, config, accelerator, sync=True, sums=None)
+
+
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """On the way out the model's buffers are what they were on the way in."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    for buffer, earlier in zip(model.buffers(), before):
+        buffer.copy_(earlier)
+
+
+def fp16_memory(state: TrainState, model: nn.Module) -> list[Tensor]:
+    """Copies of what a forward pass changes: the epoch's sums and the model's buffers."""
+    return [tensor.clone() for tensor in (state.sums, *model.buffers())]
+
+
+def restore(state: TrainState, model: nn.Module, before: list[Tensor]) -> None:
+    """Makes a skipped step one that never was; it is only counted."""
+    for tensor, earlier in zip((state.sums, *model.buffers()), before):
+        tensor.copy_(earlier)
+    state.skipped_steps += 1
+
+
+def loss_sum_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy summed over the samples; labels: int64 [B], or float [B, num_classes] with rows that sum to 1, or to 0."""
+    if labels.ndim == 1:
+        return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED)
+    share = label_smoothing / labels.shape[1]
+    return cross_entropy(logits, labels * (1 - label_smoothing) + labels.sum(1, keepdim=True) * share, reduction="sum")
+
+
+def hard_labels(labels: Tensor) -> Tensor:
+    """The larger part of each mixed label; int64 [B]."""
+    if labels.ndim == 1:
+        return labels
+    return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, IGNORED)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seeds the generators that a model on the device draws from: the CPU's and the device's own.
+
+    torch.manual_seed asks every backend in turn, and each that is not in use keeps a trace of its caller: 0.2 to 0.5 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

@@ -1,0 +1,54 @@
+"""How the process is set up for its machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from pipeline.training.step import seed_generators
+
+PROGRAM = """
+import resource, sys, torch
+from pipeline.config import Config
+from pipeline.distributed.accelerator import make_accelerator
+
+def pages_fetched():
+    # In the best of the steps: a small allocation may take a corner of a block that was to be used again.
+    return min(pages_of_a_step() for _ in range(30))
+
+def pages_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10 * 2**20)  # 40 MiB, more than glibc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fetched = pages_fetched()
+make_accelerator(Config())
+print(fetched, pages_fetched())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("options, is_kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_says_how(options, is_kept):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"} | options
+    program = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert program.returncode == 0, program.stderr
+    before, after = (int(word) for word in program.stdout.split())
+    all_pages = 40 * 2**20 / os.sysconf("SC_PAGE_SIZE")
+    assert before > 0.9 * all_pages
+    assert after < 0.1 * all_pages if is_kept else after > 0.9 * all_pages
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_seeded_generators_draw_as_after_torchs_own_seeding(device):
+    if not (device == "cpu" or torch.cuda.is_available()):
+        pytest.skip("no GPU")
+    draws = []
+    for seed in (lambda: torch.manual_seed(7), lambda: seed_generators(torch.device(device), 7)):
+        seed()
+        draws.append((torch.rand(3).tolist(), torch.rand(3, device=device).tolist()))
+    assert draws[0] == draws[1]

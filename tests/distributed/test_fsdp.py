@@ -1,0 +1,167 @@
+"""FSDP2: the figures and weights of DDP, checkpoints that a single process reads and the other way round, what is refused.
+
+This file is the program as well: it imports torch once and forks the processes, which meet over gloo on a free port.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import PYTHONPATH, SMALL_RUN, in_processes, lines_of, run_process, timeless, weights_of
+
+from pipeline.distributed.fsdp import blocks_of
+
+# 40 images in batches of 17, 17 and 6; two processes have 8 and 9, and micro-batches of 4 make 2 and 3 of these
+UNEVEN: dict[str, Any] = {
+    "max_train_samples": 50, "batch_size": 17, "drop_last": False, "log_every": 1, "lr": 0.005, "epochs": 2, "image_size": 32,
+}  # fmt: skip
+ADAMW = {"optimizer": "adamw", "ema_decay": 0.3, "clip_grad_norm": 0.5, "micro_batch_size": 4, "mixup": 0.4}
+RUNS: dict[str, dict[str, Any]] = {
+    "vit, adamw": {"model_name": "test_vit", **ADAMW, "keep_checkpoints": 9},
+    "convnext, sgd": {"model_name": "test_convnext", "lr": 0.02},
+    "convnext, adam": {"model_name": "test_convnext", "optimizer": "adam", "epochs": 1, "gradient_checkpointing": True},
+    "resnet, batchnorm": {"model_name": "test_resnet", "sync_batchnorm": True, "lr": 0.002, "epochs": 1},
+}
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def train_named(folder: Path, names: list[str], settings: dict[str, Any]) -> None:
+    """What each process does: the runs of these names, or what is left of them."""
+    from pipeline.settings.config import Config
+    from pipeline.training.loop import train
+
+    for name in names:
+        own = {**SMALL_RUN, **UNEVEN, **RUNS[name], **settings}
+        train(Config(**{**own, "output_dir": str(folder), "run_name": name}))
+
+
+def shard_facts(folder: Path) -> None:
+    """How much of the weights, the average and the optimizer's state each process holds."""
+    from pipeline.training import loop
+
+    name, facts = "vit, adamw", {}
+    train_in = loop.train_in
+
+    def watched(run: Any, parts: Any) -> Any:
+        summary = train_in(run, parts)
+        kept = {"weights": parts.model.parameters(), "average": parts.ema.module.parameters()}
+        moments = [state["exp_avg"] for state in parts.optimizer.state.values()]
+        for what, tensors in {**kept, "moments": moments}.items():
+            pairs = [(tensor.to_local().numel(), tensor.numel()) for tensor in tensors]
+            facts[what] = [sum(own for own, _ in pairs), sum(whole for _, whole in pairs)]
+        return summary
+
+    loop.train_in = watched
+    train_named(folder, [name], {})
+    rank = torch.distributed.get_rank()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(facts))
+
+
+def cut_back(whole: Path, part: Path, name: str, step: int) -> None:
+    """Makes part/name what is there of the run after a step."""
+    shutil.copytree(whole / name, part / name)
+    (part / name / "summary.json").unlink()
+    for checkpoint in (part / name / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+def work(folder: Path) -> None:
+    import pipeline.training.loop  # what the forked processes need, imported once
+
+    assert pipeline.training
+    assert in_processes(2, train_named, folder / "ddp", list(RUNS), {}) == [0, 0]
+    assert in_processes(2, train_named, folder / "fsdp", list(RUNS)[1:], {}, **SHARDED) == [0, 0]
+    assert in_processes(2, shard_facts, folder / "fsdp", **SHARDED) == [0, 0]
+    name = "vit, adamw"
+    cut_back(folder / "fsdp", folder / "fsdp then one", name, step=3)
+    cut_back(folder / "ddp", folder / "ddp then fsdp", name, step=3)
+    assert in_processes(1, train_named, folder / "fsdp then one", [name], {}) == [0]
+    assert in_processes(2, train_named, folder / "ddp then fsdp", [name], {}, **SHARDED) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which work worked."""
+    folder = tmp_path_factory.mktemp("sharded")
+    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The same figures to 1e-6 and the same weights to rounding."""
+    our_lines, their_lines = timeless(lines_of(ours)), timeless(lines_of(theirs))
+    assert len(our_lines) == len(their_lines) >= 6
+    for our, their in zip(our_lines, their_lines):
+        assert our.keys() == their.keys()
+        for key, value in our.items():
+            assert value == (pytest.approx(their[key], rel=1e-6) if isinstance(value, float) else their[key]), key
+    our_weights, their_weights = weights_of(ours), weights_of(theirs)
+    assert our_weights.keys() == their_weights.keys() and our_weights
+    for key, value in our_weights.items():
+        parts = (value, their_weights[key])
+        if key.endswith("qkv.bias"):  # that of the keys has no gradient but rounding, which Adam makes as large as any
+            parts = tuple(torch.cat([part.chunk(3)[0], part.chunk(3)[2]]) for part in parts)
+        assert torch.allclose(*parts, rtol=1e-5, atol=2e-6), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_sharded_model_trains_as_a_copied_one(folder, name):
+    assert json.loads((folder / "fsdp" / name / "summary.json").read_text())["num_processes"] == 2
+    assert_same_run(folder / "fsdp" / name, folder / "ddp" / name)
+
+
+def test_each_process_holds_half_of_weights_average_and_moments(folder):
+    facts = [json.loads((folder / "fsdp" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert facts[0].keys() == {"weights", "average", "moments"}
+    for what, (own, whole) in facts[0].items():
+        assert own + facts[1][what][0] == whole > 100_000
+        assert 0.45 < own / whole < 0.55
+
+
+@pytest.mark.parametrize("path", ["fsdp then one", "ddp then fsdp"])
+def test_a_checkpoint_goes_on_sharded_or_not(folder, path):
+    assert_same_run(folder / path / "vit, adamw", folder / "ddp" / "vit, adamw")
+    summary = json.loads((folder / path / "vit, adamw" / "summary.json").read_text())
+    assert summary["num_processes"] == (1 if path.endswith("one") else 2) and summary["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "name, kind, number",
+    [("test_vit", "Block", 6), ("test_convnext", "ConvNeXtBlock", 9), ("resnet18", "BasicBlock", 8)],
+)
+def test_the_blocks_of_a_model_are_found(name, kind, number):
+    blocks = blocks_of(timm.create_model(name))
+    assert [type(block).__name__ for block in blocks] == [kind] * number
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "SAM": ({"sam_rho": 0.05}, {}),
+    "optimizer muon": ({"optimizer": "muon"}, {}),
+    "freeze_epochs": ({"freeze_epochs": 1}, {}),
+    "channels_last": ({"channels_last": True}, {}),
+    "compile": ({"compile": True}, {}),
+    "fsdp_version 1": ({}, {"FSDP_VERSION": "1"}),
+    "fsdp_offload_params": ({}, {"FSDP_OFFLOAD_PARAMS": "true"}),
+    "fsdp_activation_checkpointing": ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+    "fsdp_transformer_layer_cls_to_wrap": ({}, {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_sharded_model_cannot_do_is_refused(what, run_training, monkeypatch):
+    settings, environment = REFUSED[what]
+    for name, value in {**SHARDED, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"A sharded model .* does not go with {what}"):
+        run_training(**settings)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

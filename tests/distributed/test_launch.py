@@ -1,0 +1,291 @@
+"""Launched as people launch it: two machines, restarts, a lost process, SLURM; what one process meets, all learn."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import (
+    PYTHONPATH,
+    ROOT,
+    flags,
+    free_port,
+    in_processes,
+    lines_of,
+    run_process,
+    same_weights,
+    start_process,
+    timeless,
+)
+
+SETTINGS: dict[str, Any] = {
+    "checkpoint_every_steps": 2,
+    "log_every": 1,
+    "optimizer": "adamw",
+    "lr": 0.005,
+    "ema_decay": 0.3,
+}
+KILLED_STEP = 7  # of ten; the last checkpoint before is that of step 6
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
+
+
+NOT_THERE = "path/to/set is not on this machine."
+
+
+def train_and_die(folder: str, name: str, victim: int) -> None:
+    """Trains, but the victim kills itself at KILLED_STEP."""
+    from pipeline.settings.config import Config
+    from pipeline.training import step
+
+    train_step = step.train_step
+
+    def fatal_step(state: Any, share: Any, config: Config, accelerator: Any) -> Any:
+        if state.step == KILLED_STEP and accelerator.process_index == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(state, share, config, accelerator)
+
+    step.train_step = fatal_step
+    run_main(folder, name)
+
+
+def run_main(folder: str, name: str) -> None:
+    """What train.py does; what it says is kept by rank."""
+    import train
+
+    rank = os.environ["RANK"]
+    sys.stdout = sys.stderr = open(f"{folder}/{name}-{rank}.txt", "w", buffering=1)
+    status = train.main(flags(output_dir=folder, run_name=name, **SETTINGS))
+    in_group = sys.modules["torch"].distributed.is_initialized()
+    Path(folder, f"{name}-{rank}-{'in' if in_group else 'out_of'}_group").touch()
+    sys.exit(status)
+
+
+def train_without_data(folder: str, name: str) -> None:
+    """Trains, but rank 1 does not find its data."""
+    from pipeline.training import build
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        raise ValueError(NOT_THERE)
+
+    if os.environ["RANK"] == "1":
+        build.load_image_dataset = load
+    run_main(folder, name)
+
+
+def train_on_a_bad_image(folder: str, name: str) -> None:
+    """Trains, but rank 1 cannot read an image of its sixth batch."""
+    from pipeline.images.decode import BadImage
+    from pipeline.training import step
+
+    train_step = step.train_step
+
+    def failing_step(state: Any, share: Any, config: Any, accelerator: Any) -> Any:
+        if state.step == 5 and accelerator.process_index == 1:
+            raise BadImage(NOT_THERE)
+        return train_step(state, share, config, accelerator)
+
+    step.train_step = failing_step
+    run_main(folder, name)
+
+
+def fork_all(folder: str) -> None:
+    """Groups of two processes, one after another; leaves each group's exit statuses and seconds."""
+    import pipeline.training.loop  # what the forked processes need, imported once
+
+    assert pipeline.training
+    ended = {}
+    for name, work, arguments in (
+        ("whole", run_main, ()),
+        ("killed", train_and_die, (1,)),
+        ("killed first", train_and_die, (0,)),
+        ("no data", train_without_data, ()),
+        ("bad image", train_on_a_bad_image, ()),
+    ):
+        begun = time.monotonic()
+        ended[name] = [in_processes(2, work, folder, name, *arguments), time.monotonic() - begun]
+    Path(folder, "ended.json").write_text(json.dumps(ended))
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which fork_all worked."""
+    folder = tmp_path_factory.mktemp("forked")
+    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def end_of(forked: Path, name: str) -> tuple[list[int], list[str], dict[str, Any]]:
+    """Exit statuses and last line of each rank, and the summary, of a group that ended within two minutes, importing included."""
+    statuses, seconds = json.loads((forked / "ended.json").read_text())[name]
+    assert seconds < 120
+    last = [(forked / f"{name}-{rank}.txt").read_text().splitlines()[-1:] for rank in (0, 1)]
+    path = forked / name / "summary.json"
+    return statuses, [line for lines in last for line in lines], json.loads(path.read_text()) if path.is_file() else {}
+
+
+def test_processes_part_before_they_end(forked):
+    """Or torch may abort one that has ended well."""
+    found = sorted(path.name for path in forked.glob("*_group") if path.name.startswith("whole"))
+    assert found == ["whole-0-out_of_group", "whole-1-out_of_group"]
+
+
+def test_a_killed_process_ends_the_other_with_a_clear_message(forked):
+    statuses, last, summary = end_of(forked, "killed")
+    assert statuses == [1, -signal.SIGKILL]
+    reason = "Another process ended: it was killed, ran out of memory, or its machine was lost."
+    assert last[0] == f"error in process 0 of 2: {reason}"
+    assert (summary["status"], summary["reason"]) == ("failed", reason)
+    assert (forked / "killed" / "checkpoints" / "step-00000006" / "state.json").is_file()
+
+
+def test_nor_does_the_first_process_leave_the_other_waiting(forked):
+    statuses, last, _ = end_of(forked, "killed first")
+    assert statuses == [-signal.SIGKILL, 1]
+    assert last[-1].startswith("error in process 1 of 2: Another process ended: it was killed")
+
+
+def test_what_is_wrong_for_one_process_ends_all_with_its_message(forked):
+    statuses, last, summary = end_of(forked, "no data")
+    assert statuses == [1, 2] and summary == {}
+    assert last[1] == f"error in process 1 of 2: {NOT_THERE}"
+    assert last[0] == f"error in process 0 of 2: Another process ended: process 1 failed: {NOT_THERE}"
+
+
+def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked):
+    statuses, last, summary = end_of(forked, "bad image")
+    assert statuses == [1, 1] and summary["status"] == "failed"
+    assert last[1] == f"error in process 1 of 2: {NOT_THERE}"
+    assert NOT_THERE in last[0] and NOT_THERE in summary["reason"] and "process 1" in summary["reason"]
+
+
+def assert_same_end(run_dir: Path, whole: Path) -> None:
+    """Two processes ended with the same figures and weights, to the last bit."""
+    assert json.loads((run_dir / "summary.json").read_text())["num_processes"] == 2
+    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole))
+    assert same_weights(run_dir, whole)
+
+
+def test_two_machines_train_as_one(forked, tmp_path):
+    """Two agents with the launch file for several machines."""
+    port = free_port()
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_node.yaml"]
+    launcher += ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
+    program = ["--mixed_precision=no", "train.py", *flags(output_dir=tmp_path, **SETTINGS)]
+    agents = [start_process(*launcher, "--machine_rank=0", *program)]
+    wait_for_port(port, agents[0])  # it also checks that nobody else has it
+    agents.append(start_process(*launcher, "--machine_rank=1", *program))
+    said = []
+    for agent in agents:
+        out, err = agent.communicate(timeout=400)
+        assert agent.returncode == 0, err
+        said.append(out.count("test accuracy"))
+    assert said == [1, 0]
+    assert_same_end(tmp_path / "run", forked / "whole")
+
+
+def test_a_killed_process_is_restarted_and_ends_as_if_nothing_had_been(forked, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    done = run_process(
+        *launcher, f"--master_port={free_port()}", __file__, str(tmp_path), PYTHONPATH=PYTHONPATH, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "restarted-0.txt").read_text()
+    assert "Going on from" in said and "step 6." in said
+    assert_same_end(tmp_path / "restarted", forked / "whole")
+
+
+def wait_for_port(port: int, process: subprocess.Popen) -> None:
+    """Returns once somebody listens there."""
+    import socket
+
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monkeypatch):
+    from accelerate import Accelerator
+
+    from pipeline.distributed.accelerator import processes_here
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes_here(Accelerator()) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_here(Accelerator()) == 4
+
+
+def test_restarts_need_a_name_to_go_on_with(monkeypatch, run_training):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="max_restarts needs a --run_name"):
+        run_training(run_name=None)
+
+
+def test_accelerate_takes_every_launch_file():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    paths = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+    assert len(paths) >= 5
+    for path in paths:
+        assert load_config_from_file(str(path)).num_machines == yaml.safe_load(path.read_text())["num_machines"]
+    several = load_config_from_file(str(ROOT / "accelerate_configs" / "multi_node.yaml"))
+    assert several.rdzv_backend == "c10d" and not several.same_network
+
+
+SLURM = ROOT / "accelerate_configs" / "slurm.sh"
+STUBS = {
+    "scontrol": 'echo "$@" >> calls; [ "$1" = show ] && printf "node7\\nnode8\\n"; true',
+    # two tasks, one after another, each as SLURM would start it
+    "srun": """
+        echo "$1" >> calls; shift
+        for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@"; status=$?; done
+        exit $status""",
+    "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> calls; exit $STATUS',
+}
+
+
+def run_job(folder: Path, status: int) -> tuple[int, list[str]]:
+    """Runs the SLURM script with commands that stand in for SLURM's and for train.py; returns its status and their calls."""
+    for name, body in STUBS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "calls").unlink(missing_ok=True)
+    job = {"JOB_NAME": "train", "JOB_ID": "42", "JOB_NODELIST": "node[7-8]", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": str(status), **{f"SLURM_{k}": v for k, v in job.items()}}
+    done = subprocess.run(["bash", str(SLURM), "--lr", "0.1", "--batch_size_schedule", "{1: 2}"], cwd=folder, env=env)
+    return done.returncode, (folder / "calls").read_text().splitlines()
+
+
+def test_the_slurm_script_requeues_a_job_whose_time_is_up_and_no_other(tmp_path):
+    arguments = "train.py --run_name train-42 --lr 0.1 --batch_size_schedule {1: 2}"
+    tasks = [f"{rank}/2 {rank}/2 node7 20042 {arguments}" for rank in (0, 1)]
+    for status, end in ((0, []), (1, []), (128 + signal.SIGUSR1, ["requeue 42"])):
+        ended, calls = run_job(tmp_path, status)
+        assert ended == status
+        assert calls == ["show hostnames node[7-8]", "--kill-on-bad-exit=1", *tasks, *end]
+
+
+def test_the_slurm_script_is_sound_and_opens_with_its_command():
+    lines = SLURM.read_text().splitlines()
+    assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
+    assert lines[1].startswith(f"# sbatch accelerate_configs/{SLURM.name} ")
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert {"--requeue", "--signal=USR1@90", "--open-mode=append"} <= set(options)
+
+
+if __name__ == "__main__":
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        fork_all(sys.argv[1])
+    elif os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        train_and_die(sys.argv[1], "restarted", victim=1)
+    else:
+        run_main(sys.argv[1], "restarted")

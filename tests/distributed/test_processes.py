@@ -1,0 +1,480 @@
+"""Real processes: two compute what one does, skip together what one cannot, and a run outlives its signals.
+
+Under torchrun this file is the program as well: one launch does the work of all tests of two processes.
+"""
+
+import hashlib
+import json
+import math
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import SMALL_RUN, flags, lines_of, run_process, start_process, timeless, torchrun, weights_of
+
+# 80 images in batches of 37: the ranks' shares are uneven and the last batch is short
+UNEVEN = {"batch_size": 37, "drop_last": False, "log_every": 1, "epochs": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    "sam": {"optimizer": "sam", "lr": 0.05},
+    "asam": {"optimizer": "sam", "lr": 0.05, "sam_adaptive": True, "sam_rho": 1.0, "micro_batch_size": 7},
+    "muon": {"optimizer": "muon", "lr": 0.002},
+    "muon with sam": {"optimizer": "muon", "lr": 0.002, "sam_rho": 0.05},
+    "frozen at first": {"optimizer": "sgd", "freeze_epochs": 1, "sam_rho": 0.05, "micro_batch_size": 7},
+    "adamw": {
+        "optimizer": "adamw", "lr": 0.005, "mixup": 0.4, "ema_decay": 0.1, "micro_batch_size": 5, "clip_grad_norm": 0.5,
+    },
+}  # fmt: skip
+RESUMED = {"optimizer": "adamw", "lr": 0.005, "ema_decay": 0.1, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
+RESUMED_STEP = 4  # the first of three steps of the second epoch
+
+# An overflow on the second rank only: where it happens, and the settings of the step.
+OVERFLOWS: dict[str, dict[str, Any]] = {
+    "first pass, each rank its own": {"optimizer": "muon", "sam_rho": 0.05, "sam_sync": False},
+    "first pass": {"optimizer": "sgd", "sam_rho": 0.05, "micro_batch_size": 2},
+    "second pass": {"optimizer": "adamw", "sam_rho": 0.05, "clip_grad_norm": 1.0},
+    "plain step": {"optimizer": "adamw", "clip_grad_norm": 1.0},
+}
+
+
+def run_of(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Trains in this process, or in this one and the others that torchrun started; returns the run's folder."""
+    from accelerate.state import AcceleratorState
+
+    from pipeline.settings.config import Config
+    from pipeline.training.loop import train
+
+    AcceleratorState._reset_state()  # not the processes' group
+    config = Config(**{**SMALL_RUN, **UNEVEN, **settings, "output_dir": str(folder), "run_name": name})
+    train(config)
+    return config.run_dir
+
+
+class Stepping:
+    """A small network with BatchNorm on each rank, for steps on batches whose second half is the second rank's."""
+
+    def __init__(self, settings: dict[str, Any], scaler: torch.amp.GradScaler | None = None):
+        from accelerate.state import AcceleratorState
+
+        from pipeline.distributed.accelerator import make_accelerator
+        from pipeline.optim.ema import create_ema
+        from pipeline.optim.optimizers import create_optimizer, set_lr
+        from pipeline.settings.config import Config
+        from pipeline.training.metrics import zero_sums
+        from pipeline.training.state import TrainState
+
+        AcceleratorState._reset_state()
+        torch.manual_seed(0)
+        self.config = Config(ema_decay=0.5, **settings)
+        self.accelerator = make_accelerator(self.config)
+        self.accelerator.scaler = scaler
+        model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+        ema = create_ema(model, self.config)
+        optimizer = create_optimizer(model, self.config, "no" if scaler is None else "fp16")
+        model, optimizer = self.accelerator.prepare(model, optimizer)
+        if scaler is not None:  # from here on Accelerate unscales before it clips
+            self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        set_lr(optimizer, 0.01)
+        self.state = TrainState(model, optimizer, zero_sums(self.accelerator.device), torch.tensor(-1), ema)
+
+    def step(self, seed: int, pixel: float | None = None) -> None:
+        """A step on this rank's half of a batch of 12; pixel: put into the second rank's first image."""
+        from steps import batch
+
+        from pipeline.training.step import Share, train_step
+
+        whole, rank = batch(12, seed, torch.float32), self.accelerator.process_index
+        share = Share(whole.images[6 * rank : 6 * rank + 6], whole.labels[6 * rank : 6 * rank + 6], 12, epochs=0.1)
+        if pixel is not None and rank == 1:
+            share.images[0, 0, 0, 0] = pixel
+        train_step(self.state, share, self.config, self.accelerator)
+
+    def overflow_in(self, where: str) -> None:
+        """Makes the second rank's next backward pass infinite, if where is in the first pass, or else every one but that."""
+        backward, calls = self.accelerator.backward, []
+
+        def overflowing(loss: torch.Tensor) -> None:
+            calls.append(loss)
+            is_hit = (len(calls) == 1) == where.startswith("first pass") and self.accelerator.process_index == 1
+            backward(loss * (math.inf if is_hit else 1.0))
+
+        setattr(self.accelerator, "backward", overflowing)
+
+    def digest(self) -> str:
+        """Of the weights, to the last bit."""
+        parameters = [parameter.detach().flatten() for parameter in self.state.model.parameters()]
+        return hashlib.sha256(torch.cat(parameters).numpy().tobytes()).hexdigest()
+
+
+def overflow_facts(where: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an overflow on the second rank leaves on this one, after a good step and before another."""
+    from steps import cpu_scaler, everything, same
+
+    stepping = Stepping(settings, cpu_scaler(1024.0))
+    backward = stepping.accelerator.backward
+    stepping.step(seed=0)
+    before = everything(stepping.state)
+    if where != "plain step":
+        stepping.overflow_in(where)
+    stepping.step(seed=1, pixel=math.inf if where == "plain step" else None)
+    setattr(stepping.accelerator, "backward", backward)
+    facts = {
+        "unchanged": same(everything(stepping.state), before),
+        "scale": stepping.accelerator.scaler.get_scale(),
+        "skipped_steps": stepping.state.skipped_steps,
+        "step": stepping.state.step,
+    }
+    stepping.step(seed=2)
+    return facts | {
+        "goes on": not same(everything(stepping.state), before) and stepping.state.skipped_steps == 1,
+        "weights": stepping.digest(),
+    }
+
+
+def sharpness_facts(sam_sync: bool) -> str:
+    stepping = Stepping({"optimizer": "sam", "sam_sync": sam_sync})
+    for seed in range(3):
+        stepping.step(seed)
+    return stepping.digest()
+
+
+def work(folder: Path) -> None:
+    """What each of the processes does; it leaves the runs and what each rank found."""
+    from pipeline.distributed.shared_failure import part
+
+    for name, settings in RUNS.items():
+        run_of(folder, name, settings)
+    run_of(folder, "resumed", RESUMED)
+    run_of(folder, "own", {**RUNS["sam"], "sam_sync": False})
+    facts: dict[str, Any] = {where: overflow_facts(where, settings) for where, settings in OVERFLOWS.items()}
+    facts |= {"together": sharpness_facts(True), "each its own": sharpness_facts(False)}
+    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
+    part()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of the same runs by one process and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    for name, settings in RUNS.items():
+        run_of(one, name, settings)
+    shutil.copytree(run_of(one, "resumed", RESUMED), two / "resumed")
+    (two / "resumed" / "summary.json").unlink()
+    for checkpoint in (two / "resumed" / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > RESUMED_STEP:
+            shutil.rmtree(checkpoint)
+    ended = torchrun(2, str(two), program=__file__)
+    assert ended.returncode == 0, ended.stderr
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def ranks(runs: tuple[Path, Path]) -> list[dict[str, Any]]:
+    return [json.loads((runs[1] / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same figures to 1e-6 and the same weights to rounding."""
+    ours, theirs = timeless(lines_of(one)), timeless(lines_of(two))
+    assert len(ours) == len(theirs) == 11
+    for our, their in zip(ours, theirs):
+        assert our.keys() == their.keys()
+        for key, value in our.items():
+            assert value == (pytest.approx(their[key], rel=1e-6) if isinstance(value, float) else their[key]), key
+    our_weights, their_weights = weights_of(one), weights_of(two)
+    assert our_weights.keys() == their_weights.keys() and our_weights
+    for name, value in our_weights.items():
+        assert torch.allclose(value, their_weights[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", [*RUNS, "resumed"])
+def test_two_processes_train_as_one(runs, name):
+    one, two = runs
+    assert json.loads((two / name / "summary.json").read_text())["num_processes"] == 2
+    assert_same_run(one / name, two / name)
+
+
+def test_the_average_of_the_weights_is_told_of_beside_them(runs):
+    lines = [line for line in lines_of(runs[1] / "adamw") if line["split"] == "val"]
+    assert len(lines) == UNEVEN["epochs"] and all(line["ema_loss"] != line["loss"] for line in lines)
+
+
+def test_each_process_may_perturb_by_its_own_gradient(runs, ranks):
+    together, own = ([rank[kind] for rank in ranks] for kind in ("together", "each its own"))
+    assert together[0] == together[1] and own[0] == own[1] and own[0] != together[0]
+    losses = {
+        name: [line["loss"] for line in lines_of(runs[1] / name) if line["split"] == "train"] for name in ("sam", "own")
+    }
+    assert losses["own"][0] == losses["sam"][0] and losses["own"] != losses["sam"]
+    assert losses["own"] == pytest.approx(losses["sam"], rel=0.1)
+
+
+@pytest.mark.parametrize("where", OVERFLOWS)
+def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks, where):
+    for rank in ranks:
+        facts = rank[where]
+        assert facts["unchanged"] and facts["goes on"]
+        assert (facts["scale"], facts["skipped_steps"], facts["step"]) == (512.0, 1, 2)
+    assert ranks[0][where]["weights"] == ranks[1][where]["weights"]
+
+
+def wait_for_lines(run_dir: Path, count: int, process: Any) -> None:
+    """Returns once metrics.jsonl has so many lines."""
+    path = run_dir / "metrics.jsonl"
+    while not path.is_file() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
+    """Starts the program, stops it some lines later by a signal; returns the arguments that it says go on with the run."""
+    earlier = len(lines_of(run_dir)) if run_dir.exists() else 0
+    process = start_process(*arguments)
+    wait_for_lines(run_dir, earlier + 30, process)
+    process.send_signal(signal_number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal_number, err
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("interrupted", signal.Signals(signal_number).name)
+    (line,) = [line for line in out.splitlines() if "To go on: python " in line]
+    assert f"Saved at step {summary['steps']}." in line
+    return shlex.split(line.partition("To go on: python ")[2])
+
+
+LONG_RUN = {"epochs": 30, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
+
+
+def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
+    arguments = ["train.py", *flags(output_dir=tmp_path, **LONG_RUN)]
+    whole = start_process(*arguments, "--run_name=whole")
+    stopped = tmp_path / "run"
+    arguments = interrupt(stopped, signal.SIGINT, *arguments)
+    assert arguments == ["train.py", "--config", str(stopped / "config.yaml")]
+    assert interrupt(stopped, signal.SIGTERM, *arguments) == arguments
+    assert interrupt(stopped, signal.SIGUSR1, *arguments) == arguments
+    ended = run_process(*arguments)
+    assert ended.returncode == 0 and "Going on from" in ended.stdout, ended.stderr
+    out, err = whole.communicate(timeout=60)
+    assert whole.returncode == 0, err
+    assert timeless(lines_of(stopped)) == timeless(lines_of(tmp_path / "whole"))
+    ours, theirs = weights_of(stopped), weights_of(tmp_path / "whole")
+    assert ours and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path):
+    process = start_process("train.py", *flags(output_dir=tmp_path, **LONG_RUN))
+    wait_for_lines(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGSTOP)  # so that both come before the next step
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_help_is_no_failure_and_a_misspelt_setting_is_one_line():
+    told = run_process("train.py", "--help")
+    assert told.returncode == 0 and "--batch_size_schedule" in told.stdout
+    told = run_process("train.py", "--batchsize=16")
+    assert told.returncode == 2 and told.stdout == ""
+    assert told.stderr.startswith("error: Unknown setting 'batchsize'. Did you mean 'batch_size'")
+    assert len(told.stderr.splitlines()) == 1
+
+
+def test_failures_in_training_end_with_1_and_say_what_was_wrong(tmp_path):
+    bad_image = write_pets(tmp_path / "pets")
+    exploding = {"lr": 1e30, "warmup_epochs": 0, "scheduler": "constant", "epochs": 1, "run_name": "exploding"}
+    unreadable = {
+        "dataset": tmp_path / "pets",
+        "image_size": 16,
+        "batch_size": 4,
+        "num_workers": 1,
+        "run_name": "unreadable",
+    }
+    processes = [
+        start_process("train.py", *flags(output_dir=tmp_path, **settings)) for settings in (exploding, unreadable)
+    ]
+    for process, words in zip(processes, ("was not finite", f"{bad_image}: ")):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1, err
+        assert words in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    for name in ("exploding", "unreadable"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "failed"
+
+
+def write_pets(folder: Path) -> Path:
+    """Writes a folder dataset with one image that breaks off; returns that one's path."""
+    from PIL import Image
+
+    for split, number in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(number):
+                image = Image.new("RGB", (20 + index, 24), (40 * index, 9, 9))
+                image.save(folder / split / name / f"{index}.png")
+    bad = folder / "train" / "dog" / "5.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    return bad
+
+
+@pytest.fixture
+def small_convnet(run_training):
+    """Trains a network with BatchNorm."""
+
+    def run(name: str, **settings: Any) -> tuple[dict[str, Any], Path]:
+        return run_training(run_name=name, **{"model_name": "test_resnet", "log_every": 1, "lr": 0.02, **settings})
+
+    return run
+
+
+def checkpoint_of(run_dir: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from accelerate import Accelerator
+
+    from pipeline.data.from_settings import load_data
+    from pipeline.settings.config import Config
+    from pipeline.training.build import make_model
+
+    config = Config(**{**SMALL_RUN, **settings})
+    return make_model(config, load_data(config, Accelerator()), 8)[0].state_dict()
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_a_frozen_backbone_stays_to_the_last_bit_and_trains_afterwards(small_convnet, sam_rho):
+    _, run_dir = small_convnet("frozen", freeze_epochs=1, sam_rho=sam_rho, keep_checkpoints=9)
+    initial = initial_weights({"model_name": "test_resnet"})
+    frozen, ended = checkpoint_of(run_dir, 5), checkpoint_of(run_dir, 10)
+    assert initial.keys() == frozen.keys() and any("running_mean" in name for name in initial)
+    changed = {name for name, value in frozen.items() if not torch.equal(value, initial[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    still = {name for name, value in ended.items() if torch.equal(value, initial[name])}
+    assert still == set()
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    losses = [line["loss"] for line in lines_of(run_dir)]
+    assert len(losses) > 12
+    return losses
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sam", "drop_path_rate": 0.2, "micro_batch_size": 8}])
+def test_gradient_checkpointing_changes_no_figure_and_no_weight(small_convnet, settings):
+    _, plain = small_convnet("plain", **settings)
+    _, checkpointed = small_convnet("checkpointed", gradient_checkpointing=True, **settings)
+    assert losses_of(checkpointed) == pytest.approx(losses_of(plain), rel=1e-6)
+    ours, theirs = weights_of(checkpointed), weights_of(plain)  # the statistics of BatchNorm are among them
+    assert all(torch.allclose(value, theirs[name], rtol=1e-5, atol=1e-6) for name, value in ours.items())
+
+
+def test_channels_last_gives_the_same_losses(small_convnet):
+    # at a rate that does not blow the rounding up
+    _, plain = small_convnet("plain", lr=0.002)
+    _, channels_last = small_convnet("channels_last", lr=0.002, channels_last=True)
+    assert losses_of(channels_last) == pytest.approx(losses_of(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_name, given, expected",
+    [
+        ("test_resnet", None, True),
+        ("test_resnet", False, False),
+        ("test_vit", None, False),  # its one convolution cuts the image into patches
+        ("simple_mlp", None, False),
+        ("simple_mlp", True, True),
+    ],
+)
+def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_name, given, expected):
+    import timm
+    from accelerate import Accelerator
+
+    from pipeline.distributed.accelerator import with_channels_last
+    from pipeline.settings.config import Config
+
+    model = timm.create_model(model_name)
+    assert with_channels_last(Config(channels_last=given), model, Accelerator()).channels_last is expected
+
+
+@pytest.mark.parametrize(
+    "how, mode, settings",
+    [(True, None, {"optimizer": "sam"}), ("reduce-overhead", "reduce-overhead", {"clip_grad_norm": 1.0})],
+)
+def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeypatch, how, mode, settings):
+    # traced as ever, but run without the C++ compiler, which takes a minute
+    modes, plain_compile = [], torch.nn.Module.compile
+
+    def compile_fast(model: torch.nn.Module, dynamic: bool | None, mode: str | None) -> None:
+        modes.append(mode)
+        plain_compile(model, backend="aot_eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_fast)
+    settings = {"ema_decay": 0.5, "log_every": 1, **settings}
+    summary, ours = run_training(run_name="compiled", compile=how, **settings)
+    _, theirs = run_training(run_name="plain", **settings)
+    assert modes == [mode] and losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-5)
+    for name in ("model", "ema"):
+        assert checkpoint_of(ours, 10, name).keys() == weights_of(theirs).keys()
+    assert weights_of(ours).keys() == weights_of(theirs).keys()
+
+
+@pytest.mark.parametrize(
+    "settings, most",
+    [
+        ({}, 3),  # of one size for training, for evaluation one and another at its last, short batch
+        ({"drop_last": False, "batch_size_schedule": {1: 48, 2: 32}, "epochs": 3}, 2),
+        ({"micro_batch_size": 5}, 2),
+    ],
+)
+def test_no_epoch_but_the_first_compiles_a_model_anew(run_training, monkeypatch, settings, most):
+    """Whatever the sizes of its batches: the last one's of an epoch, those of a schedule, micro-batches."""
+    graphs, plain_compile = [], torch.nn.Module.compile
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, dynamic, mode: plain_compile(model, backend=count, dynamic=dynamic)
+    )
+    _, run_dir = run_training(compile=True, batch_size=24, **settings)
+    assert len({line["batch_size"] for line in lines_of(run_dir) if "lr" in line}) == (3 if "epochs" in settings else 1)
+    assert 2 <= len(graphs) <= most
+
+
+def test_the_average_of_the_weights_is_what_is_kept_when_it_is_better(run_training):
+    settings = {
+        "lr": 0.5,
+        "scheduler": "constant",
+        "epochs": 6,
+        "ema_decay": 0.3,
+        "keep_checkpoints": 9,
+        "monitor": "loss",
+    }
+    summary, run_dir = run_training(**settings)
+    best = summary["best"]
+    entries = {line["epoch"]: line for line in lines_of(run_dir) if line["split"] == "val"}
+    assert (
+        best["weights"] == "ema" and best["loss"] == entries[best["epoch"]]["ema_loss"] < entries[best["epoch"]]["loss"]
+    )
+    assert best["loss"] == min(min(line["loss"], line["ema_loss"]) for line in entries.values())
+    average, kept = checkpoint_of(run_dir, 5 * best["epoch"], "ema"), weights_of(run_dir)
+    assert kept.keys() == average.keys()
+    assert all(torch.equal(value, average[name]) for name, value in kept.items())
+    trained = checkpoint_of(run_dir, 5 * best["epoch"])
+    assert not all(torch.equal(value, trained[name]) for name, value in kept.items())
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,271 @@
+"""python -m pipeline.evaluate: a run's own figures to the last digit, other sets by the names of their classes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, run_process, torchrun
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pipeline import evaluate
+from pipeline.inference.saved_evaluation import Answers
+from pipeline.inference.saved_model import load_saved_model
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three classes of eight photos each, no two of one size."""
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("bird", "cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = draw.integers(0, 80, (20 + index, 34 - index, 3), dtype=np.uint8) + 80 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def evaluated(capsys, *arguments):
+    """The JSON that the command prints."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert evaluate.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def figures(told):
+    keys = ("loss", "accuracy", "top5_accuracy", "num_samples", "per_class_accuracy", "confusion_matrix")
+    return {key: told[key] for key in keys}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 3},
+        {"image_size": 16, "micro_batch_size": 3, "max_train_samples": 60},
+        {"mixed_precision": "bf16", "channels_last": True, "val_fraction": 0.5},
+        {"ema_decay": 0.5, "label_smoothing": 0.1, "gradient_checkpointing": False, "seed": 3},
+    ],
+)
+def test_a_runs_own_test_figures_come_out_to_the_last_digit(run_training, capsys, settings):
+    summary, run_dir = run_training(**settings)
+    told = evaluated(capsys, run_dir)
+    assert figures(told) == figures(summary["test"])
+    assert (told["dataset"], told["split"], told["mixed_precision"]) == ("digits", "test", summary["mixed_precision"])
+    assert 0 < told["expected_calibration_error"] < 1 and told["images_per_second"] > 0
+
+
+def test_the_precision_is_what_the_launcher_said_then(run_training, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    summary, run_dir = run_training()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    told = evaluated(capsys, run_dir)
+    assert told["mixed_precision"] == "bf16" and figures(told) == figures(summary["test"])
+    told = evaluated(capsys, run_dir, "--mixed_precision", "no")
+    assert told["mixed_precision"] == "no" and told["loss"] != summary["test"]["loss"]
+
+
+def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, photos, capsys):
+    settings = {"dataset": str(photos), "image_size": 16, "num_workers": 0, "batch_size": 4, "val_fraction": 0.3}
+    summary, run_dir = run_training(**settings, max_train_samples=None)
+    assert figures(evaluated(capsys, run_dir)) == figures(summary["test"])
+    val = evaluated(capsys, run_dir, "--split", "val")
+    assert {key: val[key] for key in ("loss", "accuracy", "num_samples")} == {
+        key: summary["best"][key] for key in ("loss", "accuracy", "num_samples")
+    }
+    assert evaluated(capsys, run_dir, "--split", "train")["num_samples"] == 13
+
+
+def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(run_training, capsys):
+    summary, run_dir = run_training()
+    told = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
+    assert figures(told) == figures(summary["test"])
+    told = evaluated(capsys, f"local-dir:{run_dir / 'model'}", "--dataset", "digits", "--batch_size", "50")
+    assert told["confusion_matrix"] == summary["test"]["confusion_matrix"]
+
+
+def reordered(folder, target, names):
+    """The model of a folder with its classes in another order."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    rows = [config["label_names"].index(name) for name in names]
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name: weights[name][rows].clone() for name in ("head.weight", "head.bias")}
+    save_file(weights, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    return target
+
+
+def test_classes_in_another_order_are_matched_by_name(run_training, tmp_path, capsys):
+    summary, run_dir = run_training(epochs=4)
+    names = list("3017294856")
+    folder = reordered(run_dir / "model", tmp_path / "other", names)
+    told = evaluated(capsys, folder, "--dataset", "digits", "--batch_size", "16")
+    assert told["confusion_matrix"] == summary["test"]["confusion_matrix"] and told["accuracy"] > 0.5
+    assert told["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
+
+
+def test_other_names_are_matched_by_number_with_a_warning(run_training, tmp_path, capsys):
+    summary, run_dir = run_training()
+    config = json.loads((run_dir / "model" / "config.json").read_text())
+    config["label_names"][4] = "four"
+    (run_dir / "model" / "config.json").write_text(json.dumps(config))
+    assert evaluate.main([str(run_dir / "model"), "--dataset", "digits"]) == 0
+    assert "class 4 is 'four' and '4'" in capsys.readouterr().err
+
+
+def test_another_number_of_classes_ends_in_one_line(run_training, photos, capsys):
+    _, run_dir = run_training()
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir), "--dataset", str(photos)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "10 classes" in error and "has 3 (bird, cat, dog)" in error
+
+
+def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(run_training):
+    _, run_dir = run_training()
+    model = load_saved_model(str(run_dir)).model
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = Answers(model, None, flip=True)(images)
+        mean = (model(images).softmax(dim=1) + model(images.flip(3)).softmax(dim=1)) / 2
+        torch.testing.assert_close(answers.exp(), mean)
+        assert not torch.allclose(answers.softmax(dim=1), model(images).softmax(dim=1), atol=1e-3)
+        order = torch.arange(9, -1, -1)
+        assert torch.equal(Answers(model, order, flip=True)(images), answers.flip(1))
+
+
+def test_flip_is_in_the_commands_figures(run_training, capsys):
+    summary, run_dir = run_training()
+    told = evaluated(capsys, run_dir, "--tta", "flip")
+    assert told["tta"] == "flip" and told["loss"] != summary["test"]["loss"]
+
+
+def test_two_processes_find_what_one_does(run_training, capsys):
+    summary, run_dir = run_training()
+    alone = evaluated(capsys, run_dir)
+    done = torchrun(2, "pipeline.evaluate", str(run_dir), "--json", program="-m")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["num_processes"] == 2 and told["confusion_matrix"] == summary["test"]["confusion_matrix"]
+    for key in ("loss", "expected_calibration_error"):
+        assert told[key] == pytest.approx(alone[key], rel=1e-6)
+
+
+def test_the_report_shows_the_figures(run_training, capsys):
+    summary, run_dir = run_training()
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert f"{100 * summary['test']['accuracy']:.2f} %" in out and f"{summary['test']['loss']:.4f}" in out
+    assert " ".join(map(str, summary["test"]["confusion_matrix"][3])) in " ".join(out.split())
+
+
+def test_of_many_classes_the_report_shows_the_most_confused():
+    names = [f"class{number}" for number in range(30)]
+    matrix = [[0] * 30 for _ in names]
+    matrix[4][7], matrix[9][2], matrix[5][5] = 12, 3, 20
+    told = {"confusion_matrix": matrix, "per_class_accuracy": {name: 1.0 for name in names} | {"class4": 0.25}}
+    text = evaluate.confused_pairs(names, told)
+    assert text.index("12  class4 taken for class7") < text.index("3  class9 taken for class2")
+    assert text.splitlines()[1].split() == ["25.00", "%", "class4"] and "class5 taken" not in text
+
+
+def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_training, photos, capsys):
+    _, run_dir = run_training(
+        dataset=str(photos), image_size=16, num_workers=0, batch_size=4, val_fraction=0.3, max_train_samples=None
+    )
+    for path in photos.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir), "--split", "train"]) == 1
+    assert ".png: Cannot decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["RUN", "--datset", "digits"], ["'--datset'", "Did you mean '--dataset'"]),
+        (["RUN", "--tta", "flap"], ["'flap'", "Did you mean 'flip'"]),
+        (["RUN", "--batch_size", "0"], ["'0' is not a whole number of 1 or more"]),
+        (["RUN", "--hub_config", "x"], ["--hub_config goes with --dataset"]),
+        (["RUN", "--dataset", "digitz"], ["Did you mean 'digits'"]),
+        (["RUN", "--device", "cuda"], ["No device cuda"]),
+        (["RUN/model"], ["has no dataset of its own", "--dataset"]),
+        (["RUN2"], ["No folder", "Did you mean 'run'"]),
+        (["resnt18", "--dataset", "digits"], ["Unknown model 'resnt18'", "resnet18"]),
+        ([], ["RUN|MODEL"]),
+    ],
+)
+def test_wrong_arguments_end_in_one_line_and_status_2(run_training, capsys, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    _, run_dir = run_training()
+    capsys.readouterr()
+    try:
+        status = evaluate.main([word.replace("RUN", str(run_dir)) for word in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_a_run_that_has_not_ended_is_told_from_a_folder_that_is_none(run_training, capsys, tmp_path):
+    _, run_dir = run_training()
+    shutil.rmtree(run_dir / "model")
+    assert evaluate.main([str(run_dir)]) == 2
+    assert "has not ended" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main([str(tmp_path / "empty")]) == 2
+    assert "neither a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "export"])
+def test_help_imports_no_torch(command):
+    program = (
+        f"import sys, pipeline.{command} as command\n"
+        "try:\n    command.main(['--help'])\nexcept SystemExit as exit:\n    assert exit.code == 0\n"
+        "assert not {'torch', 'numpy', 'timm'} & sys.modules.keys()"
+    )
+    done = run_process("-c", program)
+    assert done.returncode == 0 and f"python -m pipeline.{command}" in done.stdout, done.stderr
+
+
+def test_the_readmes_five_minutes_run_as_written(tmp_path):
+    """The commands of 'Own data in five minutes', with the project's folder as the working folder would be."""
+    text = (ROOT / "README.md").read_text().split("### Own data in five minutes", 1)[1]
+    commands = text.split("```sh\n", 1)[1].split("```", 1)[0]
+    assert [line.split()[:3] for line in commands.splitlines()] == [
+        ["python", "train.py", "--dataset"],
+        *(["python", "-m", f"pipeline.{name}"] for name in ("evaluate", "predict", "export")),
+    ]
+    for name in ("train.py", "pipeline"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = draw.integers(0, 100, (12, 12, 3)) + 150 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.jpg")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1 and "calibration" in done.stdout
+    rows = (tmp_path / "answers.csv").read_text().splitlines()
+    assert len(rows) == 41 and rows[0] == "image,label_1,probability_1,label_2,probability_2"
+    assert all(row.split(",")[1] in ("cat", "dog") for row in rows[1:])
+    names = {path.name for path in (tmp_path / "runs" / "photos" / "export" / "onnx").iterdir()}
+    assert names == {"model.onnx", "preprocessing.json"}

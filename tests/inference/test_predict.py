@@ -1,0 +1,219 @@
+"""python -m pipeline.predict: the preprocessing of validation, every file accounted for, three formats."""
+
+import csv
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from conftest import run_process
+from PIL import Image
+
+from pipeline import predict
+from pipeline.inference import prediction
+from pipeline.inference.saved_model import load_saved_model, names_of
+from pipeline.settings.parser import from_yaml
+from pipeline.training.build import assemble
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two classes of ten photos, grey and coloured, no two of one size."""
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(10):
+            shape = (20 + index, 41 - index) if index == 5 else (20 + index, 41 - index, 3)
+            pixels = draw.integers(0, 100, shape) + 100 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+PHOTO_RUN = {"image_size": 16, "num_workers": 0, "batch_size": 4, "max_train_samples": None, "epochs": 4}
+
+
+def write_test_images(run_dir, folder):
+    """The images of the run's test split as files, in order, and their labels."""
+    folder.mkdir()
+    split = assemble(from_yaml(run_dir / "config.yaml"), Accelerator()).dataset.test
+    for row in range(len(split)):
+        (folder / f"{row:04d}.png").write_bytes(split.encoded(row))
+    return split.labels
+
+
+def predicted(capsys, *arguments, status=0):
+    """What the command writes for each image, and its standard error."""
+    capsys.readouterr()
+    assert predict.main([*map(str, arguments), "--format", "jsonl"]) == status
+    out, err = capsys.readouterr()
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"image_size": 13}, {"image_size": 6, "model_name": "simple_mlp"}, {"dataset": "photos", **PHOTO_RUN}],
+)
+def test_images_become_the_input_that_validation_sees_bit_for_bit(run_training, photos, settings):
+    _, run_dir = run_training(**settings | ({"dataset": str(photos)} if "dataset" in settings else {}))
+    parts = assemble(from_yaml(run_dir / "config.yaml"), Accelerator())
+    saved = load_saved_model(str(run_dir))
+    assert saved.preprocessing == parts.preprocessing
+    split = parts.dataset.test
+    read = [prediction.read_image(split.encoded(row), saved.preprocessing) for row in range(len(split))]
+    assert len(read) > 1
+    expected = torch.cat([images for images, _ in parts.loaders["test"].eval_epoch()])
+    assert torch.equal(prediction.to_input(read, saved.preprocessing, CPU), expected)
+
+
+def test_a_runs_test_images_get_the_predictions_of_its_evaluation(run_training, tmp_path, capsys):
+    summary, run_dir = run_training(epochs=3)
+    labels = write_test_images(run_dir, tmp_path / "test")
+    lines, err = predicted(capsys, run_dir, tmp_path / "test")
+    assert [line["image"] for line in lines] == sorted(map(str, (tmp_path / "test").iterdir())) and not err
+    confusion = np.zeros((10, 10), int)
+    for label, line in zip(labels, lines, strict=True):
+        confusion[label, line["top"][0]["class"]] += 1
+    assert confusion.tolist() == summary["test"]["confusion_matrix"]
+    loss = -np.mean([
+        np.log(next(top["probability"] for top in line["top"] if top["class"] == label))
+        for label, line in zip(labels, predicted(capsys, run_dir, tmp_path / "test", "--top_k", "10")[0], strict=True)
+    ])  # fmt: skip
+    assert loss == pytest.approx(summary["test"]["loss"], rel=1e-5)
+
+
+def test_batches_do_not_change_what_is_said(run_training, photos, capsys):
+    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+    whole, _ = predicted(capsys, run_dir, photos)
+    parts, _ = predicted(capsys, run_dir, photos, "--batch_size", "3")
+    assert len(whole) == 20 and [line["image"] for line in whole] == [line["image"] for line in parts]
+    for first, second in zip(whole, parts):
+        assert first["label"] == second["label"] and first["label"] in ("cat", "dog")
+        assert first["probability"] == pytest.approx(second["probability"], rel=1e-5)
+
+
+def test_the_formats_tell_the_same_and_top_k_is_at_most_the_classes(run_training, photos, capsys, tmp_path):
+    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+    lines, _ = predicted(capsys, run_dir, photos, "--top_k", "9")
+    assert all(len(line["top"]) == 2 for line in lines)
+    assert all(line["top"][0] == {"label": line["label"], "probability": line["probability"],
+                                  "class": ["cat", "dog"].index(line["label"])} for line in lines)  # fmt: skip
+    assert all(sum(top["probability"] for top in line["top"]) == pytest.approx(1) for line in lines)
+    assert predict.main([str(run_dir), str(photos), "--format", "csv", "--output", str(tmp_path / "a.csv")]) == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
+    assert predict.main([str(run_dir), str(photos), "--top_k", "1"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line, row, cells in zip(lines, rows, table, strict=True):
+        assert (line["image"], line["label"]) == (row["image"], row["label_1"])
+        assert float(row["probability_2"]) == pytest.approx(line["top"][1]["probability"], abs=1e-6)
+        assert cells == [line["image"], line["label"], f"{100 * line['probability']:.2f}", "%"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_long_label_is_cut_in_the_table_only():
+    names = ["cat", "American Staffordshire terrier, Staffordshire terrier, pit bull terrier"]
+    _, line = predict.table_lines(["a.png"], names, 2)
+    ranked = [(names[1], 1, 0.75), (names[0], 0, 0.25)]
+    cells = f"a.png  American Staffordshire terrie...  75.00 %  {'cat':<32}  25.00 %\n"
+    assert line("a.png", ranked) == cells
+    assert names[1] in predict.csv_lines(["a.png"], names, 2)[1]("a.png", ranked)
+
+
+def test_bad_files_are_named_and_the_rest_go_on(run_training, photos, capsys):
+    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+    (photos / "cat" / "3.png").write_bytes((photos / "cat" / "3.png").read_bytes()[:50])
+    (photos / "cat" / "4.png").write_bytes(b"")
+    lines, err = predicted(capsys, run_dir, "gone.png", photos, photos / "*.jpg", "--batch_size", "2", status=1)
+    assert len(lines) == 18 and not {"3.png", "4.png"} & {line["image"].split("cat/")[-1] for line in lines}
+    for name in (photos / "cat" / "3.png", photos / "cat" / "4.png", "gone.png", photos / "*.jpg"):
+        assert sum(f"error: {name}: " in line for line in err.splitlines()) == 1, name
+    assert err.splitlines()[-1] == "18 images done, 4 could not be read."
+
+
+def test_only_bad_files_leave_an_empty_output_and_status_1(run_training, tmp_path, capsys):
+    _, run_dir = run_training()
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert predicted(capsys, run_dir, tmp_path / "bad.png", status=1)[0] == []
+
+
+def test_places_are_files_folders_patterns_and_a_list(photos):
+    cat, dog = photos / "cat", photos / "dog"
+    everything = [str(folder / f"{index}.png") for folder in (cat, dog) for index in range(10)]
+    (cat / "notes.txt").write_text("no image")
+    (cat / ".hidden.png").write_text("hidden")
+    assert prediction.find_images([str(photos)]) == (everything, [])
+    assert prediction.find_images([str(photos / "**" / "*.png")])[0] == everything
+    assert prediction.find_images([str(dog / "[13].*"), str(cat / "2.png")])[0] == [
+        str(dog / "1.png"), str(dog / "3.png"), str(cat / "2.png")
+    ]  # fmt: skip
+    listed = [f"{dog / '7.png'}\n", "\n", f"{cat}\n", str(dog / "*.png")]
+    found, problems = prediction.find_images(["-"], listed)
+    assert found == [str(dog / "7.png"), *everything[:10]] and len(problems) == 1
+    (photos / "a[1].png").write_text("")  # a name is taken for itself before it is taken for a pattern
+    assert prediction.find_images([str(photos / "a[1].png")])[0] == [str(photos / "a[1].png")]
+
+
+def test_a_list_comes_in_on_standard_input(run_training, photos, capsys, monkeypatch):
+    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos / 'dog' / '1.png'}\n{photos / 'cat' / '2.png'}\n"))
+    lines, _ = predicted(capsys, run_dir, "-", "--device", "cpu")
+    assert [line["image"] for line in lines] == [str(photos / "dog" / "1.png"), str(photos / "cat" / "2.png")]
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(run_training, photos):
+    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+    program = (
+        "import subprocess, sys\n"
+        f"first = subprocess.Popen([sys.executable, '-m', 'pipeline.predict', {str(run_dir)!r}, {str(photos)!r}], "
+        "stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
+        "first.stdout.close()\n"
+        "assert first.stderr.read() == b'' and first.wait() == 0"
+    )
+    done = run_process("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["RUN"], ["PATH"]),
+        (["RUN", "a.png", "--topk", "3"], ["'--topk'", "Did you mean '--top_k'"]),
+        (["RUN", "a.png", "--format", "tabel"], ["Did you mean 'table'"]),
+        (["RUN", "a.png", "--output", "RUN"], ["is a folder"]),
+        (["RUN", "a.png", "--output", "RUN/no/a.csv"], ["There is no folder"]),
+    ],
+)
+def test_wrong_arguments_end_in_one_line_and_status_2(tmp_path, capsys, arguments, words):
+    try:
+        status = predict.main([word.replace("RUN", str(tmp_path)) for word in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_options_stand_anywhere():
+    args = predict.make_parser().read(["--top_k", "2", "runs/a", "b.png", "--format=csv", "c.png"])
+    assert (args.model, args.paths, args.top_k, args.format) == ("runs/a", ["b.png", "c.png"], 2, "csv")
+
+
+def test_an_imagenet_model_answers_in_words():
+    names, descriptions = names_of("test_resnet", timm.create_model("test_resnet"))
+    assert len(names) == 1000 and names[0] == "n01440764" and "tench" in descriptions["n01440764"]
+    assert names_of("x", timm.create_model("test_resnet", num_classes=7)) == (None, {})
+
+
+def test_label_names_by_number_may_have_gaps():
+    model = timm.create_model("test_resnet", num_classes=3)
+    vars(model)["pretrained_cfg"]["label_names"] = {"0": "cat", "2": "dog"}
+    assert names_of("x", model)[0] == ["cat", "1", "dog"]
+    vars(model)["pretrained_cfg"]["label_names"] = ["cat", "dog"]
+    with pytest.raises(ValueError, match="2 label names for 3 classes"):
+        names_of("x", model)

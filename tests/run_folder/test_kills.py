@@ -1,0 +1,176 @@
+"""A run killed at any instant, and between any two file operations, goes on to the same last digit.
+
+This file is the program as well: it imports torch once and forks a process for each training, so that a kill costs a second.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PYTHONPATH, SMALL_RUN, lines_of, run_process, timeless
+
+OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}  # the audited ones that write
+SETTINGS: list[dict[str, Any]] = [
+    {"optimizer": "adamw", "lr": 0.01, "ema_decay": 0.3, "checkpoint_every_steps": 2},
+    {"optimizer": "muon", "lr": 0.01, "sam_rho": 0.05, "mixup": 0.4, "drop_rate": 0.2, "checkpoint_every_steps": 1},
+    {"loader": "workers", "num_workers": 2, "checkpoint_every_steps": 3, "batch_size_schedule": {1: 24}},
+]
+
+
+def train_here(folder: Path, name: str, settings: dict[str, Any], kill_at: int | None) -> None:
+    """What a forked process does: trains, and kills itself before its kill_at-th file operation in the run's folder."""
+    from pipeline.settings.config import Config
+    from pipeline.training.loop import train
+
+    run_dir = os.path.join(folder, name)
+    count = 0
+
+    def step_on() -> None:
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and str(arguments[0]).startswith(run_dir):
+            if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                step_on()
+
+    fsync = os.fsync
+
+    def watched_fsync(descriptor: int) -> None:
+        step_on()
+        fsync(descriptor)
+
+    if kill_at is not None:
+        sys.addaudithook(watch)
+        os.fsync = watched_fsync
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    train(Config(**{**SMALL_RUN, **settings, "output_dir": str(folder), "run_name": name}))
+
+
+def start(folder: Path, name: str, settings: dict[str, Any], kill_at: int | None = None) -> Any:
+    process = multiprocessing.get_context("fork").Process(target=train_here, args=(folder, name, settings, kill_at))
+    process.start()
+    return process
+
+
+def to_end(folder: Path, name: str, settings: dict[str, Any], kill_at: int | None = None) -> int:
+    process = start(folder, name, settings, kill_at)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode
+
+
+def outcome(run_dir: Path) -> str:
+    """Weights, checkpoint and metrics, as one number."""
+    newest, *_ = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+    weights = [run_dir / "model" / "model.safetensors", *sorted(newest.glob("*.safetensors"))]
+    contents = [path.read_bytes() for path in weights] + [json.dumps(timeless(lines_of(run_dir))).encode()]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def check_nothing_lost(run_dir: Path, saved: int) -> int:
+    """Every checkpoint under its name is whole, and one at least as new as before is there; returns its step."""
+    from pipeline.run_folder.checkpoint import checkpoints, read_facts, recover
+
+    recover(run_dir)
+    steps = [read_facts(folder)["step"] for folder in checkpoints(run_dir)]
+    newest = max(steps, default=-1)
+    assert newest >= saved, f"step {saved} was saved and is lost; there are {steps}"
+    return newest
+
+
+def kill_at_each_operation(folder: Path, settings: dict[str, Any], expected: str) -> int:
+    """One run killed over and over, each time one file operation later; returns how often."""
+    kills, saved = 0, -1
+    while to_end(folder, "chain", settings, kill_at=kills + 1):
+        kills += 1
+        saved = check_nothing_lost(folder / "chain", saved)
+    assert outcome(folder / "chain") == expected
+    return kills
+
+
+def kill_once_at_each_operation(folder: Path, settings: dict[str, Any], expected: str) -> int:
+    """Runs of which each is killed at one file operation, the first to the last, and then goes on; returns how many."""
+    kills = 0
+    while to_end(folder, f"once-{kills}", settings, kill_at=kills + 1):
+        check_nothing_lost(folder / f"once-{kills}", -1)
+        assert to_end(folder, f"once-{kills}", settings) == 0
+        assert outcome(folder / f"once-{kills}") == expected
+        shutil.rmtree(folder / f"once-{kills}")
+        kills += 1
+    return kills
+
+
+def kill_at_random_instants(folder: Path, settings: dict[str, Any], expected: str, number: int, seconds: float) -> int:
+    """Runs of which each is killed at a random instant until it ends; returns how many kills there were."""
+    kills, draw = 0, random.Random(number)
+    while kills < number:
+        name, saved = f"random-{kills}", -1
+        while True:
+            process = start(folder, name, settings)
+            process.join(draw.uniform(0.0, 1.2 * seconds))
+            if not process.is_alive():
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            saved = check_nothing_lost(folder / name, saved)
+        assert process.exitcode == 0 and outcome(folder / name) == expected
+        shutil.rmtree(folder / name)
+    return kills
+
+
+def work(folder: Path, is_long: bool) -> None:
+    import torch
+
+    import pipeline.training.loop  # what the forked processes need, imported once
+
+    assert torch.get_num_threads() == 1 and pipeline.training
+    facts = []
+    for settings in SETTINGS if is_long else SETTINGS[:1]:
+        begun = time.monotonic()
+        assert to_end(folder, "whole", settings) == 0
+        expected, seconds = outcome(folder / "whole"), time.monotonic() - begun
+        fact = {"chain": kill_at_each_operation(folder, settings, expected)}
+        fact["instants"] = kill_at_random_instants(folder, settings, expected, 60 if is_long else 20, seconds)
+        if is_long:
+            fact["once"] = kill_once_at_each_operation(folder, settings, expected)
+        facts.append(fact)
+        shutil.rmtree(folder)
+    print(json.dumps(facts))
+
+
+def kills(folder: Path, length: str, timeout: float) -> list[dict[str, int]]:
+    done = run_process(
+        __file__, str(folder), length, timeout=timeout, PYTHONPATH=PYTHONPATH
+    )
+    assert done.returncode == 0, done.stderr
+    facts: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def test_a_run_survives_kills_at_every_file_operation_and_at_random_instants(tmp_path):
+    (fact,) = kills(tmp_path / "runs", "short", timeout=300)
+    assert fact["chain"] > 20 and fact["instants"] >= 20
+
+
+@pytest.mark.long
+def test_runs_of_several_settings_survive_hundreds_of_kills(tmp_path):
+    facts = kills(tmp_path / "runs", "long", timeout=3600)
+    assert len(facts) == len(SETTINGS) and all(fact["once"] > 60 and fact["instants"] >= 60 for fact in facts)
+    print(facts)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), is_long=sys.argv[2] == "long")

@@ -1,0 +1,497 @@
+"""Sweeps without W&B: the same files, every distribution, agents that share a storage, interruption, failure, early stopping."""
+
+import csv
+import json
+import math
+import os
+import signal
+import sqlite3
+import statistics
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMALL_RUN, flags, lines_of, run_process, same_weights, start_process, timeless
+
+from pipeline.settings.parser import read_config
+from pipeline.sweep.__main__ import main
+from pipeline.sweep.file import (
+    ARGUMENT_FORMS,
+    DEFAULT_COMMAND,
+    Hyperband,
+    check_trials,
+    fill_command,
+    read_sweep,
+    sweep_of,
+)
+from pipeline.sweep.hyperband import keeps_up
+from pipeline.sweep.space import Space, read_parameter
+from pipeline.sweep.study import SweepStudy
+from pipeline.sweep.table import rows_of
+from pipeline.sweep.trials import shares
+
+BASE = {
+    "method": "grid",
+    "metric": {"name": "val/accuracy", "goal": "maximize"},
+    "parameters": {"lr": {"values": [0.1, 0.2]}, "seed": {"value": 1}},
+}
+
+# A trial that costs no training: its accuracy at epoch e is lr * e / epochs, and a seed of 13 fails.
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+settings = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+run_dir = Path(settings["output_dir"]) / settings["run_name"]
+run_dir.mkdir(parents=True, exist_ok=True)
+
+def end(status, **more):
+    aside = run_dir / "aside"  # as train.py does: nobody reads half of it
+    aside.write_text(json.dumps({"status": status, "seconds": 1.5, "epochs": 3, **more}))
+    aside.replace(run_dir / "summary.json")
+
+def stop(*_):
+    end("interrupted", reason="SIGTERM")
+    os._exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+with open(run_dir / "starts", "a") as file:
+    print(os.environ.get("OMP_NUM_THREADS"), file=file)
+if settings.get("seed") == "13":
+    print("warming up\\nerror: an unlucky number", file=sys.stderr)
+    sys.exit(2)
+with open(run_dir / "metrics.jsonl", "w") as file:
+    for epoch in range(1, int(settings["epochs"]) + 1):
+        value = float(settings["lr"]) * (epoch / int(settings["epochs"]))
+        print(json.dumps({"split": "val", "epoch": epoch, "accuracy": value}), file=file, flush=True)
+        time.sleep(0.05)
+end("completed", best={"accuracy": value}, test={"accuracy": value / 2})
+"""
+
+
+def write_sweep(folder: Path, parameters: dict, **keys) -> Path:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    epochs = {"epochs": {"value": 3}}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "program": str(program), "parameters": {**epochs, **parameters}, **keys}))
+    return path
+
+
+def trials_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+
+
+# -- the file
+
+
+@pytest.mark.parametrize(
+    "spec, fraction, value",
+    [
+        ({"value": None}, 0.7, None),
+        ({"values": ["a", "b", "c", "d"]}, 0.5, "c"),
+        ({"values": ["a", "b"], "probabilities": [0.9, 0.1]}, 0.85, "a"),
+        ({"values": ["a", "b"], "probabilities": [0.9, 0.1]}, 0.95, "b"),
+        ({"min": 1, "max": 4}, 0.5, 3),
+        ({"min": 1, "max": 4}, 0.999, 4),
+        ({"min": 1.0, "max": 5}, 0.25, 2.0),
+        ({"distribution": "q_uniform", "min": 0, "max": 10, "q": 4}, 0.7, 8),
+        ({"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.1}, 0.32, 0.3),
+        ({"distribution": "log_uniform", "min": math.log(1e-4), "max": math.log(1e-2)}, 0.5, 1e-3),
+        ({"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}, 0.5, 1e-3),
+        ({"distribution": "q_log_uniform", "min": math.log(16), "max": math.log(256), "q": 16}, 0.5, 64),
+        ({"distribution": "q_log_uniform_values", "min": 16, "max": 256, "q": 16}, 0.5, 64),
+        ({"distribution": "inv_log_uniform", "min": math.log(2), "max": math.log(8)}, 0.5, 0.25),
+        ({"distribution": "inv_log_uniform_values", "min": 1e-4, "max": 1e-2}, 0.5, 1e-3),
+        ({"distribution": "normal", "mu": 1, "sigma": 2}, 0.975, 1 + 2 * statistics.NormalDist().inv_cdf(0.975)),
+        ({"distribution": "q_normal", "mu": 10, "sigma": 0, "q": 3}, 0.3, 9),
+        ({"distribution": "log_normal"}, 0.5, 1.0),
+        ({"distribution": "q_log_normal", "mu": math.log(7.9), "sigma": 0, "q": 2}, 0.5, 8),
+        ({"distribution": "beta", "a": 2, "b": 2}, 0.5, pytest.approx(0.5, abs=0.01)),
+        ({"distribution": "q_beta", "a": 1, "b": 1, "q": 0.25}, 0.6, 0.5),
+    ],
+)
+def test_each_distribution_has_its_quantiles(spec, fraction, value):
+    received = read_parameter("lr", spec).quantile(fraction)
+    assert received == (pytest.approx(value) if isinstance(value, float) else value) and type(received) is not bool
+    assert isinstance(received, int) == isinstance(value, int)
+
+
+def test_every_distribution_of_wandb_is_drawn_by_the_search_within_its_bounds(tmp_path):
+    specs = {
+        "lr": ({"distribution": "log_uniform_values", "min": 0.01, "max": 0.1}, 0.01, 0.1),
+        "weight_decay": ({"distribution": "inv_log_uniform_values", "min": 0.01, "max": 0.1}, 0.01, 0.1),
+        "momentum": ({"distribution": "q_uniform", "min": 0.1, "max": 0.9, "q": 0.1}, 0.1, 0.9),
+        "epochs": ({"min": 2, "max": 4}, 2, 4),
+        "drop_rate": ({"distribution": "beta", "a": 2, "b": 5}, 0, 1),
+        "mixup": ({"distribution": "log_normal"}, 0, 200),
+        "batch_size": ({"distribution": "q_log_uniform_values", "min": 16, "max": 64, "q": 16}, 16, 64),
+        "optimizer": ({"values": ["adam", "sgd"], "probabilities": [0.5, 0.5]}, "adam", "sgd"),
+        "scheduler": ({"values": ["cosine", "linear"]}, "cosine", "linear"),
+        "clip_grad_norm": ({"value": 1.5}, 1.5, 1.5),
+    }
+    parameters = {name: spec for name, (spec, _, _) in specs.items()}
+    sweep = sweep_of({**BASE, "method": "bayes", "parameters": parameters}, "s")
+    study = SweepStudy(sweep, str(tmp_path / "journal.log"), 25, seed=0)
+    drawn = []
+    for number in range(25):
+        claim = study.claim()
+        study.end(claim.trial, "completed", 1 - abs(math.log(claim.settings["lr"] / 0.03)), {})
+        drawn.append(claim.settings)
+        for name, (_, low, high) in specs.items():
+            assert low <= claim.settings[name] <= high, (name, claim.settings[name])
+    assert study.claim() is None
+    assert len({settings["lr"] for settings in drawn}) == 25 and {settings["epochs"] for settings in drawn} == {2, 3, 4}
+    # it learns: after the first random ones, draws are nearer to the best learning rate
+    away = [abs(math.log(settings["lr"] / 0.03)) for settings in drawn]
+    assert statistics.mean(away[15:]) < statistics.mean(away[:10])
+
+
+def test_a_random_draw_depends_on_its_number_and_the_seed_only():
+    space = Space((read_parameter("lr", {"min": 0.0, "max": 1.0}), read_parameter("seed", {"min": 0, "max": 9})))
+    points = [space.random_point(number, seed=0) for number in range(200)]
+    assert points == [space.random_point(number, seed=0) for number in range(200)]
+    assert points[0] != space.random_point(0, seed=1) and len({point["lr"] for point in points}) == 200
+    assert set(Counter(point["seed"] for point in points)) == set(range(10))
+
+
+def test_a_grid_has_every_combination_once():
+    sweep = sweep_of({**BASE, "parameters": {
+        "lr": {"values": [0.1, 0.2]}, "epochs": {"min": 1, "max": 3}, "seed": {"value": 7},
+        "momentum": {"distribution": "q_uniform", "min": 0.5, "max": 0.9, "q": 0.2},
+    }}, "s")  # fmt: skip
+    points = [sweep.space.grid_point(number) for number in range(sweep.limit)]
+    assert sweep.limit == 2 * 3 * 3 and len({json.dumps(point) for point in points}) == sweep.limit
+    assert points[0] == {"lr": 0.1, "epochs": 1, "seed": 7, "momentum": 0.4}
+
+
+def test_the_words_of_a_command_are_those_of_wandbs_agent_and_train_py_reads_them_back():
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    settings = {
+        "lr": 1e-05, "clip_grad_norm": None, "pretrained": True, "drop_last": False,
+        "step_epochs": [1, 2], "batch_size_schedule": {5: 256}, "mixed_precision": "no", "log_with": ["tensorboard"],
+    }  # fmt: skip
+    theirs = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in settings.items()}})
+    for name, form in ARGUMENT_FORMS.items():
+        assert form(settings) == theirs[name], name
+    config = read_config(ARGUMENT_FORMS["args"](settings))
+    assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_the_command_is_filled_in(monkeypatch):
+    monkeypatch.setenv("GPUS", "2")
+    command = ["${env}", "${interpreter}", "-m", "torch.distributed.run", "--nproc_per_node=${envvar:GPUS}",
+               "${program}", "${args}", "--epochs=3"]  # fmt: skip
+    sweep = sweep_of({**BASE, "command": command}, "s")
+    words = fill_command(sweep, {"lr": 0.1})
+    assert words[0] == "/usr/bin/env" and words[4:] == ["--nproc_per_node=2", "train.py", "--lr=0.1", "--epochs=3"]
+    assert fill_command(sweep_of(BASE, "s"), {"lr": 0.1})[2:] == ["train.py", "--lr=0.1"] and DEFAULT_COMMAND
+    assert {config.epochs for config in check_trials(sweep)} == {3}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"methd": "grid"}, ["'methd'", "'method'"]),
+        ({"method": "bayse"}, ["'bayse'", "'bayes'"]),
+        ({"metric": {"name": "accuracy"}}, ["'accuracy'", "'val/accuracy'"]),
+        ({"metric": {"name": "val/accuracy", "goal": "maximise"}}, ["'maximise'", "'maximize'"]),
+        ({"parameters": {"leraning_rate": {"value": 1}}}, ["'leraning_rate'"]),
+        ({"parameters": {"schedular": {"value": 1}}}, ["'schedular'", "'scheduler'"]),
+        ({"parameters": {"lr": {"value": [0.1]}}}, ["lr", "a number or null"]),
+        ({"parameters": {"lr": {"values": [0.1, "fast"]}}}, ["'fast'"]),
+        ({"parameters": {"stem": {"values": ["smal"]}}}, ["'small'"]),
+        ({"parameters": {"optimizer": {"values": ["sgd", "adamv"]}}}, ["'adamv'", "'adamw'"]),
+        ({"parameters": {"batch_size": {"values": [0, 1]}}}, ["batch_size is 0", "at least 1"]),
+        (
+            {"method": "random", "run_cap": 1, "parameters": {"drop_rate": {"min": 0.0, "max": 1.5}}},
+            ["drop_rate is 1.5", "below 1"],
+        ),
+        ({"parameters": {"lr": {"vales": [0.1]}}}, ["'values'"]),
+        ({"parameters": {"lr": {"distribution": "log_unifrom", "min": 0, "max": 1}}}, ["'log_uniform'"]),
+        ({"parameters": {"lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, ["min is 0"]),
+        ({"parameters": {"lr": {"distribution": "log_uniform_values", "min": "1e-5", "max": 1}}}, ["1.0e-5"]),
+        ({"parameters": {"lr": {"distribution": "normal"}}}, ["cannot count through"]),
+        ({"parameters": {"lr": {"values": [0.1, 0.1]}}}, ["0.1 twice"]),
+        ({"parameters": {"lr": {"values": [0.1, 0.2], "probabilities": [1, 1]}}}, ["sum to 1"]),
+        ({"parameters": {"run_name": {"value": "x"}}}, ["run_name", "each trial"]),
+        ({"parameters": {"optimizer": {"parameters": {"lr": {"value": 1}}}}}, ["flat"]),
+        ({"command": ["${interpretr}", "${args}"]}, ["${interpretr}", "'interpreter'"]),
+        ({"command": ["python", "train.py"]}, ["no ${args}"]),
+        ({"command": ["python", "train.py", "${args}", "--epocs=3"]}, ["'epocs'", "'epochs'"]),
+        ({"early_terminate": {"type": "median"}}, ["'median'", "hyperband"]),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, ["max_iter and s"]),
+        ({"method": "random"}, ["--num_trials"]),
+        ({"program": "trian.py"}, ["no program trian.py"]),
+        ({"run_cap": 0}, ["run_cap is 0"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_before_the_first_trial(change, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **change}))
+    assert main([str(path), "--output_dir", str(tmp_path / "runs")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "\n" not in message and str(path) in message
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.rglob("trial-*"))
+
+
+# -- early stopping
+
+
+def test_hyperbands_iterations_are_those_of_the_documentation():
+    def iterations(**keys):
+        early = {"type": "hyperband", **keys}
+        return sweep_of({**BASE, "early_terminate": early}, "s").hyperband.iterations
+
+    assert iterations(min_iter=3)[:4] == (3, 9, 27, 81)
+    assert iterations(min_iter=2, eta=2)[:4] == (2, 4, 8, 16)
+    assert iterations(max_iter=27, s=2) == (3, 9)
+    assert iterations(max_iter=20, s=5, eta=2) == (1, 2, 5, 10)
+
+
+def test_hyperband_stops_what_is_not_among_the_best():
+    def goes_on(history, others, maximize=False, strict=False):
+        return keeps_up(history, others, Hyperband((2, 4), eta=3, strict=strict), maximize)
+
+    assert goes_on([9.0], [[1.0, 1.0]])  # it has not reached an iteration that counts
+    assert goes_on([9.0, 9.0], [])  # and the first to reach one has nobody to be compared with
+    others = [[9.0, loss] for loss in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    assert [goes_on([0.0, loss], others) for loss in (0.5, 1.5, 2.5, 3.5)] == [True, True, True, False]
+    assert [goes_on([0.0, loss], others, strict=True) for loss in (0.5, 1.5, 2.5)] == [True, True, False]
+    assert [goes_on([0.0, value], others, maximize=True) for value in (3.5, 2.5)] == [True, False]
+    assert not goes_on([0.0, 3.5, 0.0], others)  # judged by the iteration, not by what comes after it
+    assert not goes_on([0.0, 0.0, 0.0, 2.0], [*others, [0.0, 0.0, 0.0, 1.0]])
+    assert not goes_on([0.0, math.nan], others)
+
+
+def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_goes_on(tmp_path, capsys):
+    early = {"type": "hyperband", "min_iter": 4, "eta": 3}
+    parameters = {"lr": {"values": [0.9, 0.1, 0.95]}, "epochs": {"value": 60}}
+    path = write_sweep(tmp_path, parameters, early_terminate=early, name="early")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    rows = trials_of(tmp_path / "early")
+    assert [row["status"] for row in rows] == ["completed", "stopped", "completed"]
+    told = lines_of(tmp_path / "early" / "trial-0002")
+    assert 4 <= len(told) < 60 and rows[1]["value"] == pytest.approx(told[-1]["accuracy"], rel=0.7)
+    assert capsys.readouterr().out.count("stopped") == 2  # its line, and the table's
+
+
+# -- trials
+
+
+def test_cores_and_gpus_are_shared_out():
+    assert shares(1, 8, ["0", "1"]) == [{}]
+    assert shares(2, 8, []) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert [part["CUDA_VISIBLE_DEVICES"] for part in shares(2, 8, ["0", "1", "2", "3"])] == ["0,2", "1,3"]
+    assert [part["CUDA_VISIBLE_DEVICES"] for part in shares(3, 2, ["5", "7"])] == ["5", "7", "5"]
+
+
+def test_trials_are_ranked_failures_told_and_the_sweep_goes_on(tmp_path, capfd):
+    path = write_sweep(tmp_path, {"lr": {"values": [0.3, 0.6]}, "seed": {"values": [13, 1]}}, name="ranked")
+    assert main([str(path), "--output_dir", str(tmp_path), "--num_parallel", "2"]) == 0
+    folder = tmp_path / "ranked"
+    rows = trials_of(folder)
+    assert [row["status"] for row in rows] == ["failed", "completed", "failed", "completed"]
+    assert rows[0]["error"] == "an unlucky number" and rows[1]["error"] is None
+    assert rows[3] == {
+        "number": 4, "status": "completed", "params": {"epochs": 3, "lr": 0.6, "seed": 1}, "run_dir": "trial-0004",
+        "value": 0.6, "error": None, "test_accuracy": 0.3, "best_accuracy": 0.6, "epochs": 3, "seconds": 1.5,
+    }  # fmt: skip
+    ranks = list(csv.DictReader((folder / "results.csv").open()))
+    assert [(row["rank"], row["number"], row["val/accuracy"]) for row in ranks] == [
+        ("1", "4", "0.6"), ("2", "2", "0.3"), ("", "1", ""), ("", "3", ""),
+    ]  # fmt: skip
+    assert (folder / "sweep.yaml").read_text() == path.read_text()
+    out = capfd.readouterr().out
+    assert "[4/4]" in out and "failed: an unlucky number" in out and "60.00 %" in out
+    assert {text for start in folder.glob("*/starts") for text in start.read_text().split()} != {"None"}
+    # what has ended is not run again; a larger number of trials adds to them
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0 and trials_of(folder) == rows
+    assert all(len(start.read_text().splitlines()) == 1 for start in folder.glob("*/starts"))
+
+
+def test_a_sweep_in_which_nothing_succeeds_ends_with_status_1(tmp_path):
+    path = write_sweep(tmp_path, {"lr": {"value": 0.3}, "seed": {"value": 13}})
+    assert main([str(path), "--output_dir", str(tmp_path), "--name", "bad"]) == 1
+    assert [row["status"] for row in trials_of(tmp_path / "bad")] == ["failed"]
+
+
+def test_more_trials_may_be_asked_for_but_not_other_ones(tmp_path, capsys):
+    parameters = {"lr": {"min": 0.1, "max": 0.9}}
+    path = write_sweep(tmp_path, parameters, method="random", name="more")
+    options = ["--output_dir", str(tmp_path), "--num_trials"]
+    assert main([str(path), *options, "1"]) == 0 and len(trials_of(tmp_path / "more")) == 1
+    assert main([str(path), *options, "3"]) == 0
+    first = trials_of(tmp_path / "more")
+    assert len({row["params"]["lr"] for row in first}) == 3
+    path = write_sweep(tmp_path, {"lr": {"min": 0.1, "max": 0.8}}, method="random", name="more")
+    assert main([str(path), *options, "4"]) == 2
+    assert "was begun with another file" in capsys.readouterr().err and trials_of(tmp_path / "more") == first
+
+
+def test_no_trial_begins_after_one_has_reached_the_target(tmp_path):
+    metric = {**BASE["metric"], "target": 0.5}
+    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.7, 0.9]}}, metric=metric, name="target")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["value"] for row in trials_of(tmp_path / "target")] == [0.2, 0.7]
+
+
+# -- agents
+
+
+def start_sweep(*arguments: str) -> subprocess.Popen:
+    return start_process("-m", "pipeline.sweep", *arguments)
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+def test_two_agents_share_one_sweep_and_no_point_is_run_twice(tmp_path, storage):
+    values = [round(0.1 * number, 1) for number in range(1, 9)]
+    path = write_sweep(tmp_path, {"lr": {"values": values}, "epochs": {"value": 10}}, name="shared")
+    given = [] if storage == "journal" else ["--storage", f"sqlite:///{tmp_path}/shared.db"]
+    agents = [start_sweep(str(path), "--output_dir", str(tmp_path), *given) for _ in range(2)]
+    ends = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    rows = trials_of(tmp_path / "shared")
+    assert sorted(row["value"] for row in rows) == values
+    starts = [start.read_text().splitlines() for start in (tmp_path / "shared").glob("*/starts")]
+    assert len(starts) == len(values) and all(len(lines) == 1 for lines in starts)
+    shares_of_work = [out.count("  running  ") for out, _ in ends]
+    assert sum(shares_of_work) == len(values) and min(shares_of_work) > 0
+    if storage == "sqlite":
+        tables = sqlite3.connect(tmp_path / "shared.db").execute("select name from sqlite_master").fetchall()
+        assert ("trials",) in tables and not (tmp_path / "shared" / "journal.log").exists()
+
+
+def test_interleaved_agents_never_hold_the_same_place(tmp_path):
+    sweep = sweep_of({**BASE, "parameters": {"seed": {"min": 1, "max": 5}}}, "s")
+    agents = [SweepStudy(sweep, str(tmp_path / "journal.log"), sweep.limit, seed=0) for _ in range(3)]
+    claims = [agents[number % 3].claim() for number in range(5)]
+    assert [claim.settings["seed"] for claim in claims] == [1, 2, 3, 4, 5]
+    assert all(agent.claim() is None for agent in agents)
+    agents[1].put_back(claims[3].trial, claims[3].place)
+    again = agents[0].claim()
+    assert (again.place, again.settings) == (claims[3].place, claims[3].settings) and agents[2].claim() is None
+
+
+def test_a_search_keeps_the_settings_of_a_trial_that_is_put_back(tmp_path):
+    parameters = {"lr": {"min": 0.0, "max": 1.0}, "optimizer": {"values": ["sgd", "adamw", "muon"]}}
+    sweep = sweep_of({**BASE, "method": "bayes", "parameters": parameters}, "s")
+    study = SweepStudy(sweep, str(tmp_path / "journal.log"), 4, seed=0)
+    claim = study.claim()
+    study.put_back(claim.trial, claim.place)
+    study.put_back(claim.trial, claim.place)  # twice is as once
+    assert [row["status"] for row in rows_of(study.places(), sweep)] == ["interrupted"]
+    other = SweepStudy(sweep, str(tmp_path / "journal.log"), 4, seed=0)
+    again = other.claim()
+    assert (again.place, again.settings) == (0, claim.settings)
+    assert other.claim().settings != claim.settings
+
+
+def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):
+    """With train.py itself: the finished trial is left alone, the broken one ends as if nothing had happened."""
+    settings = {name: value for name, value in SMALL_RUN.items() if name not in ("run_name", "epochs")}
+    parameters = {name: {"value": value} for name, value in settings.items()} | {"epochs": {"values": [1, 40]}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "parameters": parameters, "name": "broken"}))
+    folder = tmp_path / "broken"
+    agent = start_sweep(str(path), "--output_dir", str(tmp_path))
+    second = folder / "trial-0002" / "metrics.jsonl"
+    wait_until(lambda: second.is_file() and second.read_text().count('"val"') >= 3, agent)
+    agent.send_signal(signal.SIGINT)
+    out, err = agent.communicate(timeout=60)
+    assert agent.returncode == 130 and "give the same command again" in out, err
+    assert [row["status"] for row in trials_of(folder)] == ["completed", "interrupted"]
+    first = (folder / "trial-0001" / "summary.json").stat().st_mtime_ns
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert (folder / "trial-0001" / "summary.json").stat().st_mtime_ns == first
+    assert "Going on from" in (folder / "logs" / "trial-0002.log").read_text()
+    whole = tmp_path / "whole"
+    assert run_process("train.py", *flags(epochs=40, run_name="whole", output_dir=tmp_path)).returncode == 0
+    assert timeless(lines_of(whole)) == timeless(lines_of(folder / "trial-0002"))
+    assert same_weights(whole, folder / "trial-0002")
+    best = max(line["accuracy"] for line in lines_of(whole) if line["split"] == "val")
+    assert trials_of(folder)[1]["value"] == best
+
+
+def test_the_trial_of_an_agent_that_was_killed_is_taken_over(tmp_path):
+    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="killed")
+    agent = start_sweep(str(path), "--output_dir", str(tmp_path))
+    starts = tmp_path / "killed" / "trial-0001" / "starts"
+    wait_until(starts.is_file, agent)
+    agent.kill()
+    agent.communicate()
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "killed")] == ["completed", "completed"]
+    assert len(starts.read_text().splitlines()) == 2
+
+
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_when_the_storage_fails_what_runs_is_stopped_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
+
+    def fail(self, trial, history, known):
+        if history:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SweepStudy, "report", fail)
+        assert main([str(path), "--output_dir", str(tmp_path)]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "No space left" in message and "\n" not in message
+    summary = tmp_path / "lost" / "trial-0001" / "summary.json"
+    wait_until(summary.is_file)
+    assert json.loads(summary.read_text())["status"] == "interrupted"
+    monkeypatch.setattr("pipeline.sweep.study.is_alive", lambda process: False)  # as if by another process
+    monkeypatch.setattr("pipeline.sweep.study.os.getpid", lambda: 1)
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "lost")] == ["completed", "completed"]
+
+
+def test_an_agent_elsewhere_is_dead_when_its_beat_stops(tmp_path, monkeypatch):
+    sweep = sweep_of(BASE, "s")
+    here, there = (SweepStudy(sweep, str(tmp_path / "journal.log"), sweep.limit, seed=0) for _ in range(2))
+    claim = there.claim()
+    claim.trial.set_user_attr("agent", {"machine": "elsewhere", "process": os.getpid(), "beat": 0})
+    here.put_back_dead()
+    monkeypatch.setattr("pipeline.sweep.study.SILENCE_SECONDS", -1.0)
+    claim.trial.set_user_attr("agent", {"machine": "elsewhere", "process": os.getpid(), "beat": 1})
+    here.put_back_dead()  # it has stirred
+    assert [row["status"] for row in rows_of(here.places(), sweep)] == ["running"]
+    here.put_back_dead()
+    assert [row["status"] for row in rows_of(here.places(), sweep)] == ["interrupted"]
+    there.end(claim.trial, "completed", 0.5, {})  # it lived after all: what it has now belongs to nobody
+    assert here.claim().place == 0
+
+
+# -- the files in sweeps/
+
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_every_sweep_file_opens_with_its_command_and_its_number_of_runs_and_would_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines[: lines.index("program: train.py")]]
+    assert all(line.startswith("# ") for line in comments)
+    assert comments[0].startswith(f"# python -m pipeline.sweep sweeps/{path.name}")
+    assert comments[1].startswith(f"# wandb sweep sweeps/{path.name}")
+    sweep = read_sweep(path)
+    assert f"# {sweep.limit} runs" in "\n".join(comments) and any("Expected: " in line for line in comments)
+    assert sweep.name == path.stem and len(check_trials(sweep)) > 1

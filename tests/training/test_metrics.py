@@ -1,0 +1,81 @@
+"""Metrics: exact sums and counts."""
+
+import math
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipeline.loaders.shares import IGNORED
+from pipeline.training.metrics import (
+    add_batch,
+    add_calibration,
+    add_confusion,
+    calibration_error,
+    figures,
+    per_class_accuracy,
+    zero_calibration,
+    zero_sums,
+)
+
+
+def test_batches_of_any_size_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(103, 12, generator=generator)
+    labels = torch.randint(12, (103,), generator=generator)
+    sums = zero_sums(torch.device("cpu"))
+    for part in torch.arange(103).split(8):
+        add_batch(sums, logits[part], labels[part], cross_entropy(logits[part].double(), labels[part], reduction="sum"))
+    result = figures(sums)
+    ranked = logits.argsort(dim=1, descending=True)
+    assert result["num_samples"] == 103
+    assert result["accuracy"] == (ranked[:, 0] == labels).sum().item() / 103
+    assert result["top5_accuracy"] == (ranked[:, :5] == labels[:, None]).sum().item() / 103
+    assert abs(result["loss"] - cross_entropy(logits.double(), labels).item()) < 1e-12
+
+
+def test_ignored_samples_count_for_nothing():
+    logits = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    labels = torch.tensor([0, IGNORED])
+    sums = zero_sums(torch.device("cpu"))
+    add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
+    assert figures(sums)["num_samples"] == 1 and figures(sums)["accuracy"] == 1.0
+
+
+def test_with_fewer_than_five_classes_top5_is_the_share_within_all():
+    sums = zero_sums(torch.device("cpu"))
+    add_batch(sums, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor(1.0))
+    assert figures(sums)["top5_accuracy"] == 1.0
+
+
+def test_confusion_has_true_classes_in_rows_and_gives_accuracy_per_class():
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    logits = torch.eye(3)[torch.tensor([0, 1, 1, 0])]
+    add_confusion(confusion, logits, torch.tensor([0, 0, 1, 1]))
+    assert confusion.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert per_class_accuracy(confusion) == [0.5, 0.5, None]
+
+
+def test_the_calibration_error_is_that_of_the_paper_bin_by_bin():
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(200, 4, generator=generator)
+    labels = torch.randint(4, (200,), generator=generator)
+    bins = zero_calibration(torch.device("cpu"))
+    for part in torch.arange(200).split(7):
+        add_calibration(bins, logits[part], labels[part])
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            gap = (predicted == labels)[inside].double().mean() - confidence[inside].mean()
+            expected += inside.double().mean().item() * abs(gap.item())
+    assert 0.1 < expected < 0.9 and math.isclose(calibration_error(bins), expected, rel_tol=1e-12)
+
+
+def test_certain_and_right_is_calibrated_and_certain_and_wrong_is_not():
+    logits = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
+    for labels, expected in (([0, 1], 0.0), ([1, 0], 1.0), ([0, 0], 0.5)):
+        bins = zero_calibration(torch.device("cpu"))
+        add_calibration(bins, logits, torch.tensor(labels))
+        assert calibration_error(bins) == expected
+    assert calibration_error(zero_calibration(torch.device("cpu"))) == 0

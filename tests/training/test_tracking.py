@@ -1,0 +1,115 @@
+"""Trackers: metrics.jsonl always, the others when asked for, and none of them can stop a run."""
+
+import pytest
+from conftest import flags, lines_of, run_process
+
+from pipeline.settings.config import Config
+from pipeline.training.tracking import end_wandb, tracker_names
+
+
+def test_only_the_trackers_asked_for_are_imported(tmp_path):
+    code = """
+import sys
+from train import main
+assert main(sys.argv[1:]) == 0
+imported = {"wandb", "tensorboard", "matplotlib", "sklearn", "pandas"} & set(sys.modules)
+assert not imported, imported
+"""
+    done = run_process("-c", code, *flags(output_dir=tmp_path, epochs=1))
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensorboard_receives_split_and_key(run_training):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, run_dir = run_training(log_with="tensorboard")
+    (folder,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*") if path.parent.name == "tensorboard"}
+    events = EventAccumulator(str(folder)).Reload()
+    told = {
+        line["step"]: line["loss"] for line in lines_of(run_dir) if line["split"] == "train" and "event" not in line
+    }
+    received = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert received == pytest.approx(told) and told
+    assert {"train/lr", "train_epoch/accuracy", "val/accuracy", "test/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    received = {"log": [], "summary": {}}
+
+    class Run:
+        id = "abc123"
+        config: dict = {}
+        summary = type("Summary", (), {"update": lambda self, values: received["summary"].update(values)})()
+
+        def log(self, values, step=None, **kwargs):
+            received["log"].append((step, values))
+
+        def finish(self, exit_code):
+            received["finished"] = exit_code == 0
+
+    import wandb
+
+    def init(**options):
+        received["options"] = options
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = type("Settings", (), {"update": lambda self, values, **kwargs: received.update(config=values)})()
+    monkeypatch.setattr(wandb, "config", settings)
+    run_training(log_with=["wandb"], project="a-project")
+    assert received["options"]["project"] == "a-project" and received["options"]["name"] == "run"
+    assert received["config"]["lr"] == 0.05 and "system/device" in received["config"]
+    assert any("train/loss" in values and "train/lr" in values for _, values in received["log"])
+    assert received["summary"]["status"] == "completed" and "test/accuracy" in received["summary"]
+    assert received["finished"]
+
+
+@pytest.mark.parametrize(
+    "summary, calls",
+    [
+        ({"status": "completed"}, ["finish 0"]),
+        ({"status": "failed", "reason": "The loss was not finite."}, ["finish 1"]),
+        ({"status": "interrupted", "reason": "SIGTERM"}, ["finish 0"]),  # as early termination stops a trial
+        ({"status": "interrupted", "reason": "SIGUSR1"}, ["preempting", "finish 1"]),  # as a batch system does
+    ],
+)
+def test_wandb_queues_a_trial_again_whose_machine_is_taken_back(summary, calls):
+    made = []
+
+    class Run:
+        summary: dict = {}
+
+        def mark_preempting(self):
+            made.append("preempting")
+
+        def finish(self, exit_code):
+            made.append(f"finish {exit_code}")
+
+    end_wandb(Run(), summary, {"seconds": 1.0})
+    assert made == calls and Run.summary == {"seconds": 1.0}
+
+
+def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(run_training, monkeypatch):
+    import wandb
+
+    def init(**options):
+        raise wandb.Error("the service is down")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.warns(UserWarning, match="wandb could not start.*the service is down"):
+        summary, run_dir = run_training(log_with="wandb")
+    assert summary["status"] == "completed" and len(lines_of(run_dir)) > 5
+
+
+def test_wandb_is_on_by_itself_under_its_agent(monkeypatch):
+    assert tracker_names(Config()) == []
+    monkeypatch.setenv("WANDB_SWEEP_ID", "a-sweep")
+    assert tracker_names(Config()) == ["wandb"]
+    assert tracker_names(Config(log_with=["tensorboard", "wandb"])) == ["tensorboard", "wandb"]
+
+
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match="pip install wandb"):
+        tracker_names(Config(log_with="wandb"))
