@@ -1,1 +1,1 @@
-"""The folder of a run: checkpoints, where a run resumes, the lock, names and paths. It imports common and settings."""
+"""The folder of a run: checkpoints, resuming, the lock, names and paths. Imports only from common and settings."""

@@ -1,6 +1,6 @@
-"""Checkpoints: safetensors and JSON, written aside, synced and renamed; found, verified and pruned.
+"""Writes, finds, verifies and prunes checkpoints: safetensors and JSON, written aside, synced and renamed.
 
-checkpoints/step-<8 digits>/   *.safetensors, state.json (facts, and each file's size and SHA-256)
+checkpoints/step-<8 digits>/   *.safetensors, state.json (facts, and the size and SHA-256 of each file)
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from pipeline.common.files import sync, write_json
 
 Tensors = dict[str, Tensor]
 
-FORMAT = 2  # raised when a checkpoint's content changes its meaning
+FORMAT = 2  # increase it when the content of a checkpoint changes its meaning
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint that is incomplete, damaged or not one of ours."""
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -30,21 +30,21 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], facts: dict[str, Any]) -> Path:
-    """Writes checkpoints/step-<step>: one safetensors file per entry of tensors, and the facts in state.json.
+    """Writes checkpoints/step-<step>: one safetensors file per entry of `tensors`, and `facts` in state.json.
 
-    Raises OSError (a full disk, a read-only or vanished folder) and leaves nothing but what was there before.
+    Returns the folder. Raises OSError (a full disk, a read-only or missing folder) and then leaves the previous files unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = checkpoint_path(run_dir, step)
     aside, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.replaced")
-    final.parent.mkdir(exist_ok=True)  # but not run_dir: where that has vanished, a network drive may be missing
+    final.parent.mkdir(exist_ok=True)  # without parents: if run_dir is missing, a network drive may be unmounted
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         for name, content in tensors.items():
-            # safetensors refuses channels-last and shared tensors
+            # safetensors rejects channels-last and shared tensors
             save_file(
                 {key: value.detach().contiguous() for key, value in content.items()}, aside / f"{name}.safetensors"
             )
@@ -55,11 +55,11 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], fa
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())
         sync(aside)
-        if final.exists():  # the same step saved again, when an epoch was stopped between its last batch and its end
+        if final.exists():  # a signal between the last batch and the end of an epoch saves the same step twice
             os.rename(final, replaced)
         os.rename(aside, final)
         sync(final.parent)
-    except SafetensorError as error:  # how it tells of a full disk
+    except SafetensorError as error:  # safetensors raises it for a full disk
         raise OSError(str(error)) from error
     finally:
         recover(run_dir)
@@ -67,7 +67,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], fa
 
 
 def recover(run_dir: Path) -> None:
-    """Tidies up after a save that was cut short: what it was replacing comes back, what was not whole goes."""
+    """Cleans up after an interrupted save: restores the checkpoint that it was replacing and deletes the incomplete one."""
     folder = run_dir / "checkpoints"
     for replaced in folder.glob(".step-*.replaced"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
@@ -80,36 +80,37 @@ def recover(run_dir: Path) -> None:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
+    """The size in bytes and the SHA-256 of a file."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def own_sha256(state: dict[str, Any]) -> str:
-    """Of what state.json says, whatever its spaces and line ends."""
+    """The SHA-256 of the content of state.json, independent of whitespace."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, after it and each file's size and SHA-256 were found right. Raises BadCheckpoint."""
+    """The content of state.json, after verifying it and the size and SHA-256 of each file. Raises BadCheckpoint."""
     try:
         facts = json.loads((folder / "state.json").read_text())
         listed, sha256 = dict(facts["files"]), facts.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{folder}: state.json cannot be read ({error})") from error
     if facts.get("format") != FORMAT:
-        raise BadCheckpoint(f"{folder}: has format {facts.get('format')}, this version reads {FORMAT}")
+        raise BadCheckpoint(f"{folder}: format {facts.get('format')} is not supported, this version reads format {FORMAT}")
     if sha256 != own_sha256(facts):
-        raise BadCheckpoint(f"{folder}: state.json is damaged (it does not have the SHA-256 that it tells)")
+        raise BadCheckpoint(f"{folder}: state.json is damaged (SHA-256 mismatch)")
     for name, expected in listed.items():
         if Path(name).name != name or not (folder / name).is_file():
             raise BadCheckpoint(f"{folder}: {name} is missing")
         if file_facts(folder / name) != expected:
-            raise BadCheckpoint(f"{folder}: {name} is damaged (its size or SHA-256 is not what state.json says)")
+            raise BadCheckpoint(f"{folder}: {name} is damaged (size or SHA-256 mismatch)")
     return facts
 
 
 def read_tensors(folder: Path, name: str) -> Tensors:
-    """The tensors of one safetensors file of a checkpoint, on the CPU. Raises BadCheckpoint."""
+    """Loads the tensors of one safetensors file of a checkpoint to the CPU. Raises BadCheckpoint."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -120,21 +121,21 @@ def read_tensors(folder: Path, name: str) -> Tensors:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, the newest first; not yet verified."""
+    """The checkpoint folders of the run, newest first, not verified."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def prune(run_dir: Path, keep: int, best: Path | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best one. Called after a new one is whole."""
+    """Deletes all checkpoints except the newest `keep` and `best`. Call it only after a new checkpoint is complete."""
     for folder in checkpoints(run_dir)[keep:]:
         if folder != best:
             discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Deletes a checkpoint; a half-deleted one never has a checkpoint's name."""
+    """Deletes a checkpoint. Renames it first, so that a partly deleted folder never has the name of a checkpoint."""
     aside = folder.with_name(f".{folder.name}.tmp")
     os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)

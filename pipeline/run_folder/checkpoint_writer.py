@@ -1,4 +1,4 @@
-"""Saving while training goes on: checkpoints written by a thread from copies, tried again when the disk refuses them."""
+"""Saves checkpoints in the background: a thread writes copies of the tensors and retries after an OSError."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ RETRY_SECONDS = 60.0
 
 @dataclass
 class Job:
-    """A checkpoint to be written; best: the step of the best one when it was taken."""
+    """A checkpoint to be written. best: the step of the best checkpoint at the time of the copy."""
 
     step: int
     tensors: Mapping[str, Tensors]
@@ -26,14 +26,14 @@ class Job:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. Rank 0 has one.
+    """Writes one checkpoint at a time. Only rank 0 has a writer.
 
-    A checkpoint that cannot be written is kept in memory, with a warning, and tried again each minute and with the next one;
-    only the newest and the best of those are kept. Nothing is pruned before the new checkpoint is whole.
+    If a checkpoint cannot be written, the writer warns, keeps the copy in memory, and retries every RETRY_SECONDS and with the
+    next checkpoint. It keeps only the newest and the best unwritten copy. It prunes only after a new checkpoint is complete.
     """
 
     def __init__(self, run_dir: Path, keep: int, prepare: Callable[[], None]):
-        """keep: how many of the newest stay besides the best; prepare: called before each writing, may raise OSError."""
+        """keep: number of newest checkpoints to keep besides the best. prepare: called before each write, may raise OSError."""
         self.run_dir, self.keep, self.prepare = run_dir, keep, prepare
         self.jobs: list[Job] = []
         self.thread: threading.Thread | None = None
@@ -42,7 +42,7 @@ class CheckpointWriter:
         self.last_saved = -1
 
     def submit(self, step: int, tensors: Mapping[str, Tensors], facts: dict[str, Any], best: int | None) -> None:
-        """Takes a copy of the tensors and has it written. Waits for the writing of the one before."""
+        """Copies the tensors to the CPU and starts to write them. Waits until the previous checkpoint is written."""
         self.join()
         copies = {name: {key: copy(value) for key, value in part.items()} for name, part in tensors.items()}
         self.jobs = [job for job in self.jobs if job.step == best] + [Job(step, copies, facts, best)]
@@ -61,11 +61,11 @@ class CheckpointWriter:
                 self.last_saved = job.step
                 prune(self.run_dir, self.keep, None if job.best is None else checkpoint_path(self.run_dir, job.best))
                 self.jobs = self.jobs[1:]
-        except Exception as error:  # whatever it is, the loop learns of it through `look_after`
+        except Exception as error:  # the main thread reports or raises it in `poll`
             self.problem = error
 
-    def look_after(self) -> None:
-        """Warns of a writing that failed, and begins it anew when it is time. The loop calls it after each step."""
+    def poll(self) -> None:
+        """Reports a failed write, and retries it when it is due. The training loop calls it after each step."""
         if self.thread is None or not self.thread.is_alive():
             self.report()
             if self.jobs and time.monotonic() >= self.retry_at:
@@ -77,21 +77,21 @@ class CheckpointWriter:
             self.report()
 
     def report(self) -> None:
-        """Warns of what the thread met; raises it when it was not the file system's fault."""
+        """Warns of an OSError in the thread. Raises any other exception that the thread caught."""
         problem, self.problem = self.problem, None
         if problem is None:
             return
         if not isinstance(problem, OSError):
             raise problem
         self.retry_at = time.monotonic() + RETRY_SECONDS
-        saved = f"Step {self.last_saved} is saved." if self.last_saved >= 0 else "Nothing is saved yet."
+        saved = f"Step {self.last_saved} is saved." if self.last_saved >= 0 else "No checkpoint is saved yet."
         console.warn(
-            f"The checkpoint of step {self.jobs[-1].step} could not be written: {problem}. {saved} Make room there; "
-            f"training goes on, and it is tried again in {RETRY_SECONDS:.0f} s and with the next checkpoint."
+            f"The checkpoint of step {self.jobs[-1].step} could not be written: {problem}. {saved} Free disk space or make the "
+            f"folder writable; training continues, next attempts in {RETRY_SECONDS:.0f} s and with the next checkpoint."
         )
 
     def finish(self) -> None:
-        """Returns when every checkpoint is written. Raises OSError when one cannot be, after another try."""
+        """Waits until every checkpoint is written. Raises OSError if a last attempt fails."""
         self.join()
         self.write_jobs()
         problem, self.problem = self.problem, None
@@ -100,6 +100,6 @@ class CheckpointWriter:
 
 
 def copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in the CPU's memory, whatever the training does to the tensor afterwards."""
+    """A contiguous copy in CPU memory, independent of later changes of the tensor."""
     copied = torch.empty(tensor.shape, dtype=tensor.dtype)
     return copied.copy_(tensor.detach())

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one training process at a time, on one machine or over a shared folder."""
+"""The lock of a run folder: one training process at a time, on one machine or in a shared folder."""
 
 import contextlib
 import errno
@@ -10,23 +10,24 @@ import time
 from pathlib import Path
 
 BEAT_SECONDS = 5.0
-SILENT_BEATS = 3  # a holder on another machine that has not stirred for so many beats is dead
-LENGTH = 256  # bytes of the file, so that a reader never sees two counts mixed
+SILENT_BEATS = 3  # a holder on another machine is treated as dead after so many intervals without a heartbeat
+LENGTH = 256  # bytes of the file; constant, so that a reader never sees parts of two heartbeats
 
-# of file systems that cannot lock
+# the errors of file systems that do not support locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Held from its making until `release` or the end of the process.
+    """Held from its construction until `release` or the end of the process.
 
-    The system's own lock (flock) decides on one machine, and is freed with the process. Network file systems may keep that
-    lock to each machine or have none; so the holder also counts in the file, and a process that finds another machine's
-    name watches whether that count goes on. Every reading opens the file anew, which makes NFS look at the server.
+    On one machine, the lock of the operating system (flock) decides; the system releases it when the process ends. A network
+    file system may keep that lock local to a machine or not support it. The holder therefore also writes a heartbeat count to
+    the file, and a process that finds the name of another machine watches whether this count increases. Every read opens the
+    file again, which makes an NFS client ask the server.
     """
 
     def __init__(self, run_dir: Path):
-        """Takes the lock. Raises ValueError when another process trains in this folder, or the folder cannot be written."""
+        """Acquires the lock. Raises ValueError if another process trains in this folder or the folder is not writable."""
         self.path = run_dir / ".lock"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -39,12 +40,13 @@ class RunLock:
         if not self.take():
             os.close(self.file)
             raise ValueError(f"{run_dir} is in use by {holder_of(self.path)}. Wait for it, or choose another run_name.")
-        os.register_at_fork(after_in_child=self.let_go)  # worker processes may live on after a kill
+        os.register_at_fork(after_in_child=self.close_in_child)  # worker processes may outlive a killed parent
         self.released = threading.Event()
         self.beating = threading.Thread(target=self.keep_beating, name="run lock", daemon=True)
         self.beating.start()
 
     def take(self) -> bool:
+        """Tries to acquire the lock; returns whether this process holds it."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             has_locks = True
@@ -62,10 +64,10 @@ class RunLock:
                 return False
         ours = self.beat()
         time.sleep(BEAT_SECONDS)
-        return read(self.path) == ours  # not that of another which began to wait when we did
+        return read(self.path) == ours  # else another process that waited at the same time took it
 
     def beat(self) -> dict[str, object]:
-        """Counts on in the file; returns what it says then."""
+        """Writes the next heartbeat to the file and returns its content."""
         self.beats += 1
         facts: dict[str, object] = {"process": os.getpid(), "machine": os.uname().nodename, "beats": self.beats}
         os.ftruncate(self.file, LENGTH)
@@ -75,11 +77,11 @@ class RunLock:
 
     def keep_beating(self) -> None:
         while not self.released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a full disk or a lost folder, of which the run itself tells
+            with contextlib.suppress(OSError):  # a full disk or a missing folder: the checkpoint writer reports it
                 self.beat()
 
-    def let_go(self) -> None:
-        """In a forked process: closes the file, and with its last copy the system frees the lock."""
+    def close_in_child(self) -> None:
+        """Closes the file in a forked process. The system releases a lock when its last file descriptor is closed."""
         with contextlib.suppress(OSError):  # released before the fork
             os.close(self.file)
 
@@ -89,11 +91,11 @@ class RunLock:
         with contextlib.suppress(OSError):
             os.ftruncate(self.file, 0)
         os.close(self.file)
-        self.file = -1  # whatever else gets its number is not closed in a forked process
+        self.file = -1  # a forked process must not close a file that reuses this descriptor
 
 
 def read(path: Path) -> dict[str, object]:
-    """What the file says of its holder; nothing when it was released or cannot be read."""
+    """The content of the lock file; empty if the lock is released or the file cannot be read."""
     try:
         facts = json.loads(path.read_bytes())
         return facts if isinstance(facts, dict) else {}

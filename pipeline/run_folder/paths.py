@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 from pipeline.settings.config import Config
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # imports torch, which reading a run does not need
+    from accelerate import Accelerator  # it imports torch, which is not needed to read a run
 
 
 def name_run(config: Config, accelerator: "Accelerator") -> Config:
-    """The settings with run_name filled in: of its set, model and time of start, the same on every rank.
+    """The settings with run_name filled in: dataset, model and start time, the same on every rank.
 
-    A checkpoint to resume from brings the name and folder of its run. Under `wandb agent` the name is made of W&B's ids, so
-    that a trial that is queued again goes on in its own folder. Raises ValueError for a launcher that restarts processes
-    which would then begin anew under another name.
+    If `resume` is a checkpoint, name and folder are those of its run. Under `wandb agent` the name consists of W&B's ids, so
+    that a requeued trial resumes in its own folder. Raises ValueError for a launcher that restarts processes (max_restarts),
+    because without a run_name the restarted processes would start a new run.
     """
     if config.run_name is not None:
         return config
     if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
         return dataclasses.replace(config, run_name=f"{os.environ['WANDB_SWEEP_ID']}-{os.environ['WANDB_RUN_ID']}")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and config.resume == "auto":
-        raise ValueError("max_restarts needs a --run_name: what is restarted goes on in that run's folder.")
+        raise ValueError("max_restarts needs a --run_name: the restarted processes resume the run of that name.")
     if config.resume not in ("auto", "never"):
         run_dir = Path(config.resume).resolve().parent.parent
         return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))

@@ -59,8 +59,8 @@ class Run:
     def prepare(self) -> None:
         """Finds where to go on from and writes the settings. Raises ValueError when these do not continue the run."""
         check_same_settings(self.config)
-        self.starts, passed_over = find_starts(self.config)
-        for sentence in passed_over:
+        self.starts, skipped = find_starts(self.config)
+        for sentence in skipped:
             console.warn(sentence)
         self.write_config()
 
@@ -90,7 +90,7 @@ class Run:
                 if start == self.starts[-1]:
                     raise ValueError(f"{error} {nothing_left(self.config)}") from error
                 if self.accelerator.is_main_process:
-                    console.warn(f"Passed over {error}")
+                    console.warn(f"Skipped {error}")
         return None, {}
 
     def prepare_folder(self) -> None:
@@ -117,7 +117,7 @@ class Run:
         if is_last or state.step % self.config.log_every == 0:
             self.log_training(state, lr, batch_size, norm)
         if self.writer is not None:
-            self.writer.look_after()
+            self.writer.poll()
         every = self.config.checkpoint_every_steps
         if every is not None and state.step % every == 0 and not is_last:
             self.save(state)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified when read."""
+"""Checkpoints: complete or absent, verified when read."""
 
 import json
 
@@ -56,14 +56,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
-def test_no_flipped_bit_goes_unnoticed(tmp_path, name):
+def test_every_flipped_bit_is_detected(tmp_path, name):
     folder = save(tmp_path, 7)
     content = (folder / name).read_bytes()
     for place in range(0, 8 * len(content), 7):
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
         (folder / name).write_bytes(flipped)
-        if json_of(flipped) != json_of(content):  # a space for a line end changes nothing that is read
+        if json_of(flipped) != json_of(content):  # other whitespace does not change the parsed content
             with pytest.raises(BadCheckpoint):
                 read_facts(folder)
     (folder / name).write_bytes(content)
@@ -83,7 +83,7 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path):
+def test_a_failed_save_leaves_older_checkpoints_unchanged(tmp_path):
     older = save(tmp_path, 1)
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, 2, {"model": {"weight": torch.zeros(1)}}, {"not JSON": object()})
@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
     read_facts(older)
 
 
-def test_a_half_written_checkpoint_of_a_killed_process_is_not_seen_and_goes(tmp_path):
+def test_an_incomplete_checkpoint_of_a_killed_process_is_ignored_and_deleted(tmp_path):
     older = save(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step-00000002.tmp").mkdir()
     assert checkpoints(tmp_path) == [older]
@@ -99,7 +99,7 @@ def test_a_half_written_checkpoint_of_a_killed_process_is_not_seen_and_goes(tmp_
     assert list((tmp_path / "checkpoints").iterdir()) == [older]
 
 
-def test_a_checkpoint_that_was_being_replaced_when_the_process_was_killed_comes_back(tmp_path):
+def test_a_checkpoint_that_was_being_replaced_when_the_process_was_killed_is_restored(tmp_path):
     folder = save(tmp_path, 1, value=3.0)
     folder.rename(folder.with_name(".step-00000001.replaced"))
     recover(tmp_path)
@@ -113,7 +113,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert (read_tensors(folder, "model")["weight"] == 4.0).all()
 
 
-def test_a_vanished_run_folder_is_not_made_anew(tmp_path):
+def test_a_missing_run_folder_is_not_created_again(tmp_path):
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "unmounted", 1)
     assert not (tmp_path / "unmounted").exists()

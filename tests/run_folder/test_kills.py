@@ -1,6 +1,6 @@
-"""A run killed at any instant, and between any two file operations, goes on to the same last digit.
+"""A run killed at any instant, and between any two file operations, resumes to the identical result.
 
-This file is the program as well: it imports torch once and forks a process for each training, so that a kill costs a second.
+This file is also the program: it imports torch once and forks a process for each training, so that a kill costs one second.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import PYTHONPATH, SMALL_RUN, lines_of, run_process, timeless
 
-OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}  # the audited ones that write
+OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}  # the audit events of writes
 SETTINGS: list[dict[str, Any]] = [
     {"optimizer": "adamw", "lr": 0.01, "ema_decay": 0.3, "checkpoint_every_steps": 2},
     {"optimizer": "muon", "lr": 0.01, "sam_rho": 0.05, "mixup": 0.4, "drop_rate": 0.2, "checkpoint_every_steps": 1},
@@ -27,14 +27,14 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def train_here(folder: Path, name: str, settings: dict[str, Any], kill_at: int | None) -> None:
-    """What a forked process does: trains, and kills itself before its kill_at-th file operation in the run's folder."""
+    """Runs in a forked process: trains, and kills itself before its kill_at-th file operation in the run folder."""
     from pipeline.settings.config import Config
     from pipeline.training.loop import train
 
     run_dir = os.path.join(folder, name)
     count = 0
 
-    def step_on() -> None:
+    def count_operation() -> None:
         nonlocal count
         count += 1
         if count == kill_at:
@@ -43,12 +43,12 @@ def train_here(folder: Path, name: str, settings: dict[str, Any], kill_at: int |
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event in OPERATIONS and str(arguments[0]).startswith(run_dir):
             if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                step_on()
+                count_operation()
 
     fsync = os.fsync
 
     def watched_fsync(descriptor: int) -> None:
-        step_on()
+        count_operation()
         fsync(descriptor)
 
     if kill_at is not None:
@@ -72,7 +72,7 @@ def to_end(folder: Path, name: str, settings: dict[str, Any], kill_at: int | Non
 
 
 def outcome(run_dir: Path) -> str:
-    """Weights, checkpoint and metrics, as one number."""
+    """SHA-256 of weights, checkpoint and metrics."""
     newest, *_ = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
     weights = [run_dir / "model" / "model.safetensors", *sorted(newest.glob("*.safetensors"))]
     contents = [path.read_bytes() for path in weights] + [json.dumps(timeless(lines_of(run_dir))).encode()]
@@ -80,7 +80,7 @@ def outcome(run_dir: Path) -> str:
 
 
 def check_nothing_lost(run_dir: Path, saved: int) -> int:
-    """Every checkpoint under its name is whole, and one at least as new as before is there; returns its step."""
+    """Asserts that every checkpoint is intact and that the newest is not older than step `saved`; returns its step."""
     from pipeline.run_folder.checkpoint import checkpoints, read_facts, recover
 
     recover(run_dir)
@@ -91,7 +91,7 @@ def check_nothing_lost(run_dir: Path, saved: int) -> int:
 
 
 def kill_at_each_operation(folder: Path, settings: dict[str, Any], expected: str) -> int:
-    """One run killed over and over, each time one file operation later; returns how often."""
+    """Kills one run repeatedly, each time one file operation later; returns the number of kills."""
     kills, saved = 0, -1
     while to_end(folder, "chain", settings, kill_at=kills + 1):
         kills += 1
@@ -101,7 +101,7 @@ def kill_at_each_operation(folder: Path, settings: dict[str, Any], expected: str
 
 
 def kill_once_at_each_operation(folder: Path, settings: dict[str, Any], expected: str) -> int:
-    """Runs of which each is killed at one file operation, the first to the last, and then goes on; returns how many."""
+    """Kills one run at each file operation, the first to the last, and resumes each to its end; returns their number."""
     kills = 0
     while to_end(folder, f"once-{kills}", settings, kill_at=kills + 1):
         check_nothing_lost(folder / f"once-{kills}", -1)
@@ -113,7 +113,7 @@ def kill_once_at_each_operation(folder: Path, settings: dict[str, Any], expected
 
 
 def kill_at_random_instants(folder: Path, settings: dict[str, Any], expected: str, number: int, seconds: float) -> int:
-    """Runs of which each is killed at a random instant until it ends; returns how many kills there were."""
+    """Kills each run at random instants until it ends; returns the number of kills."""
     kills, draw = 0, random.Random(number)
     while kills < number:
         name, saved = f"random-{kills}", -1
@@ -134,7 +134,7 @@ def kill_at_random_instants(folder: Path, settings: dict[str, Any], expected: st
 def work(folder: Path, is_long: bool) -> None:
     import torch
 
-    import pipeline.training.loop  # what the forked processes need, imported once
+    import pipeline.training.loop  # imported once for all forked processes
 
     assert torch.get_num_threads() == 1 and pipeline.training
     facts = []

@@ -1,4 +1,4 @@
-"""Going on: from any step to the same last digit, from the newest whole checkpoint of this run, never in two places."""
+"""Resuming: from any step to the identical result, from the newest intact checkpoint of the run, one process at a time."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ EXACT = {
 
 
 def cut_off_after(whole, part, step):
-    """Makes part the folder that a process leaves which was killed some time after the checkpoint of that step."""
+    """Creates in `part` the folder that a process killed some time after the checkpoint of that step leaves behind."""
     (part / "checkpoints").mkdir(parents=True)
     config = (whole / "config.yaml").read_text()
     (part / "config.yaml").write_text(config.replace(f"run_name: {whole.name}", f"run_name: {part.name}"))
@@ -66,10 +66,10 @@ def test_a_run_resumed_from_any_step_ends_the_same_to_the_last_bit(run_training,
     [
         ({"micro_batch_size": 7}, "simple_mlp", 1e-6),
         ({"loader": "workers", "num_workers": 2}, "simple_mlp", 1e-6),
-        ({"channels_last": False}, "small_convnet", 1e-4),  # a rounding that BatchNorm blows up
+        ({"channels_last": False}, "small_convnet", 1e-4),  # BatchNorm amplifies the rounding
     ],
 )
-def test_what_moves_no_figure_may_change_when_a_run_goes_on(run_training, tmp_path, changed, model_name, rel):
+def test_settings_that_change_no_result_may_change_on_resume(run_training, tmp_path, changed, model_name, rel):
     settings = {"model_name": model_name, "lr": 0.01, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
     _, whole = run_training(run_name="whole", **settings)
     cut_off_after(whole, tmp_path / "part", 7)
@@ -80,7 +80,7 @@ def test_what_moves_no_figure_may_change_when_a_run_goes_on(run_training, tmp_pa
         assert our == {key: pytest.approx(value, rel=rel) if key == "loss" else value for key, value in their.items()}
 
 
-def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
+def test_starting_an_ended_run_again_reports_it_and_changes_nothing(run_training, capsys):
     summary, run_dir = run_training()
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     again, _ = run_training()
@@ -88,14 +88,14 @@ def test_a_run_that_has_ended_says_so_and_changes_nothing(run_training, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
-def test_a_damaged_summary_is_written_anew(run_training):
+def test_a_damaged_summary_is_written_again(run_training):
     summary, run_dir = run_training()
     (run_dir / "summary.json").write_text('{"status": "comp')
     again, _ = run_training()
     assert again["test"] == summary["test"] == json.loads((run_dir / "summary.json").read_text())["test"]
 
 
-def test_going_back_to_an_older_checkpoint_works_more_than_once(run_training):
+def test_resuming_from_an_older_checkpoint_works_more_than_once(run_training):
     settings = {"checkpoint_every_steps": 5, "keep_checkpoints": 9}
     _, run_dir = run_training(**settings)
     lines, weights = timeless(lines_of(run_dir)), weights_of(run_dir)
@@ -106,12 +106,12 @@ def test_going_back_to_an_older_checkpoint_works_more_than_once(run_training):
         assert all(torch.equal(value, weights[name]) for name, value in weights_of(run_dir).items())
 
 
-def test_a_run_is_not_continued_with_other_settings(run_training, tmp_path):
+def test_a_run_is_not_resumed_with_other_settings(run_training, tmp_path):
     run_training()
-    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1"):
+    with pytest.raises(ValueError, match="started with other settings: lr 0.05 -> 0.1"):
         run_training(lr=0.1)
     (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(ValueError, match="begun with other settings: lr 0.05 -> 0.1.*init_from"):
+    with pytest.raises(ValueError, match="started with other settings: lr 0.05 -> 0.1.*init_from"):
         run_training(lr=0.1)
     with pytest.raises(ValueError, match="resume is never"):
         run_training(resume="never")
@@ -135,20 +135,20 @@ def make_foreign(folder):
 
 
 @pytest.mark.parametrize("damage, reason", [(damage_bytes, "damaged"), (make_foreign, r"another run \(seed 7 -> 0\)")])
-def test_a_damaged_or_foreign_checkpoint_is_passed_over_for_the_next_older(tmp_path, damage, reason):
+def test_a_damaged_or_foreign_checkpoint_is_skipped_for_the_next_older_one(tmp_path, damage, reason):
     config = Config(output_dir=str(tmp_path), run_name="run")
     older, newest = checkpoint_of(config, 1), checkpoint_of(config, 2)
     damage(newest)
-    starts, passed_over = find_starts(config)
-    assert starts == [older] and len(passed_over) == 1
-    assert re.search(f"step-00000002.*{reason}", passed_over[0])
+    starts, skipped = find_starts(config)
+    assert starts == [older] and len(skipped) == 1
+    assert re.search(f"Skipped .*step-00000002.*{reason}", skipped[0])
     damage(older)
-    with pytest.raises(ValueError, match="no whole checkpoint left. Delete the folder"):
+    with pytest.raises(ValueError, match="no intact checkpoint left. Delete the folder"):
         find_starts(config)
 
 
 def test_a_checkpoint_of_another_model_is_never_loaded(run_training, tmp_path, capsys):
-    """One that tells of the same settings, but holds other tensors."""
+    """Its state.json has the same settings, but its tensors are other ones."""
     settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 99}
     _, whole = run_training(run_name="whole", **settings)
     cut_off_after(whole, tmp_path / "part", 6)
@@ -156,14 +156,14 @@ def test_a_checkpoint_of_another_model_is_never_loaded(run_training, tmp_path, c
     facts = json.loads((whole / "checkpoints" / "step-00000006" / "state.json").read_text())
     (tmp_path / "part" / "checkpoints" / "step-00000006").unlink()
     keys = ("settings", "epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds", "history")
-    told = {key: facts[key] for key in (*keys, "logged", "last_loss", "sums")}
-    save_checkpoint(config.run_dir, 6, {"model": {"foreign": torch.zeros(3)}, "optimizer": {}}, told)
+    copied = {key: facts[key] for key in (*keys, "logged", "last_loss", "sums")}
+    save_checkpoint(config.run_dir, 6, {"model": {"foreign": torch.zeros(3)}, "optimizer": {}}, copied)
     _, resumed = run_training(run_name="part", **settings)
-    assert "Passed over" in (err := capsys.readouterr().err) and "does not fit this run" in err
+    assert "Skipped" in (err := capsys.readouterr().err) and "does not fit this run" in err
     assert timeless(lines_of(resumed)) == timeless(lines_of(whole)) and same_weights(whole, resumed)
 
 
-def test_two_runs_never_write_into_one_folder(run_training, tmp_path):
+def test_two_runs_never_write_to_one_folder(run_training, tmp_path):
     held = RunLock(tmp_path / "run")
     with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .* choose another run_name"):
         run_training()
@@ -210,7 +210,7 @@ def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, quick_beats)
         RunLock(tmp_path)
     ended.set()
     far.join()
-    RunLock(tmp_path).release()  # it fell silent
+    RunLock(tmp_path).release()  # no heartbeat any more
 
 
 def take_and_hold(run_dir, seconds):
@@ -238,7 +238,7 @@ def test_without_locks_of_the_file_system_one_of_two_gets_the_folder(tmp_path, q
     assert sorted(taker.exitcode for taker in takers) == [0, 2]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_training(run_training, tmp_path):
+def test_a_folder_that_is_not_writable_is_reported_before_training(run_training, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Cannot write into .*file.*choose another output_dir"):
         run_training(output_dir=str(tmp_path / "file"))
