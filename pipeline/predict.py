@@ -5,13 +5,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.common import console
+from pipeline.common.files import written_aside
 from pipeline.settings.command_line import CommandParser, at_least, check_output, exit_status, one_of
 
 if TYPE_CHECKING:
@@ -94,26 +94,29 @@ def run(args: argparse.Namespace) -> int:
     saved = load_saved_model(args.model)
     header, line = FORMATS[args.format](paths, saved.shown_names, args.top_k)
     answers = prediction.predict(saved, paths, top_k=args.top_k, batch_size=args.batch_size, device=device)
-    aside = args.output and args.output.with_name(f".{args.output.name}.tmp-{os.getpid()}")
     num_bad = len(problems)
-    try:
-        with open(aside, "w", encoding="utf-8") if aside else contextlib.nullcontext(sys.stdout) as out:
-            out.write(header)
-            # results that scroll by on the terminal show progress enough
-            shown = aside is not None or not sys.stdout.isatty()
-            with console.progress_bar(len(paths), 0, "predicting", shown, unit="image") as bar:
-                for answer in answers:
-                    num_bad += write(answer, out, line, saved.shown_names, bar)
-            out.flush()
-        if aside is not None:
-            os.replace(aside, args.output)
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+    with output_file(args.output) as out:
+        out.write(header)
+        # results that scroll by on the terminal show progress enough
+        shown = args.output is not None or not sys.stdout.isatty()
+        with console.progress_bar(len(paths), 0, "predicting", shown, unit="image") as bar:
+            for answer in answers:
+                num_bad += write(answer, out, line, saved.shown_names, bar)
+        out.flush()
     if num_bad:
         done = len(paths) + len(problems) - num_bad
         print(f"{done:,} images done, {num_bad:,} could not be read.", file=sys.stderr)
     return 1 if num_bad else 0
+
+
+@contextlib.contextmanager
+def output_file(path: Path | None) -> Iterator[TextIO]:
+    """The file, which a reader sees once it is whole; None is standard output."""
+    if path is None:
+        yield sys.stdout
+    else:
+        with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            yield file
 
 
 def write(answer: "Answer", out: TextIO, line: Callable[[str, Ranked], str], names: Sequence[str], bar: Any) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.benchmark.measuring import Row, Section
-from pipeline.common.files import write_atomically
+from pipeline.common.files import write_atomically, written_aside
 from pipeline.common.system import usable_cores
 
 CURVE_ROWS = 16  # of a curve, in the terminal; the rest is in the files
@@ -117,10 +117,9 @@ def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None
     figure.supxlabel(
         f"{facts['cpu']}, {facts['cores']} cores, torch {facts['versions']['torch']}, {facts['date']}", fontsize=7
     )
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png", dpi=120)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)
-    aside.replace(path)
 
 
 def draw_bars(panel: Any, section: Section) -> None:

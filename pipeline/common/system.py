@@ -3,6 +3,8 @@
 import ctypes
 import os
 
+import psutil
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES, OLD_GLIBCS_MOST = 2**30, 2**25
 
@@ -10,6 +12,16 @@ KEPT_BYTES, OLD_GLIBCS_MOST = 2**30, 2**25
 def usable_cores() -> int:
     """The machine's cores, or those that an affinity mask leaves of them (taskset, a SLURM job); a quota is not seen."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process with this number runs on this machine; one that has ended and waits for its parent does not."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:  # it is another user's
+        return True
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return False
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Our folder in the cache of `datasets`: where it lies, one writer at a time, files written aside and renamed."""
+"""Our folder in the cache of `datasets`: where it lies, and one writer at a time."""
 
 import contextlib
 import fcntl
@@ -38,21 +38,3 @@ def locked(path: Path) -> Iterator[None]:
             file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes path when all is written and synced; on an error nothing of it is left.
-
-    What a process that was killed left aside is removed. Raises OSError.
-    """
-    for left_over in path.parent.glob(f".{path.name}.*"):
-        left_over.unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

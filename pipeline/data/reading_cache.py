@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.cache_folder import cache_folder, locked, written_aside
+from pipeline.common.files import written_aside
+from pipeline.data.cache_folder import cache_folder, locked
 from pipeline.data.splits import Reading, Split, file_state
 
 FORMAT = 1  # raised when what a record holds changes its meaning

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.common.files import sync, write_json
+from pipeline.common.files import folder_written_aside, write_json
 from pipeline.data.from_settings import load_data
 from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.decode import BadImage
@@ -167,10 +166,8 @@ def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[s
     images: model input [B, C, S, S] to check on. The folder is written aside, checked, and renamed; an earlier export
     is replaced. Raises CommandFailed when the format cannot be made or its logits are not the model's; nothing is left then.
     """
-    aside = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside.mkdir()
-    try:
+    with folder_written_aside(output) as aside:
         difference = convert(saved, name, images, aside)
         facts = describe(saved, name) | {
             "check": {
@@ -180,12 +177,6 @@ def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[s
             }
         }
         write_json(aside / PREPROCESSING_FILE, facts)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
-        sync(output.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return facts
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.common.console import progress_bar, warn
-from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked, written_aside
+from pipeline.common.files import written_aside
+from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked
 from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from pipeline.common.files import sync
+from pipeline.common.files import folder_written_aside
 
 WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
 
@@ -169,9 +167,7 @@ def save_model(
     plain = copy.deepcopy(model).cpu()
     for tensor in [*plain.parameters(), *plain.buffers()]:
         tensor.data = tensor.data.contiguous()  # safetensors refuses channels_last
-    aside, replaced = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    _remove_leftovers(folder)
-    try:
+    with folder_written_aside(folder) as aside:
         save_for_hf(
             plain,
             str(aside),
@@ -187,22 +183,3 @@ def save_model(
             safe_serialization=True,
         )
         (aside / README_FILE).write_text(readme, encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            sync(path)
-        if folder.exists():
-            folder.rename(replaced)
-        aside.rename(folder)
-        sync(folder.parent)
-    finally:
-        _remove_leftovers(folder)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what this or a killed process wrote aside; a replaced folder only if its successor is in place."""
-    for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    for replaced in folder.parent.glob(f".{folder.name}.old-*"):
-        if folder.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(folder)

@@ -7,13 +7,11 @@ OUTPUT/figures/      every figure as PNG and SVG
 """
 
 import argparse
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.common.files import sync, write_atomically
+from pipeline.common.files import folder_written_aside
 from pipeline.report.comparison import ranked
 from pipeline.report.content import best_tested, make_report
 from pipeline.report.pages import html_page, markdown_page
@@ -62,21 +60,11 @@ def check_output(folder: Path) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes the files, by name with at most one folder, aside; then they take the place of the folder that is there."""
-    folder = folder.resolve()
-    aside, replaced = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    try:
+    """Writes the files, by name with at most one folder, in place of the folder that is there."""
+    with folder_written_aside(folder) as aside:
         for name, content in files.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(aside / name, content)
-        if folder.exists():
-            folder.rename(replaced)
-        aside.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).write_bytes(content)
 
 
 def write_report(paths: Sequence[Path], output: Path, target: float | None, num_mistakes: int) -> str:

@@ -5,16 +5,14 @@ checkpoints/step-<8 digits>/   *.safetensors, state.json (facts, and the size an
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.common.files import sync, write_json
+from pipeline.common.files import folder_written_aside, remove_folder, tidy, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -38,45 +36,32 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], fa
     from safetensors.torch import save_file
 
     final = checkpoint_path(run_dir, step)
-    aside, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.replaced")
     final.parent.mkdir(exist_ok=True)  # without parents: if run_dir is missing, a network drive may be unmounted
-    shutil.rmtree(aside, ignore_errors=True)
+    tidy(final.parent, alone=True)
     try:
-        aside.mkdir()
-        for name, content in tensors.items():
-            # safetensors rejects channels-last and shared tensors
-            save_file(
-                {key: value.detach().contiguous() for key, value in content.items()}, aside / f"{name}.safetensors"
-            )
-        files = {path.name: file_facts(path) for path in sorted(aside.iterdir())}
-        state = {"format": FORMAT, "step": step, "files": files, **facts}
-        write_json(aside / "state.json", {**state, "sha256": own_sha256(state)})
-        for name in files:
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
-        sync(aside)
-        if final.exists():  # a signal between the last batch and the end of an epoch saves the same step twice
-            os.rename(final, replaced)
-        os.rename(aside, final)
-        sync(final.parent)
+        # a signal between the last batch and the end of an epoch saves the same step twice
+        with folder_written_aside(final, alone=True) as aside:
+            for name, content in tensors.items():
+                # safetensors rejects channels-last and shared tensors
+                save_file(
+                    {key: value.detach().contiguous() for key, value in content.items()}, aside / f"{name}.safetensors"
+                )
+            files = {path.name: file_facts(path) for path in sorted(aside.iterdir())}
+            state = {"format": FORMAT, "step": step, "files": files, **facts}
+            write_json(aside / "state.json", {**state, "sha256": own_sha256(state)})
     except SafetensorError as error:  # safetensors raises it for a full disk
         raise OSError(str(error)) from error
-    finally:
-        recover(run_dir)
     return final
 
 
 def recover(run_dir: Path) -> None:
-    """Cleans up after an interrupted save: restores the checkpoint that it was replacing and deletes the incomplete one."""
-    folder = run_dir / "checkpoints"
-    for replaced in folder.glob(".step-*.replaced"):
-        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(replaced, final)
-    for aside in folder.glob(".step-*.tmp"):
-        shutil.rmtree(aside, ignore_errors=True)
+    """Cleans up after a killed process: restores what it was replacing and deletes what is incomplete.
+
+    Call it only in the process that holds the run's lock, while it writes nothing else there.
+    """
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if folder.is_dir():
+            tidy(folder, alone=True)
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -131,11 +116,4 @@ def prune(run_dir: Path, keep: int, best: Path | None) -> None:
     """Deletes all checkpoints except the newest `keep` and `best`. Call it only after a new checkpoint is complete."""
     for folder in checkpoints(run_dir)[keep:]:
         if folder != best:
-            discard(folder)
-
-
-def discard(folder: Path) -> None:
-    """Deletes a checkpoint. Renames it first, so that a partly deleted folder never has the name of a checkpoint."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(folder)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.common.files import write_atomically
 from pipeline.common.stopping import Signals
 from pipeline.common.system import usable_cores
 from pipeline.sweep.file import Sweep, check_trials, read_sweep
@@ -173,14 +174,13 @@ def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
         raise ValueError(f"{args.file}: {error}") from error
     folder = (args.output_dir or Path(configs[0].output_dir)) / sweep.name
     from pipeline.sweep.study import SweepStudy
-    from pipeline.sweep.table import write_shared
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"Cannot write into {folder} ({error.strerror}). Choose another --output_dir.") from error
     study = SweepStudy(sweep, args.storage or str(folder / "journal.log"), min(limits), args.seed)
-    write_shared(folder / "sweep.yaml", args.file.read_text())
+    write_atomically(folder / "sweep.yaml", args.file.read_bytes())
     return sweep, study, folder
 
 

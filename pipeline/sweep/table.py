@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def ranked(rows: Sequence[dict[str, Any]], sweep: Sweep) -> list[dict[str, Any]]
 
 
 def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) -> None:
-    """Writes trials.jsonl and results.csv."""
+    """Writes trials.jsonl and results.csv, whole, also when agents on several machines do so at the same time."""
     text = io.StringIO()
     columns = ["rank", "number", "status", *sweep.space.varied, sweep.metric, *FACTS, "run_dir", "error"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -58,15 +57,8 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) ->
     for row in ranked(rows, sweep):
         writer.writerow({**row, **row["params"], sweep.metric: row["value"]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_shared(folder / "trials.jsonl", lines)
-    write_shared(folder / "results.csv", text.getvalue())
-
-
-def write_shared(path: Path, content: str) -> None:
-    """Writes a file that agents on several machines may write at the same time; the last one stays, whole."""
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    write_atomically(aside, content.encode())
-    os.replace(aside, path)
+    write_atomically(folder / "trials.jsonl", lines.encode())
+    write_atomically(folder / "results.csv", text.getvalue().encode())
 
 
 def settings_in_words(params: Mapping[str, Any], sweep: Sweep) -> list[str]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from pipeline.common.system import is_alive
 from pipeline.training.step import seed_generators
 
 PROGRAM = """
 import resource, sys, torch
-from pipeline.config import Config
+from pipeline.settings.config import Config
 from pipeline.distributed.accelerator import make_accelerator
 
 def pages_fetched():
@@ -52,3 +53,13 @@ def test_seeded_generators_draw_as_after_torchs_own_seeding(device):
         seed()
         draws.append((torch.rand(3).tolist(), torch.rand(3, device=device).tolist()))
     assert draws[0] == draws[1]
+
+
+def test_a_process_lives_until_it_has_ended():
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    assert is_alive(process.pid) and is_alive(1) and is_alive(os.getpid())
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    assert not is_alive(process.pid)
+    process.wait()
+    assert not any(is_alive(number) for number in (process.pid, -1, 2**40))

@@ -302,7 +302,7 @@ def test_what_a_killed_process_left_is_no_obstacle(folder: Path, decodings: list
     split = small_split()
     expected = all_of(device_images(split), split)
     (file,) = folder.glob("*.arrow")
-    left = file.with_name(f".{file.name}.12345")
+    left = file.with_name(f".{file.name}.{os.getpid()}@{os.uname().nodename}.tmp")
     file.rename(left)
     assert torch.equal(all_of(device_images(split), split), expected) and len(decodings) == 80
     assert file.is_file() and not left.exists()

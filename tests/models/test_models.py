@@ -1,6 +1,7 @@
 """Models are built, named, started from weights, saved and rebuilt as a user expects."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -338,13 +339,13 @@ def test_a_saved_folder_is_replaced_whole_or_not_at_all(saved, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(timm_folder, "sync", fail)
+        patched.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="disk is full"):
             save(model, run / "model", 16)
     assert torch.equal(logits(load_model(run / "model"), images), before)
     assert [path.name for path in run.iterdir()] == ["model"]
 
-    (run / ".model.tmp-1").mkdir()  # as a killed process leaves it
+    (run / f".model.{os.getpid()}@{os.uname().nodename}.tmp").mkdir()  # as a killed process leaves it
     save(model, run / "model", 16)
     assert torch.equal(logits(load_model(run / "model"), images), logits(model, images))
     assert not torch.equal(logits(model, images), before)
@@ -353,8 +354,7 @@ def test_a_saved_folder_is_replaced_whole_or_not_at_all(saved, monkeypatch):
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, monkeypatch):
     model, run = saved
-    (run / "model").rename(run / ".model.old-1")
-    (run / ".model.tmp-1").mkdir()
+    (run / "model").rename(run / ".model.1@another.machine.old")
     monkeypatch.setattr(timm_folder, "save_for_hf", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(model, run / "model", 16)

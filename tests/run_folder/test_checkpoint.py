@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from pipeline.common.files import write_json
+from pipeline.common.files import REPLACED, UNFINISHED, aside_name, write_json
 from pipeline.run_folder.checkpoint import (
     FORMAT,
     BadCheckpoint,
+    checkpoint_path,
     checkpoints,
     prune,
     read_facts,
@@ -93,15 +94,17 @@ def test_a_failed_save_leaves_older_checkpoints_unchanged(tmp_path):
 
 def test_an_incomplete_checkpoint_of_a_killed_process_is_ignored_and_deleted(tmp_path):
     older = save(tmp_path, 1)
-    (tmp_path / "checkpoints" / ".step-00000002.tmp").mkdir()
+    aside_name(checkpoint_path(tmp_path, 2), UNFINISHED).mkdir()
+    (tmp_path / "checkpoints" / ".step-00000003.17@another.machine.tmp").mkdir()
+    (tmp_path / ".model.17@another.machine.tmp").mkdir()
     assert checkpoints(tmp_path) == [older]
     recover(tmp_path)
-    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+    assert list((tmp_path / "checkpoints").iterdir()) == [older] and list(tmp_path.iterdir()) == [older.parent]
 
 
 def test_a_checkpoint_that_was_being_replaced_when_the_process_was_killed_is_restored(tmp_path):
     folder = save(tmp_path, 1, value=3.0)
-    folder.rename(folder.with_name(".step-00000001.replaced"))
+    folder.rename(aside_name(folder, REPLACED))
     recover(tmp_path)
     assert read_facts(folder) and (read_tensors(folder, "model")["weight"] == 3.0).all()
 
