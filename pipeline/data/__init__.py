@@ -1,1 +1,1 @@
-"""Image sets: a name, a folder or a Hub id becomes train, val and test splits. It imports common, images, models and settings."""
+"""Image datasets: a name, a folder or a Hub id becomes splits. Imports only from common, images, models and settings."""

@@ -1,6 +1,6 @@
-"""Leaving out images that cannot be decoded, before training: so every count is exact, whatever loader and processes.
+"""Skips images that cannot be decoded, before training. All counts are then exact, for every loader and number of processes.
 
-What was found good is remembered in a file beside the decoded images: a byte for each row of the whole table.
+A file beside the decoded images records which images decode: one byte for each row of the whole table.
 """
 
 import dataclasses
@@ -16,44 +16,44 @@ from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked
 from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage, decode_pixels
 
-FORMAT = b"1"  # raised when what a file holds changes its meaning
+FORMAT = b"1"  # increase it when the content of the file changes its meaning
 UNKNOWN, GOOD = 0, 1
-CHUNK = 64  # images that a thread takes at a time
-NUM_NAMED = 10  # images that are warned about one by one
+CHUNK = 64  # images per task of a thread
+NUM_NAMED = 10  # images with a warning of their own; the rest is counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Screened:
-    """The splits without their bad images, and what is wrong with each of those, in words."""
+    """The splits without their bad images, and one message for each bad image."""
 
     splits: list[Split]
-    complaints: list[str]
+    messages: list[str]
 
 
 def without_bad_images(splits: list[Split], channels: int, num_threads: int, shown: bool) -> Screened:
-    """Decodes each image that is not known to be good. Raises BadImage where a split has no good image.
+    """Decodes each image that is not recorded as good, and removes the bad ones. Raises BadImage if no image of a split decodes.
 
-    An image that is in two of the splits counts once. shown: whether to show a bar and to warn.
+    An image that is in two splits counts once. shown: whether to show a progress bar and warnings.
     """
     kept: list[Split] = []
-    complaints: dict[tuple[str, int], str] = {}  # by table and row
+    messages: dict[tuple[str, int], str] = {}  # by table and row
     for split in splits:
         bad = bad_images(split, channels, num_threads, shown)
-        complaints |= {(split.fingerprint()[0], int(split.table_rows[row])): words for row, words in bad.items()}
+        messages |= {(split.fingerprint()[0], int(split.table_rows[row])): message for row, message in bad.items()}
         good = np.delete(np.arange(len(split)), list(bad))
         if not len(good):
             raise BadImage(f"No image of the {split.name} split can be decoded. The first: {bad[0]}")
         kept.append(split.select(good) if bad else split)
     if shown:
-        for words in list(complaints.values())[:NUM_NAMED]:
-            warn(f"{words} It is left out.")
-        if len(complaints) > NUM_NAMED:
-            warn(f"{len(complaints) - NUM_NAMED:,} more images cannot be decoded and are left out.")
-    return Screened(kept, list(complaints.values()))
+        for message in list(messages.values())[:NUM_NAMED]:
+            warn(f"{message} The image is skipped.")
+        if len(messages) > NUM_NAMED:
+            warn(f"{len(messages) - NUM_NAMED:,} more images cannot be decoded and are skipped.")
+    return Screened(kept, list(messages.values()))
 
 
 def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> dict[int, str]:
-    """Rows of the split whose images cannot be decoded, and why."""
+    """The rows of the split whose images cannot be decoded, each with its message."""
     import PIL
 
     fingerprint, num_bytes = split.fingerprint()
@@ -72,33 +72,33 @@ def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> di
 
 
 def check(split: Split, rows: np.ndarray, channels: int, num_threads: int, shown: bool) -> dict[int, str]:
-    """Those of the rows whose images cannot be decoded, in order, and why."""
+    """Decodes the images of the rows; returns the rows that cannot be decoded, in order, each with its message."""
 
-    def complaints(start: int) -> dict[int, str]:
+    def decode_chunk(start: int) -> dict[int, str]:
         found = {}
         for row in rows[start : start + CHUNK].tolist():
             try:
                 decode_pixels(split.encoded(row), channels)
             except BadImage as error:
-                found[row] = complaint(split, row, error)
+                found[row] = bad_image_message(split, row, error)
         return found
 
     bad: dict[int, str] = {}
     with ThreadPoolExecutor(num_threads) as pool, progress_bar(len(rows), 0, "checking", shown, unit="image") as bar:
-        for start, found in zip(range(0, len(rows), CHUNK), pool.map(complaints, range(0, len(rows), CHUNK))):
+        for start, found in zip(range(0, len(rows), CHUNK), pool.map(decode_chunk, range(0, len(rows), CHUNK))):
             bad |= found
             bar.update(min(CHUNK, len(rows) - start))
     return bad
 
 
-def complaint(split: Split, row: int, error: BadImage) -> str:
-    """What is wrong with an image, and which one it is: "row 17 of train: ..."."""
+def bad_image_message(split: Split, row: int, error: BadImage) -> str:
+    """The error with the place of the image: "row 17 of train: ..."."""
     where = split.where(row)
     return str(error) if where in str(error) else f"{where}: {error}"
 
 
 def read_known(path: Path, num_rows: int) -> np.ndarray:
-    """What is known of each row of the table; all UNKNOWN where there is no file, or a damaged one. uint8 [num_rows]."""
+    """The record of each row of the table, UNKNOWN or GOOD; uint8 [num_rows]. All UNKNOWN if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -109,9 +109,9 @@ def read_known(path: Path, num_rows: int) -> np.ndarray:
 
 
 def write_known(path: Path, known: np.ndarray, shown: bool) -> None:
-    """Writes the file if it can; the next run checks anew otherwise."""
+    """Writes the record; warns if it cannot be written, and the next run then checks all images again."""
     try:
         with written_aside(path) as aside:
             aside.write_bytes(hashlib.sha256(FORMAT + known.tobytes()).digest() + known.tobytes())
     except OSError as error:
-        warn(f"{path.parent} could not be written ({error.strerror or error}): the next run checks all images anew.")
+        warn(f"{path.parent} could not be written ({error.strerror or error}). The next run checks all images again.")

@@ -1,4 +1,4 @@
-"""Folders of class folders: images found by a walk, read when they are used, nothing copied."""
+"""Reads folders of class folders: lists the image files. The images are read when they are used and not copied."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LAYOUTS = (
 
 
 def read_class_folders(folder: Path) -> Reading:
-    """The splits under our names, the class names (train's folder names, sorted) and notes for the user.
+    """The splits (train, val, test), the class names (the folder names of train, sorted) and notes for the user.
 
-    With split folders (train/, val/, test/) inside, each holds class folders; else the folder's own subfolders are the
-    classes of one split. Raises ValueError where there is no image, a class is empty, or val or test has a class that
-    train has not.
+    If the folder contains split folders (train/, val/, test/), each of them contains class folders. Otherwise the subfolders
+    are the classes of a single split. Raises ValueError if there is no image, a class is empty, or val or test has a class
+    that train lacks.
     """
     folder = Path(os.path.abspath(folder))
     split_folders, notes = _split_folders(folder)
@@ -34,7 +34,7 @@ def read_class_folders(folder: Path) -> Reading:
     for root in split_folders.values():
         loose = _image_count(root)
         if loose:
-            notes.append(f"{loose} images in {root} lie beside the class folders and are not used.")
+            notes.append(f"{loose} images in {root} are in no class folder and are not used.")
     splits = {split: _to_split(split, classes, class_names) for split, classes in files.items()}
     return splits, class_names, notes
 
@@ -48,19 +48,19 @@ def _image_count(folder: Path) -> int:
 
 
 def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Our split names to folders, and notes. A folder called train that holds no folders is a class, not a split."""
+    """Maps train, val and test to folders; and notes. A folder named train without subfolders is a class, not a split."""
     children = [path.name for path in _subfolders(folder)]
     splits = [name for name in children if is_split_name(name) and _subfolders(folder / name)]
     if not splits:
         return {"train": folder}, []
     found = find_splits(splits, f"The folder {folder}")
     unused = [name for name in children if name not in found.values()]
-    notes = [f"Not used, because they are not splits with class folders: {', '.join(unused)}."] if unused else []
+    notes = [f"Not used, because they are not split folders: {', '.join(unused)}."] if unused else []
     return {split: folder / name for split, name in found.items()}, notes
 
 
 def _check_classes(files: dict[str, dict[str, list[str]]], roots: dict[str, Path]) -> None:
-    """Raises ValueError for a split without classes, a class without images, or a class that train does not have."""
+    """Raises ValueError for a split without classes, a class without images, or a class that train lacks."""
     for split, classes in files.items():
         if not any(classes.values()):
             raise ValueError(f"Found no images in class folders in {roots[split]}. {LAYOUTS}")
@@ -71,7 +71,7 @@ def _check_classes(files: dict[str, dict[str, list[str]]], roots: dict[str, Path
         unknown = sorted(set(classes) - set(files["train"]))
         if unknown:
             raise ValueError(
-                f"{roots[split]} has classes that {roots['train']} has not: {', '.join(unknown)}. "
+                f"{roots[split]} has classes that {roots['train']} lacks: {', '.join(unknown)}. "
                 f"The training classes: {', '.join(files['train'])}."
             )
 

@@ -1,4 +1,4 @@
-"""The image set that the settings name, loaded once per machine and checked."""
+"""Loads the dataset that the settings name, once per machine."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ from pipeline.settings.config import Config
 
 
 def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
-    """The dataset; the first process of each machine fetches and prepares it, the others then find it in the cache.
+    """The dataset of the settings. All ranks must call it. The first process of each machine fills the cache for the others.
 
-    A stream leaves nothing in a cache: one process reads its labels and places, and sends them to the others.
+    A streamed dataset is not cached: rank 0 reads its labels and the places of its images, and broadcasts them.
     """
     if config.loader != "stream" or accelerator.num_processes == 1:
         with accelerator.local_main_process_first():
-            return load_as_set(config, accelerator)
+            return load_here(config, accelerator)
     found: list[ImageDataset | ValueError | None] = [None]
     if accelerator.is_main_process:
         try:
-            found = [load_as_set(config, accelerator)]
+            found = [load_here(config, accelerator)]
         except ValueError as error:
             found = [error]
     (dataset,) = broadcast_object_list(found)
@@ -31,8 +31,8 @@ def load_data(config: Config, accelerator: Accelerator) -> ImageDataset:
     return dataset
 
 
-def load_as_set(config: Config, accelerator: Accelerator) -> ImageDataset:
-    """What the settings name, without bad images where that is asked for."""
+def load_here(config: Config, accelerator: Accelerator) -> ImageDataset:
+    """The dataset of the settings; without bad images if on_bad_image is skip."""
     dataset = load_image_dataset(
         config.dataset,
         label_column=config.label_column,
@@ -43,19 +43,19 @@ def load_as_set(config: Config, accelerator: Accelerator) -> ImageDataset:
         skip_bad_headers=config.on_bad_image == "skip",
         streamed=config.loader == "stream",
     )
-    return leave_out_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
+    return skip_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
 
 
-def leave_out_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:
-    """The dataset without the images that cannot be decoded; all are decoded that are not known to be good."""
+def skip_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:
+    """The dataset without the images that cannot be decoded. Decodes all images that are not recorded as good."""
     channels, shown = input_channels(config, dataset), accelerator.is_main_process
     screened = without_bad_images([dataset.train, dataset.val, dataset.test], channels, usable_cores(), shown)
     train, val, test = screened.splits
-    count = len(screened.complaints)
-    notes = [*dataset.notes, f"{count:,} images cannot be decoded and are left out."] if count else dataset.notes
-    return dataclasses.replace(dataset, train=train, val=val, test=test, notes=notes, bad_images=screened.complaints)
+    count = len(screened.messages)
+    notes = [*dataset.notes, f"{count:,} images cannot be decoded and are skipped."] if count else dataset.notes
+    return dataclasses.replace(dataset, train=train, val=val, test=test, notes=notes, bad_images=screened.messages)
 
 
 def input_channels(config: Config, dataset: ImageDataset) -> int:
-    """Three for pretrained models, else as many as the set's images have."""
+    """3 for pretrained models, else the number of channels of the images."""
     return 3 if config.pretrained else dataset.channels

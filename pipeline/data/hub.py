@@ -1,4 +1,4 @@
-"""Image sets read through Hugging Face `datasets`: Hub ids and folders of Parquet or Arrow files, memory-mapped."""
+"""Reads Hub datasets and folders of Parquet or Arrow files with Hugging Face `datasets`; the tables are memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pipeline.data.splits import Reading, Split, file_state, find_splits
 
 PREFERRED_IMAGES = ("image", "img")
 PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
-HUB_SECONDS = 10.0  # for its answer
-OUT_OF_REACH = "The Hub was not reached ({}): the set is the one that was read last."
-SAVED_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a DatasetDict, of a Dataset
+HUB_SECONDS = 10.0  # timeout of a request
+OUT_OF_REACH = "The Hub was not reached ({}). The last version that was read is used."
+SAVED_MARKS = ("dataset_dict.json", "state.json")  # written by save_to_disk: of a DatasetDict, of a Dataset
 
 
 def read_hub_set(
     hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None
 ) -> Reading:
-    """The splits under our names, the class names and notes for the user; downloaded once, then from the cache.
+    """The splits (train, val, test), the class names and notes for the user. Downloads the dataset once and caches it.
 
-    Raises ValueError where the set cannot be had or has no usable image and label columns.
+    Raises ValueError if the dataset cannot be loaded or has no usable image and label columns.
     """
-    asked = ["hub", hub_id, config, label_column, repr(row)]
-    commit, obstacle = commit_on_hub(hub_id)
-    known = reading_cache.recall(asked, commit) if commit or obstacle else None
+    request = ["hub", hub_id, config, label_column, repr(row)]
+    commit, failure = commit_on_hub(hub_id)
+    known = reading_cache.load(request, commit) if commit or failure else None
     if known is not None:
         splits, class_names, notes = known
-        return splits, class_names, [*notes, OUT_OF_REACH.format(obstacle)] if obstacle else notes
+        return splits, class_names, [*notes, OUT_OF_REACH.format(failure)] if failure else notes
     import datasets
 
     try:
@@ -43,53 +43,53 @@ def read_hub_set(
         raise ValueError(
             f"Could not load the Hub set {hub_id!r} from {endpoint}: {reason}. Check the name (no folder has that "
             "name either). --hub_config picks one of several configs; a private or gated set needs HF_TOKEN; "
-            "HF_ENDPOINT names another Hub; without a network only a set that is in the cache (HF_HOME) can be used."
+            "HF_ENDPOINT names another Hub; without a network only a cached set (HF_HOME) can be used."
         ) from error
     from huggingface_hub.constants import HF_HUB_CACHE
 
     caches = (HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE))
     reading = _to_splits(loaded, f"The Hub set {hub_id}", row, label_column, caches)
     if commit and all(commit in file["filename"] for split in loaded.values() for file in split.cache_files):
-        reading_cache.remember(asked, commit, reading)
+        reading_cache.store(request, commit, reading)
     return reading
 
 
 def commit_on_hub(hub_id: str) -> tuple[str | None, str]:
-    """The set's newest commit, or None; and what keeps the Hub from being asked, empty where it answered."""
+    """The newest commit of the dataset, or None; and why the Hub could not be reached, empty if it answered."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return HfApi().dataset_info(hub_id, timeout=HUB_SECONDS).sha, ""
-    except HfHubHTTPError:  # an answer, which `datasets` puts in words
+    except HfHubHTTPError:  # the Hub answered with an error; `datasets` raises it with a better message
         return None, ""
-    except Exception as error:  # which it is depends on the HTTP client that huggingface_hub takes
+    except Exception as error:  # the type depends on the HTTP client of huggingface_hub
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         return None, reason or type(error).__name__
 
 
 def load_errors() -> tuple[type[Exception], ...]:
-    """What `datasets` raises when a set cannot be had or read."""
+    """The exceptions that `datasets` raises if a dataset cannot be found or read."""
     import datasets
 
     return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 def is_table_folder(folder: Path) -> bool:
-    """Whether Parquet or Arrow files lie in the folder or one level below."""
+    """Whether the folder, or a folder one level below, contains Parquet or Arrow files."""
     patterns = ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 def read_table_folder(folder: Path, label_column: str | None) -> Reading:
-    """As read_hub_set, for a folder of Parquet or Arrow files, or what `save_to_disk` wrote.
+    """Like read_hub_set, for a folder of Parquet or Arrow files or the output of `save_to_disk`.
 
-    What save_to_disk wrote is memory-mapped in place; of other files `datasets` keeps an Arrow copy in its cache.
+    The output of save_to_disk is memory-mapped in place. Of other files, `datasets` keeps an Arrow copy in its cache.
     """
     path = os.path.abspath(folder)
-    asked = ["folder", path, label_column]
+    request = ["folder", path, label_column]
     state = sorted(file_state(os.path.join(parent, name)) for parent, _, names in os.walk(path) for name in names)
-    known = reading_cache.recall(asked, state)
+    known = reading_cache.load(request, state)
     if known is not None:
         return known
     import datasets
@@ -102,12 +102,12 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     reading = _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
-    reading_cache.remember(asked, state, reading)
+    reading_cache.store(request, state, reading)
     return reading
 
 
 def find_image_column(features: Any, source: str) -> str:
-    """The column of images: of type Image, else struct<bytes, path> or binary. Raises ValueError if not exactly one."""
+    """The image column: the one of type Image, else struct<bytes, path> or binary. Raises ValueError if none or several fit."""
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -117,30 +117,31 @@ def find_image_column(features: Any, source: str) -> str:
         return (preferred or images)[0]
     found = f"several image columns ({', '.join(images)})" if images else "no image column"
     raise ValueError(
-        f"{source} has {found}. Its columns: {_describe(features)}. One must hold images: type Image, binary, or "
-        "a struct of bytes and path, and be called image where there are several."
+        f"{source} has {found}. Its columns: {_describe(features)}. One column must hold images (type Image, binary, or "
+        "a struct of bytes and path); if there are several, one must be named image."
     )
 
 
-def find_label_column(features: Any, source: str, wanted: str | None) -> str:
-    """The column of labels: `wanted` if given, else the only or best-named ClassLabel, else integer or string column.
+def find_label_column(features: Any, source: str, given: str | None) -> str:
+    """The label column: `given` if not None, else the only one or the one of PREFERRED_LABELS.
 
-    Raises ValueError that lists the columns where `wanted` cannot be one, or none or several can.
+    Candidates are the ClassLabel columns, or if there is none, the integer and string columns. Raises ValueError, with a list
+    of the columns, if `given` is no such column, or if none or several are candidates.
     """
     import datasets
 
     class_labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     kinds = ("int", "uint", "string", "large_string")
     values = [name for name, feature in features.items() if _is_value(feature, kinds)]
-    if wanted is not None:
-        if wanted not in class_labels + values:
-            raise ValueError(f"--label_column {wanted} is no column of labels. {source} has: {_describe(features)}.")
-        return wanted
+    if given is not None:
+        if given not in class_labels + values:
+            raise ValueError(f"--label_column {given} is not a label column. {source} has: {_describe(features)}.")
+        return given
     candidates = class_labels or values
     preferred = [name for name in PREFERRED_LABELS if name in candidates]
     if len(candidates) == 1 or preferred:
         return (preferred or candidates)[0]
-    found = f"several columns that may be the label ({', '.join(candidates)})" if candidates else "no column of labels"
+    found = f"several columns that may be the label ({', '.join(candidates)})" if candidates else "no label column"
     raise ValueError(f"{source} has {found}. Its columns: {_describe(features)}. Name one with --label_column.")
 
 
@@ -179,23 +180,23 @@ def _to_splits(
 
 
 def check_paths(images: Any, roots: tuple[str, ...], where: str) -> None:
-    """Raises ValueError for an image that is only named, as a file outside of the set's own folders."""
+    """Raises ValueError if an image is stored as the path of a file outside the folders of the dataset."""
     import pyarrow.compute as pc
 
     named = images.filter(pc.is_null(pc.struct_field(images, "bytes")))
     for path in pc.struct_field(named, "path").drop_null().to_pylist():
         if not any(os.path.abspath(path).startswith(os.path.abspath(root) + os.sep) for root in roots):
             raise ValueError(
-                f"{where[0].upper()}{where[1:]} names the image file {path!r}, which lies outside of {' and '.join(roots)}. "
+                f"{where[0].upper()}{where[1:]} names the image file {path!r}, which is outside {' and '.join(roots)}. "
                 "Move it there, or write the images' bytes into the table."
             )
 
 
 def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tuple[list[Any], list[str]]:
-    """The column's values in the order of their label ids, and the class names.
+    """The values of the column in the order of their label ids, and the class names.
 
-    ClassLabel columns carry their names; integer columns of a known set have the table's; else the sorted distinct
-    values of the training split are the classes.
+    The names are those of a ClassLabel column or, for an integer column of a known dataset, those of DATASETS. Otherwise the
+    classes are the sorted distinct values of the training split.
     """
     import pyarrow.compute as pc
 
@@ -207,7 +208,7 @@ def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tup
         return list(range(len(names))), list(names)
     values = sorted(value for value in pc.unique(train.data.column(column)).to_pylist() if value is not None)
     if values and not isinstance(values[0], str):
-        values = [value for value in values if value >= 0]  # a negative label is refused when labels are read
+        values = [value for value in values if value >= 0]  # label_ids rejects negative labels
     return values, [str(value) for value in values]
 
 
@@ -218,7 +219,7 @@ def is_unlabelled(dataset: Any, column: str) -> bool:
 
 
 def label_ids(dataset: Any, column: str, classes: list[Any], where: str) -> np.ndarray:
-    """Label ids, int64 [N]. Raises ValueError naming the first row whose label is missing or no class."""
+    """Label ids, int64 [N]. Raises ValueError, with the first such row, if a label is missing or not a class."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -230,13 +231,13 @@ def label_ids(dataset: Any, column: str, classes: list[Any], where: str) -> np.n
         expected = f"0..{len(classes) - 1}" if classes == list(range(len(classes))) else f"one of {classes[:20]}"
         raise ValueError(
             f"Row {row} of {where} has {column} {values[row].as_py()!r}, expected {expected} "
-            f"({len(wrong)} such rows). Mend or remove these rows, or name another column with --label_column."
+            f"({len(wrong)} such rows). Repair or remove these rows, or name another column with --label_column."
         )
     return ids.astype(np.int64)
 
 
 def _is_value(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """Whether a feature is a plain column of one of the kinds; int stands for int8 to int64."""
+    """Whether a feature is a plain column of one of the kinds, where int means int8 to int64."""
     return str(getattr(feature, "dtype", "")).rstrip("0123456789") in kinds and not hasattr(feature, "names")
 
 
@@ -245,5 +246,5 @@ def _holds_encoded_images(feature: Any) -> bool:
 
 
 def _describe(features: Any) -> str:
-    """The columns and their types, for messages."""
+    """The columns and their types, for error messages."""
     return ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())

@@ -1,4 +1,4 @@
-"""Image sets: a name from DATASETS, a folder or a Hub id becomes an `ImageDataset` of train, val and test splits."""
+"""Loads an `ImageDataset` of train, val and test splits from a name in DATASETS, a folder or a Hub id."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = [
     "stratified_rows",
 ]
 
-BEFORE_TRAINING = -1  # the epoch in the address of the draws below; no epoch of training has it
-VALIDATION, SUBSET, HELD_OUT_TEST = 0, 1, 2  # purposes in those addresses
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over the channels
+BEFORE_TRAINING = -1  # the epoch in the address of the draws below; training epochs begin with 0
+VALIDATION, SUBSET, HELD_OUT_TEST = 0, 1, 2  # the purpose in the address of a draw
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # those of ImageNet, averaged over the channels
 LARGEST_SMALL_IMAGE = 96
 HELD_OUT_FRACTION = 0.2
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
@@ -40,11 +40,11 @@ DIGITS = Path(__file__).parent / "digits"
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """An image set ready for training.
+    """An image dataset ready for training.
 
-    source says in words where it came from. mean and std are per channel, in units of 0..1. image_size is the side of
-    small images that are all square and alike, None for others. flip says that a mirrored image keeps its label.
-    notes are what the user must be told; bad_images say what is wrong with the images that were left out.
+    source describes its origin. mean and std are per channel, in units of 0..1. image_size is the side length if the images
+    are small, square and all of one size, else None. flip: whether a mirrored image keeps its label. notes are messages for
+    the user. bad_images holds one message for each skipped image.
     """
 
     name: str
@@ -68,7 +68,7 @@ def check_dataset_name(name: str) -> None:
     if name in DATASETS or (name and path.is_dir()):
         return
     if path.is_file():
-        raise ValueError(f"Dataset {name!r} is a file. Give the folder that holds the images, Parquet or Arrow files.")
+        raise ValueError(f"Dataset {name!r} is a file. Pass the folder that contains the images, Parquet or Arrow files.")
     if name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1 or path.is_absolute():
         raise ValueError(f"No folder {name!r}. Check the path (the working folder is {Path.cwd()}).")
     if HUB_ID.fullmatch(name):
@@ -88,13 +88,14 @@ def load_image_dataset(
     skip_bad_headers: bool = False,
     streamed: bool = False,
 ) -> ImageDataset:
-    """The image set of that name, with its training split cut to max_train_samples and its validation split carved.
+    """Loads a dataset, reduces its training split to max_train_samples and creates its validation split.
 
-    The set's own validation split is used where there is one beside a test split; else `val_fraction` of the training
-    split, stratified, chosen by the seed; with 0, the test split. A set without a test split holds out a stratified
-    fifth, the same for every seed. skip_bad_headers: whether images without a readable header are passed over when size
-    and channels are found. streamed: the splits are StreamedSplits, of the same rows, whose images are neither
-    downloaded nor held. Raises ValueError for what the set or a setting cannot give.
+    Validation is the validation split of the dataset if it also has a test split. Otherwise it is a stratified `val_fraction`
+    of the training split, drawn with the seed; with 0, it is the test split. If the dataset has neither a test nor a validation
+    split, a stratified fifth is held out as test, the same for every seed; a validation split alone is used as test.
+    skip_bad_headers: whether to skip images without a readable header when image_size and channels are detected. streamed:
+    whether the splits are StreamedSplits, with the same rows, whose images are not downloaded in advance. Raises ValueError if
+    the dataset cannot be read or a setting does not fit it.
     """
     check_dataset_name(name)
     if not 0 <= val_fraction < 1:
@@ -108,7 +109,7 @@ def load_image_dataset(
         if not len(split):
             raise ValueError(f"The {split_name} split of {source} is empty.")
     if name in DATASETS and Path(name).is_dir():
-        notes.append(f"The known set {name} is used, not the folder of that name; write ./{name} for the folder.")
+        notes.append(f"The known set {name} is used, not the folder of that name; for the folder, write ./{name}.")
 
     image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"], skip_bad_headers)
     train, own_val, test = _with_test(splits, notes)
@@ -133,7 +134,7 @@ def load_image_dataset(
 
 
 def _find_row(name: str) -> DatasetRow | None:
-    """The row of a known name or, where there is no folder of that name, of a known Hub id."""
+    """The row of a known name, or of a known Hub id if no folder has that name."""
     if name in DATASETS or Path(name).expanduser().is_dir():
         return DATASETS.get(name)
     return next((row for row in DATASETS.values() if row.hub_id == name), None)
@@ -142,7 +143,7 @@ def _find_row(name: str) -> DatasetRow | None:
 def _read(
     name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool
 ) -> tuple[str, dict[str, Split], list[str], list[str]]:
-    """The source in words, the splits that are there, the class names and notes."""
+    """The source in words, the splits of the dataset, the class names and notes."""
     if row and label_column is not None and label_column not in row.label_columns:
         known = ", ".join(row.label_columns)
         raise ValueError(f"{name} has no label column {label_column!r}. Its label columns: {known}.")
@@ -153,24 +154,24 @@ def _read(
         read = stream_hub_set if streamed else read_hub_set
         return f"Hub set {hub_id}", *read(hub_id, hub_config or (row.config if row else None), row, column)
     if hub_config is not None:
-        raise ValueError(f"--hub_config {hub_config} has no meaning for {name!r}, which is no Hub set. Leave it out.")
+        raise ValueError(f"--hub_config {hub_config} has no effect on {name!r}, which is not a Hub set. Remove it.")
     if row:
         return "scikit-learn's digits, in this package", *(_stream_digits if streamed else _read_digits)(row)
     if streamed:
         return f"folder {folder}", *stream_folder(folder, label_column)
     if is_tar_folder(folder):
-        raise ValueError(f"{folder} holds tar files (webdataset); they are read by --loader stream only.")
+        raise ValueError(f"{folder} contains tar files (webdataset), which only --loader stream can read.")
     if is_table_folder(folder):
         return f"folder {folder}", *read_table_folder(folder, label_column)
     if label_column is not None:
         raise ValueError(
-            f"--label_column {label_column} has no meaning for {name!r}, whose folders name the classes. Leave it out."
+            f"--label_column {label_column} has no effect on {name!r}, where the folder names are the classes. Remove it."
         )
     return f"folder {folder}", *read_class_folders(folder)
 
 
 def _read_digits(row: DatasetRow) -> Reading:
-    """The embedded set, read without `datasets` (1.4 s to import), pq.read_table and to_numpy (pandas: 0.4 s)."""
+    """Reads the embedded dataset without importing `datasets` (1.4 s), and pandas (0.4 s) via pq.read_table or to_numpy."""
     import pyarrow.parquet as pq
 
     splits = {}
@@ -186,16 +187,18 @@ def _stream_digits(row: DatasetRow) -> Reading:
 
 
 def _with_test(splits: dict[str, Split], notes: list[str]) -> tuple[Split, Split | None, Split]:
-    """Train, the set's own validation split if it stands beside a test split, and test."""
+    """Train, the validation split of the dataset if it also has a test split, and test."""
     train, val, test = splits["train"], splits.get("val"), splits.get("test")
     if test is not None:
         return train, val, test
     if val is not None:
-        notes.append(f"There is no labelled test split: {val.origin} serves as test.")
+        notes.append(f"There is no labelled test split: {val.origin} is used as test.")
         return train, None, val.select(np.arange(len(val)), "test")
     held_out = stratified_rows(train.labels, round(len(train) * HELD_OUT_FRACTION), 0, BEFORE_TRAINING, HELD_OUT_TEST)
     if not len(held_out):
-        raise ValueError(f"There is no test split, and {len(train)} images are too few to hold one out of.")
+        raise ValueError(
+            f"There is no test split, and {len(train)} images are too few to hold one out. Add images or a test split."
+        )
     notes.append(
         f"There is no test split: {len(held_out)} of {len(train)} images are held out as test, the same for every seed."
     )
@@ -205,18 +208,18 @@ def _with_test(splits: dict[str, Split], notes: list[str]) -> tuple[Split, Split
 def _with_validation(
     train: Split, own_val: Split | None, test: Split, val_fraction: float, seed: int, notes: list[str]
 ) -> tuple[Split, Split]:
-    """Train without what validation takes of it, and val."""
+    """Train without the rows of validation, and val."""
     if own_val is not None:
         notes.append(f"The set's own validation split is used ({len(own_val)} images); val_fraction has no effect.")
         return train, own_val
     if val_fraction == 0:
-        notes.append("val_fraction 0: the test split serves as validation, so the best epoch is chosen on it.")
+        notes.append("val_fraction 0: the test split is used as validation, so the best epoch is selected on it.")
         return train, test.select(np.arange(len(test)), "val")
     size = round(len(train) * val_fraction)
     if not 0 < size < len(train):
         raise ValueError(
             f"val_fraction {val_fraction} of {len(train)} training images gives {size} for validation and leaves "
-            f"{len(train) - size} to train on; each needs at least one. Change val_fraction, or take more images."
+            f"{len(train) - size} for training; each needs at least one. Change val_fraction, or use more images."
         )
     rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION)
     return _without(train, rows), train.select(rows, "val")
@@ -227,13 +230,13 @@ def _without(split: Split, rows: np.ndarray) -> Split:
 
 
 def _peek(split: Split, skip_bad: bool) -> tuple[int | None, int]:
-    """image_size and channels from the headers of up to 32 images."""
+    """Detects image_size and channels from the headers of up to 32 images."""
     headers, bad = [], []
     for row in split.some_rows(32):
         try:
             headers.append(image_header(split.encoded(row)))
         except BadImage as error:
-            advice = "Mend or remove it, or leave out such images with --on_bad_image skip."
+            advice = "Repair or remove it, or skip such images with --on_bad_image skip."
             bad.append(BadImage(f"{split.where(row)}: {error} {advice}"))
         except LostShard as error:
             raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The table of known image sets: where each lies, its columns, classes, sizes and statistics."""
+"""The table of known datasets: Hub id, columns, classes, sizes and statistics of each."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """One known image set. mean and std are per channel, in units of 0..1; image_size is None for photos.
+    """One known dataset. mean and std are per channel, in units of 0..1; image_size is None for photos.
 
     label_columns maps each label column to its class names, in the order of the label ids; the first is the default.
-    splits maps our names (train, test, and val where the set has one) to the set's own.
-    flip says that a mirrored image keeps its label. hub_id is None for the set that lies in this package.
+    splits maps train, test and, if there is one, val to the split names of the dataset.
+    flip: whether a mirrored image keeps its label. hub_id is None for the dataset in this package.
     """
 
     hub_id: str | None

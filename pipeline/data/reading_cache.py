@@ -1,7 +1,7 @@
-"""What `datasets` made of a set, remembered beside the decoded images: its Arrow files, labels and class names.
+"""Caches how `datasets` read a dataset, beside the decoded images: its Arrow files, labels and class names.
 
-So the next start asks the Hub for the set's commit alone and imports neither `datasets` nor pandas, and goes on where the
-Hub is out of reach.
+The next start then requests only the commit of the dataset from the Hub, imports neither `datasets` nor pandas, and also works
+if the Hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pipeline.common.files import written_aside
 from pipeline.data.cache_folder import cache_folder, locked
 from pipeline.data.splits import Reading, Split, file_state
 
-FORMAT = 1  # raised when what a record holds changes its meaning
+FORMAT = 1  # increase it when the content of a record changes its meaning
 
 
 class MappedTable:
-    """Arrow files one after another, memory-mapped. Pickled for a worker process they are their names.
+    """Memory-mapped Arrow files as one table. Pickles as the file names, for worker processes.
 
-    Raises OSError or ValueError where one cannot be read.
+    Raises OSError or ValueError if a file cannot be read.
     """
 
     def __init__(self, paths: list[str]):
@@ -43,31 +43,31 @@ class MappedTable:
         return int(self.table.num_rows)
 
 
-def recall(asked: Sequence[str | None], state: object) -> Reading | None:
-    """What was remembered of the set that was asked for so, if it is in that state and its Arrow files are as they were.
+def load(request: Sequence[str | None], state: object) -> Reading | None:
+    """The cached reading of a request, or None if there is none for this state or an Arrow file has changed.
 
-    state: None takes the last one that was remembered.
+    request: what was read, and how. state: the commit, or the file sizes and times; None accepts the last cached state.
     """
     try:
-        digest, _, text = record_path(asked).read_text().partition("\n")
+        digest, _, text = record_path(request).read_text().partition("\n")
         record = json.loads(text)
         if digest != sha256(text) or (state is not None and record["state"] != plain(state)):
             return None
-        splits = {name: recalled_split(name, **facts) for name, facts in record["splits"].items()}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, it is damaged, or a file is gone
+        splits = {name: load_split(name, **facts) for name, facts in record["splits"].items()}
+    except (OSError, ValueError, KeyError, TypeError):  # the record is missing or damaged, or an Arrow file is missing
         return None
     return splits, record["class_names"], record["notes"]
 
 
-def recalled_split(name: str, files: list[Any], column: str, labels: list[int], origin: str) -> Split:
-    """Raises ValueError where a file is not what it was, OSError where it cannot be read."""
+def load_split(name: str, files: list[Any], column: str, labels: list[int], origin: str) -> Split:
+    """Raises ValueError if a file has changed, OSError if it cannot be read."""
     if files != plain([file_state(path) for path, *_ in files]):
         raise ValueError("an Arrow file has changed")
     return Split(name, MappedTable([path for path, *_ in files]), column, np.array(labels, np.int64), origin=origin)
 
 
-def remember(asked: Sequence[str | None], state: object, reading: Reading) -> None:
-    """Keeps what was read, if its tables are Arrow files as they are; where the cache cannot be written, nothing."""
+def store(request: Sequence[str | None], state: object, reading: Reading) -> None:
+    """Caches a reading whose tables are unmodified Arrow files. Does nothing if the cache is not writable."""
     from datasets.table import list_table_cache_files
 
     splits, class_names, notes = reading
@@ -76,20 +76,20 @@ def remember(asked: Sequence[str | None], state: object, reading: Reading) -> No
         paths = list_table_cache_files(split.table)
         mapped = MappedTable(paths).table if paths else None
         if mapped is None or mapped.num_rows != len(split) or mapped.schema.types != split.table.schema.types:
-            return  # such as a column of plain bytes that was read as images
+            return  # for example a column of plain bytes that was cast to images
         record["splits"][name] = {
             "files": [file_state(path) for path in paths],
             "column": split.column,
             "labels": split.labels.tolist(),
             "origin": split.origin,
         }
-    text, path = json.dumps(record), record_path(asked)
+    text, path = json.dumps(record), record_path(request)
     with contextlib.suppress(OSError), locked(path), written_aside(path) as aside:
         aside.write_text(f"{sha256(text)}\n{text}")
 
 
-def record_path(asked: Sequence[str | None]) -> Path:
-    key = json.dumps([FORMAT, version("datasets"), *asked])
+def record_path(request: Sequence[str | None]) -> Path:
+    key = json.dumps([FORMAT, version("datasets"), *request])
     return cache_folder() / f"{sha256(key)[:32]}.json"
 
 
@@ -98,5 +98,5 @@ def sha256(text: str) -> str:
 
 
 def plain(value: object) -> Any:
-    """As it comes back from a record."""
+    """The value after a round trip through JSON, as a record returns it."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Finding shards: a folder or a Hub id becomes streamed splits; labels and places are read, images are not."""
+"""Indexes shards: a folder or a Hub id becomes streamed splits. Reads labels and the places of images, but no image."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from pipeline.data.shards import (
 from pipeline.data.splits import Reading, Split, find_splits
 from pipeline.images.files import EXTENSIONS
 
-THREADS = 16  # files whose index is read at once
-TAR_PART_SAMPLES, TAR_PART_BYTES = 256, 32 * 2**20  # of a tar file read in one go
+THREADS = 16  # files that are indexed concurrently
+TAR_PART_SAMPLES, TAR_PART_BYTES = 256, 32 * 2**20  # limits of a part of a tar file, which is read at once
 
 
 @dataclass
 class Index:
-    """What a reading of a split's shards gives: where its chunks lie, and its labels as a datasets.Dataset of one column."""
+    """The index of a split: the places of its chunks, and its labels as a datasets.Dataset of one column."""
 
     shards: Shards
     labels: Any
@@ -52,7 +52,7 @@ class Index:
 
 
 def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None) -> Reading:
-    """As hub.read_hub_set, but nothing is downloaded except labels and indexes."""
+    """Like hub.read_hub_set, but downloads only labels and indexes."""
     import datasets
 
     try:
@@ -63,7 +63,7 @@ def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, labe
 
 
 def stream_folder(folder: Path, label_column: str | None) -> Reading:
-    """The splits of a folder of Parquet, Arrow or tar files, of what save_to_disk wrote, or of class folders."""
+    """The splits of a folder of Parquet, Arrow or tar files, of the output of save_to_disk, or of class folders."""
     import datasets
 
     path = os.path.abspath(folder)
@@ -73,10 +73,10 @@ def stream_folder(folder: Path, label_column: str | None) -> Reading:
         return _to_splits("arrow", files, None, f"The folder {path}", None, label_column)
     if not is_table_folder(folder) and not is_tar_folder(folder):
         if label_column is not None:
-            raise ValueError(f"--label_column {label_column} has no meaning where folders name the classes.")
+            raise ValueError(f"--label_column {label_column} has no effect where the folder names are the classes. Remove it.")
         splits, class_names, notes = read_class_folders(folder)
         streamed = {name: _stream_paths(split) for name, split in splits.items()}
-        return {**streamed}, class_names, [*notes, _told(streamed)]
+        return {**streamed}, class_names, [*notes, _stream_note(streamed)]
     try:
         builder = datasets.load_dataset_builder(path)
     except load_errors() as error:
@@ -85,12 +85,12 @@ def stream_folder(folder: Path, label_column: str | None) -> Reading:
 
 
 def stream_parquet_files(files: dict[str, str], row: DatasetRow) -> Reading:
-    """The splits of a known set that lies in Parquet files of this machine."""
+    """The splits of a known dataset in local Parquet files."""
     return _to_splits("parquet", {name: [file] for name, file in files.items()}, None, "The embedded set", row, None)
 
 
 def is_tar_folder(folder: Path) -> bool:
-    """Whether tar files lie in the folder or one level below."""
+    """Whether the folder, or a folder one level below, contains tar files."""
     return any(next(folder.glob(pattern), None) is not None for pattern in ("*.tar", "*/*.tar"))
 
 
@@ -98,8 +98,8 @@ def _stream_files(builder: Any, source: str, row: DatasetRow | None, label_colum
     names = {kind.__name__ for kind in type(builder).__mro__} & BUILDERS.keys()
     if not names:
         raise ValueError(
-            f"{source} is read by {type(builder).__mro__[1].__name__}, which cannot be streamed: only Parquet, Arrow and tar "
-            "(webdataset) files and class folders can. Use loader workers or auto."
+            f"{source} is read by {type(builder).__mro__[1].__name__}, which cannot be streamed. Only Parquet, Arrow and tar "
+            "(webdataset) files and class folders can be streamed. Use --loader workers or auto."
         )
     files = {str(name): list(map(str, paths)) for name, paths in builder.config.data_files.items()}
     return _to_splits(BUILDERS[names.pop()], files, builder.info.features, source, row, label_column)
@@ -108,7 +108,7 @@ def _stream_files(builder: Any, source: str, row: DatasetRow | None, label_colum
 def _to_splits(
     kind: str, files: dict[str, list[str]], features: Any, source: str, row: DatasetRow | None, label_column: str | None
 ) -> Reading:
-    """The splits under our names, the class names and notes. Raises ValueError for what cannot be read or does not fit."""
+    """The splits (train, val, test), the class names and notes. Raises ValueError for unreadable or inconsistent files."""
     names = list(files)
     found = row.splits if row else {"train": names[0]} if len(names) == 1 else find_splits(names, source)
     found = {ours: theirs for ours, theirs in found.items() if theirs in names}
@@ -136,11 +136,11 @@ def _to_splits(
             continue
         ids = label_ids(index.labels, index.column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
         splits[ours] = StreamedSplit(ours, index.shards, ids, None, theirs)
-    return {**splits}, class_names, [*notes, _told(splits)]
+    return {**splits}, class_names, [*notes, _stream_note(splits)]
 
 
-def _told(splits: dict[str, StreamedSplit]) -> str:
-    """Of how many chunks and files the splits are."""
+def _stream_note(splits: dict[str, StreamedSplit]) -> str:
+    """The number of chunks and files of each split, for the user."""
     parts = [
         f"{name} {len(split.shards.part):,} {CHUNK_NAMES[split.shards.kind]} in {len(split.shards.files):,} files"
         for name, split in splits.items()
@@ -149,7 +149,7 @@ def _told(splits: dict[str, StreamedSplit]) -> str:
 
 
 def _labels_of(values: Any, column: str, feature: Any) -> Any:
-    """A datasets.Dataset of the labels alone."""
+    """A datasets.Dataset of the labels only."""
     import datasets
     import pyarrow as pa
 
@@ -185,7 +185,7 @@ def _index_parquet(files: list[str], features: Any, label_column: str | None, so
 
 
 def _shards(kind: str, files: list[str], file_of: Any, part: Any, sizes: Any, column: str = "", **more: Any) -> Shards:
-    """Shards of chunks of these sizes; empty ones are left out."""
+    """The Shards of chunks with these sizes, without empty chunks."""
     file_of, part, sizes = (np.asarray(values, np.int64) for values in (file_of, part, sizes))
     used = sizes > 0
     starts = np.concatenate([[0], np.cumsum(sizes[used])])
@@ -280,15 +280,15 @@ def _index_tar(files: list[str], features: Any, label_column: str | None, source
 
 
 def _tar_members(path: str, names: list[str]) -> tuple[dict[str, tuple[int, int]], dict[str, int | str]]:
-    """Of a tar file by sample: first byte and length of the image, which is passed over, and the label.
+    """The images of a tar file (first byte and length; the bytes are not read) and its labels, both by sample.
 
-    names: under which a label may stand, as an ending besides .cls or as a key of the sample's JSON.
+    names: accepted names of a label, as a file ending besides .cls or as a key of the sample's JSON.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int | str] = {}
     with open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            vars(archive)["members"].clear()  # tarfile would remember them all
+            vars(archive)["members"].clear()  # tarfile would keep all members in memory
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")
@@ -308,7 +308,7 @@ def _tar_members(path: str, names: list[str]) -> tuple[dict[str, tuple[int, int]
 
 
 def _tar_parts(spans: list[tuple[int, int]]) -> list[int]:
-    """How many images of a tar file are read in one go, part by part."""
+    """The number of images in each part of a tar file; a part is read at once."""
     sizes, first = [], 0
     for number, (offset, size) in enumerate(spans):
         if number - first == TAR_PART_SAMPLES or offset + size - spans[first][0] > TAR_PART_BYTES and number > first:
@@ -318,14 +318,14 @@ def _tar_parts(spans: list[tuple[int, int]]) -> list[int]:
 
 
 def _index_files(files: list[str], features: Any, label_column: str | None, source: str) -> Index:
-    """Images in class folders, one a chunk; the folder's name is the label."""
+    """Images in class folders, one per chunk; the folder name is the label."""
     import datasets
     import pyarrow as pa
 
     other = [path for path in files if not path.lower().endswith(EXTENSIONS)]
     if other:
         raise ValueError(
-            f"{source} holds {other[0]}; only images in class folders are streamed. Use loader workers or auto."
+            f"{source} contains {other[0]}; only images in class folders can be streamed. Use --loader workers or auto."
         )
     labels = pa.chunked_array([pa.array([path.split("/")[-2] for path in files])])
     count = len(files)
@@ -334,7 +334,7 @@ def _index_files(files: list[str], features: Any, label_column: str | None, sour
 
 
 def _stream_paths(split: Split) -> StreamedSplit:
-    """A split whose images are files, one a chunk."""
+    """A streamed split of image files, one per chunk."""
     count = len(split)
     files = [split.where(row) for row in range(count)]
     shards = _shards("files", files, np.arange(count), np.zeros(count), np.ones(count))

@@ -1,4 +1,4 @@
-"""Shards: splits whose images lie in Parquet, Arrow, tar or image files, here or on the Hub, and are read a chunk at a time."""
+"""Shards: splits whose images are read chunk by chunk from Parquet, Arrow, tar or image files, local or on the Hub."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after each attempt: 3.5 s in all
-THREADS = 4  # of a worker, that read ahead
-ARROW_FILE_MAGIC = b"ARROW1"  # what the IPC file format begins with; the stream format has none
+THREADS = 4  # per worker, for reading ahead
+ARROW_FILE_MAGIC = b"ARROW1"  # the first bytes of the IPC file format; the stream format has none
 
 Encoded = Sequence[bytes | None]
 Result = TypeVar("Result")
 
 
 class LostShard(RuntimeError):
-    """A shard cannot be read any more; the message names it."""
+    """A shard cannot be read; the message contains its path."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the images of a split lie.
+    """The places of the images of a split. A chunk is the unit of reading.
 
-    kind: a key of READERS; files: paths or hf:// addresses; column: that of the images, where there are columns. A chunk is
-    what is read in one go: file_of, int64 [chunks], its file; part, int64 [chunks], its row group (parquet), its number or
-    byte offset (arrow), 0 (files); starts, int64 [chunks + 1], the first sample of each, and their number. spans: int64 [N, 2],
-    first byte and length of each image in its tar file.
+    kind: a key of READERS. files: paths or hf:// URLs. column: the image column (parquet, arrow). file_of: the file of each
+    chunk, int64 [chunks]. part: the row group (parquet), the number or byte offset (arrow), or 0 (tar, files) of each chunk,
+    int64 [chunks]. starts: the first sample of each chunk, then the number of samples, int64 [chunks + 1]. spans: the first
+    byte and the length of each image in its tar file, int64 [N, 2].
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Shards:
 
 
 def open_binary(path: str) -> Any:
-    """A file here, or a remote one whose reads are the ranges that are asked for, and no more."""
+    """Opens a local file, or a remote one of which exactly the requested byte ranges are fetched."""
     if "://" not in path:
         return open(path, "rb")
     import fsspec
@@ -59,7 +59,7 @@ def open_binary(path: str) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def parquet_footer(path: str) -> Any:
-    """A Parquet file's pyarrow FileMetaData: its row groups and columns."""
+    """The pyarrow FileMetaData of a Parquet file: its row groups and columns."""
     import pyarrow.parquet as pq
 
     with open_binary(path) as file:
@@ -139,12 +139,12 @@ class ArrowRows(Sequence):
 
 
 def read_shard(path: str, read: Callable[[], Result]) -> Result:
-    """What read returns, after some attempts. Raises LostShard, which names the path, when none succeeds."""
+    """Calls `read` up to ATTEMPTS times and returns its result. Raises LostShard, with the path, if no attempt succeeds."""
     wait = FIRST_WAIT_SECONDS
     for attempt in range(1, ATTEMPTS):
         try:
             return read()
-        except Exception:  # of the operating system, the network and four formats: each library has its own
+        except Exception:  # the operating system, the network and four formats each raise their own types
             time.sleep(wait)
             wait *= 2
     try:
@@ -152,7 +152,7 @@ def read_shard(path: str, read: Callable[[], Result]) -> Result:
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise LostShard(
-            f"Cannot read the shard {path}: {reason} ({ATTEMPTS} attempts). Bring it back or mend it."
+            f"Cannot read the shard {path}: {reason} ({ATTEMPTS} attempts). Restore or repair it."
         ) from error
 
 
@@ -162,9 +162,9 @@ def read_chunk(shards: Shards, chunk: int) -> Encoded:
 
 
 class StreamedSplit(Split):
-    """A split whose images are read from shards, chunk by chunk, as they are asked for; addressed by row as any Split.
+    """A split whose images are read from shards, chunk by chunk, on request; addressed by row like any Split.
 
-    Labels and places are in memory, images only while expected. Pickled for a worker process it holds none.
+    Labels and places are in memory; images only between `expect` and `release`. It pickles without images.
     """
 
     def __init__(self, name: str, shards: Shards, labels: np.ndarray, rows: np.ndarray | None, origin: str):
@@ -183,18 +183,18 @@ class StreamedSplit(Split):
         return StreamedSplit(name or self.name, self.shards, self.labels[rows], self._rows[rows], self.origin)
 
     def some_rows(self, count: int) -> np.ndarray:
-        """The first rows: they lie in few chunks."""
+        """The first rows, because they are in few chunks; int64 [count] or fewer."""
         return np.arange(min(count, len(self)))
 
     def chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The chunks that hold rows of this split, and the row at which each begins, and the number of rows."""
+        """The chunks with rows of this split, int64 [C]; their first rows, then the number of rows, int64 [C + 1]."""
         at = np.searchsorted(self._rows, self.shards.starts)
         chunks = np.flatnonzero(np.diff(at))
         return chunks, np.append(at[chunks], len(self))
 
     def expect(self, chunks: list[int]) -> None:
-        """Begins to read chunks; each is held until it was released as often as it was expected."""
-        if self._process != os.getpid():  # forked: the threads and what they were reading stayed behind
+        """Starts to read chunks. A chunk is held until `release` was called for it as often as `expect`."""
+        if self._process != os.getpid():  # a forked process does not inherit the threads
             self._held, self._uses, self._pool, self._process = {}, Counter(), None, os.getpid()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS)
@@ -210,17 +210,17 @@ class StreamedSplit(Split):
                 del self._held[chunk], self._uses[chunk]
 
     def release_all(self) -> None:
-        """Lets go of everything, also what was read without being expected."""
+        """Releases all chunks, also those that were read without `expect`."""
         self._held, self._uses = {}, Counter()
 
     def encoded(self, row: int) -> bytes:
-        """The file bytes of the encoded image. Raises LostShard, and BadImage where there are none."""
+        """The file bytes of the encoded image. Raises LostShard, or BadImage if the bytes are null."""
         chunk, number = self._address(row)
         if chunk not in self._held or self._process != os.getpid():
             self.expect([chunk])
         encoded = self._held[chunk].result()[number]
         if encoded is None:
-            raise BadImage("There is no image: the bytes are null.")
+            raise BadImage("The image is missing: its bytes are null.")
         return encoded
 
     def where(self, row: int) -> str:
@@ -232,7 +232,7 @@ class StreamedSplit(Split):
         return f"row {self.shards.starts[chunk] + number - before} of {path}"
 
     def _address(self, row: int) -> tuple[int, int]:
-        """The chunk of a row and its place there."""
+        """The chunk of a row, and the position of the row in it."""
         source_row = self._rows[row]
         chunk = int(np.searchsorted(self.shards.starts, source_row, side="right")) - 1
         return chunk, int(source_row - self.shards.starts[chunk])

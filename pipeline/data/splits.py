@@ -1,4 +1,4 @@
-"""Splits of an image set: encoded images and labels by row, and stratified choices of rows."""
+"""Splits of a dataset: encoded images and labels by row, and stratified selections of rows."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SPLIT_NAMES = {
 
 
 def find_splits(names: list[str], source: str) -> dict[str, str]:
-    """Our names (train, val, test) to the set's own names, for those it has.
+    """Maps train, val and test to the split names of the dataset, as far as it has them.
 
-    Raises ValueError where no name means train, or two names mean the same.
+    Raises ValueError if no name means train, or two names mean the same split.
     """
     found = {}
     for ours, theirs in SPLIT_NAMES.items():
         matching = [name for name in names if name.lower() in theirs]
         if len(matching) > 1:
-            raise ValueError(f"{source} has {' and '.join(matching)}, which both mean {ours}. Keep one of them.")
+            raise ValueError(f"{source} has {' and '.join(matching)}, which both mean {ours}. Rename or remove one of them.")
         if matching:
             found[ours] = matching[0]
     if "train" not in found:
@@ -46,9 +46,9 @@ def is_split_name(name: str) -> bool:
 class Split:
     """One split: encoded images and labels, addressed by row.
 
-    labels: int64 [N]. The images stay where they are: in an Arrow table (memory-mapped, except for the small embedded
-    set) as struct<bytes, path>, or in the files that the paths name. A choice of rows shares the table and its column.
-    Pickled for a worker process, a memory-mapped table is its file name, not its images.
+    labels: int64 [N]. The images are not copied: they are in an Arrow table (memory-mapped, except for the small embedded
+    dataset) as struct<bytes, path>, or in the files of the paths. A selection of rows shares the table and its column.
+    A memory-mapped table pickles as its file name, without the images, for worker processes.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Split:
         rows: np.ndarray | None = None,
         origin: str | None = None,
     ) -> None:
-        """table: a pyarrow.Table, or what holds one: known_sets.MappedTable or datasets.table.Table.
+        """table: a pyarrow.Table, or an object with one: reading_cache.MappedTable or datasets.table.Table.
 
-        rows: int64 [N], its rows that belong to this split.
+        rows: int64 [N], the rows of the table that belong to this split; None for all.
         """
         self.name = name
         self.origin = origin or name
@@ -71,7 +71,7 @@ class Split:
         self.column = column
         self._rows = np.arange(len(labels)) if rows is None else rows
         self._fields: tuple[pa.ChunkedArray, pa.ChunkedArray] | None = None
-        self._fingerprint: dict[str, tuple[str, int]] = {}  # by column; shared by all choices of rows of the table
+        self._fingerprint: dict[str, tuple[str, int]] = {}  # by column; shared by all selections of rows of the table
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +81,7 @@ class Split:
 
     @property
     def table_rows(self) -> np.ndarray:
-        """The rows of the table that the split's rows are; int64 [N]."""
+        """The row of the table for each row of the split; int64 [N]."""
         return self._rows
 
     @property
@@ -89,15 +89,15 @@ class Split:
         return int(self.table.num_rows)
 
     def whole_table(self) -> Split:
-        """All rows of the table that this split is a part of; labels that are not the split's are -1."""
+        """A split of all rows of the table; labels of rows outside this split are -1."""
         labels = np.full(self.table_length, -1, np.int64)
         labels[self._rows] = self.labels
         return Split(self.name, self.table, self.column, labels, origin=self.origin)
 
     def fingerprint(self) -> tuple[str, int]:
-        """SHA-256 of the images of the whole table, and the bytes that they take encoded.
+        """SHA-256 over the images of the whole table, and their total size in encoded bytes.
 
-        Of images in the table every byte counts, of files the path, size and time of change.
+        The hash covers every byte of images in the table, but only path, size and modification time of image files.
         """
         if self.column not in self._fingerprint:
             self._fingerprint[self.column] = self._take_fingerprint()
@@ -117,12 +117,12 @@ class Split:
         return digest.hexdigest(), num_bytes
 
     def encoded(self, row: int) -> bytes:
-        """The file bytes of the encoded image. Raises BadImage where there are none."""
+        """The file bytes of the encoded image. Raises BadImage if there are none."""
         data, path = self._image(row)
         if data is not None:
             return data
         if path is None:
-            raise BadImage(f"{self.where(row)} holds no image: neither bytes nor a path.")
+            raise BadImage(f"{self.where(row)} has no image: neither bytes nor a path.")
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -130,11 +130,11 @@ class Split:
             raise BadImage(f"Cannot read {path}: {error.strerror}.") from error
 
     def some_rows(self, count: int) -> np.ndarray:
-        """Rows to look at, spread over the split; int64 [count] or fewer."""
+        """A sample of rows, evenly spaced over the split; int64 [count] or fewer."""
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
     def where(self, row: int) -> str:
-        """The image's file path, or words such as "row 17 of train", for messages."""
+        """The file path of the image, or a description such as "row 17 of train", for messages."""
         _, path = self._image(row)
         return path or f"row {self._rows[row]} of {self.origin}"
 
@@ -145,7 +145,7 @@ class Split:
         return chosen
 
     def _image(self, row: int) -> tuple[bytes | None, str | None]:
-        """The bytes of an image that lies in the table, else the path of its file."""
+        """The bytes of an image in the table, else the path of its file."""
         index = int(self._rows[row])
         data, path = self._image_fields()
         encoded = data[index].as_py()
@@ -160,11 +160,11 @@ class Split:
         return self._fields
 
 
-Reading = tuple[dict[str, Split], list[str], list[str]]  # splits under our names, class names, notes for the user
+Reading = tuple[dict[str, Split], list[str], list[str]]  # splits (train, val, test), class names, notes for the user
 
 
 def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
-    """What a binary array says: which values are null, how long each is, and all of them, one after another."""
+    """The content of a binary array, independent of its layout: validity of the values, their lengths, their bytes."""
     import pyarrow as pa
 
     valid = chunk.is_valid().cast(pa.uint8())  # its to_numpy would import pandas
@@ -178,7 +178,7 @@ def _logical_bytes(chunk: pa.Array) -> Iterator[memoryview]:
 
 
 def file_state(path: str) -> tuple[str, int, int]:
-    """Path, bytes, and the time of change in nanoseconds; zeros for a file that is not there."""
+    """Path, size in bytes and modification time in nanoseconds; zeros if the file does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -187,10 +187,10 @@ def file_state(path: str) -> tuple[str, int, int]:
 
 
 def stratified_rows(labels: np.ndarray, size: int, *place: int) -> np.ndarray:
-    """`size` rows, each class in its share; sorted int64 [size]. The place (seed, ...) decides which.
+    """Selects `size` rows, each class in proportion; sorted int64 [size]. `place` (seed, ...) is the address of the draw.
 
-    Shares are apportioned by largest remainder (https://en.wikipedia.org/wiki/Quota_method), so the total is exact;
-    what is left over goes first to classes of two or more samples that would get none, and last to classes of one.
+    The counts are apportioned by largest remainder (https://en.wikipedia.org/wiki/Quota_method), so the total is exact. The
+    remaining rows go first to classes of two or more samples that would otherwise get none, and last to classes of one sample.
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     take, remainders = np.divmod(counts * size, len(labels))

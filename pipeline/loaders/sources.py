@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.common.randomness import uniforms
 from pipeline.common.system import usable_cores
-from pipeline.data.bad_images import complaint
+from pipeline.data.bad_images import bad_image_message
 from pipeline.data.splits import Split
 from pipeline.images.augment import cropped_on_cpu
 from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_training, shrink_of_part
@@ -55,7 +55,7 @@ class FittedImages(torch.utils.data.Dataset):
             pixels = decode_pixels(encoded, self.preprocessing.channels, shrink if self.is_cropped else None)
         except BadImage as error:
             raise BadImage(
-                f"{complaint(self.split, row, error)} Mend or remove it, or leave out such images with --on_bad_image skip."
+                f"{bad_image_message(self.split, row, error)} Repair or remove it, or skip such images with --on_bad_image skip."
             ) from error
         if self.is_cropped:
             return fit_for_training(pixels, self.preprocessing, draws)

@@ -1,4 +1,4 @@
-"""Image sets: the embedded digits, folders, tables, stratified choices of rows, and images of every mode."""
+"""Datasets: the embedded digits, folders, tables, stratified selections of rows, and images of every mode."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def grey(level: int, side: int = 8) -> np.ndarray:
 
 
 def write_classes(root: Path, counts: dict[str, int], mode: str = "L") -> None:
-    """Class folders with that many 8x8 images each; the level tells the class and the number."""
+    """Writes class folders with that many 8x8 images each; the grey level identifies class and number."""
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for index in range(count):
@@ -76,7 +76,7 @@ def test_digits_row_states_the_sizes_and_statistics_of_the_embedded_files():
 
 def test_digits_load_without_heavy_imports():
     code = (
-        "import sys; from pipeline.datasets import load_image_dataset; load_image_dataset('digits'); "
+        "import sys; from pipeline.data.image_dataset import load_image_dataset; load_image_dataset('digits'); "
         "assert not {'datasets', 'torch', 'PIL', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -111,7 +111,7 @@ def test_rows_have_distinct_class_names_and_statistics_per_channel(name, counts)
         ("own er/x", "Unknown dataset"),
     ],
 )
-def test_a_wrong_name_is_refused_with_a_hint(name, message):
+def test_an_unknown_name_is_refused_with_a_hint(name, message):
     with pytest.raises(ValueError, match=message):
         check_dataset_name(name)
 
@@ -132,11 +132,11 @@ def test_a_setting_that_would_be_ignored_is_refused(tmp_path):
         {"name": str(tmp_path), "hub_config": "x"},
         {"name": str(tmp_path), "label_column": "x"},
     ]:
-        with pytest.raises(ValueError, match="no meaning|no label column"):
+        with pytest.raises(ValueError, match="has no effect on|has no label column"):
             load_image_dataset(**arguments)
 
 
-# Stratified choices of rows
+# Stratified selections of rows
 
 
 def test_stratified_rows_follow_largest_remainder_by_hand():
@@ -144,7 +144,7 @@ def test_stratified_rows_follow_largest_remainder_by_hand():
     rows = stratified_rows(labels, 11, 0)  # quotas 5.5, 3.3, 1.98, 0.11, 0.11: two are left over after 5, 3, 1
     assert np.bincount(labels[rows], minlength=5).tolist() == [6, 3, 2, 0, 0]
     labels = np.array([0] * 96 + [1] * 2 + [2] * 2)
-    rows = stratified_rows(labels, 10, 0)  # quotas 9.6, 0.2, 0.2: one is left, and goes to a class that would get none
+    rows = stratified_rows(labels, 10, 0)  # quotas 9.6, 0.2, 0.2: one is left over, for a class that would get none
     assert np.bincount(labels[rows], minlength=3).tolist() == [9, 1, 0]
 
 
@@ -160,7 +160,7 @@ def test_stratified_rows_are_exact_sorted_and_repeatable(size):
         assert rows.tolist() != stratified_rows(labels, size, 3, 5).tolist()
 
 
-def test_train_and_validation_share_out_the_training_split():
+def test_train_and_validation_partition_the_training_split():
     whole = load_image_dataset("digits", val_fraction=0)
     first, second = load_image_dataset("digits", seed=0), load_image_dataset("digits", seed=1)
     assert (len(first.train), len(first.val), len(first.test)) == (1294, 144, 359)
@@ -171,13 +171,13 @@ def test_train_and_validation_share_out_the_training_split():
     assert first.test.labels.tolist() == second.test.labels.tolist()
 
 
-def test_without_a_fraction_the_test_split_validates_and_a_note_says_so():
+def test_with_val_fraction_0_the_test_split_is_validation_and_a_note_reports_it():
     loaded = load_image_dataset("digits", val_fraction=0)
     assert (loaded.val.name, loaded.val.encoded(5)) == ("val", loaded.test.encoded(5))
-    assert any("test split serves as validation" in note for note in loaded.notes)
+    assert any("test split is used as validation" in note for note in loaded.notes)
 
 
-def test_fewer_samples_are_taken_before_validation_is_carved():
+def test_max_train_samples_applies_before_validation_is_split_off():
     loaded = load_image_dataset("digits", max_train_samples=100, val_fraction=0.2)
     assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (80, 20, 359)
     assert np.bincount(np.concatenate([loaded.train.labels, loaded.val.labels])).tolist() == [10] * 10
@@ -234,14 +234,14 @@ def test_one_folder_of_classes_holds_out_the_same_test_images_for_every_seed(tmp
     assert any("1 images" in note and "not used" in note for note in first.notes)
 
 
-def test_validation_serves_as_test_where_there_is_no_test(tmp_path):
+def test_validation_is_used_as_test_if_there_is_no_test_split(tmp_path):
     write_classes(tmp_path / "train", {"a": 10, "b": 10})
     write_classes(tmp_path / "val", {"a": 2, "b": 2})
     (tmp_path / "raw").mkdir()
     loaded = load_image_dataset(str(tmp_path))
     assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (18, 2, 4)
     assert loaded.test.where(0) == str(tmp_path / "val" / "a" / "0.png")
-    assert any("val serves as test" in note for note in loaded.notes)
+    assert any("val is used as test" in note for note in loaded.notes)
     assert any("raw" in note for note in loaded.notes)
 
 
@@ -249,11 +249,11 @@ def test_validation_serves_as_test_where_there_is_no_test(tmp_path):
     "train, test, message",
     [
         ({"a": 3, "b": 0}, {"a": 1}, "No image in the class folders b of .*train"),
-        ({"a": 3, "b": 3}, {"a": 1, "c": 1}, "classes that .*train has not: c"),
+        ({"a": 3, "b": 3}, {"a": 1, "c": 1}, "classes that .*train lacks: c"),
         ({"a": 0}, {"a": 1}, "Found no images.*Expected: FOLDER/train/CLASS"),
     ],
 )
-def test_folders_that_cannot_be_meant_are_refused(tmp_path, train, test, message):
+def test_inconsistent_class_folders_are_refused(tmp_path, train, test, message):
     write_classes(tmp_path / "train", train)
     write_classes(tmp_path / "test", test)
     with pytest.raises(ValueError, match=message):
@@ -268,7 +268,7 @@ def test_folders_without_images_or_without_train_are_refused(tmp_path):
         load_image_dataset(str(tmp_path))
 
 
-def test_an_image_that_vanished_or_is_broken_is_named(tmp_path):
+def test_a_missing_or_damaged_image_is_reported_with_its_path(tmp_path):
     write_classes(tmp_path, {"a": 10, "b": 10})
     split = load_image_dataset(str(tmp_path)).train
     Path(split.where(3)).unlink()
@@ -309,7 +309,7 @@ def write_table(datasets, path: Path, labels: list, kind=None, column: str = "la
 
 
 def test_a_table_names_no_file_outside_its_folder(hf_cache, tmp_path):
-    """One inside is read, by its path; `..` does not lead out."""
+    """A file inside is read; `..` in a path does not bypass the check."""
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("set/inside.png", "outside.png"):
@@ -325,7 +325,7 @@ def test_a_table_names_no_file_outside_its_folder(hf_cache, tmp_path):
     assert len(load(folder / "inside.png").train.encoded(0)) == (folder / "inside.png").stat().st_size
     for path in (tmp_path / "outside.png", folder / ".." / "outside.png"):
         with pytest.raises(
-            ValueError, match="Train of the folder .* names the image file '.*outside.png', which lies outside"
+            ValueError, match="Train of the folder .* names the image file '.*outside.png', which is outside"
         ):
             load(path)
 
@@ -377,7 +377,7 @@ def test_label_column_is_chosen_by_name_type_or_setting(hf_cache, tmp_path):
         load_image_dataset(str(path), label_column="image")
 
 
-def test_columns_that_leave_a_doubt_are_listed(hf_cache, tmp_path):
+def test_ambiguous_or_missing_columns_are_listed(hf_cache, tmp_path):
     string = hf_cache.Value("string")
     write_table(hf_cache, tmp_path / "two" / "train.parquet", ["a"] * 4, string, "kind", number=[1] * 4)
     with pytest.raises(ValueError, match=r"\(kind, number\).*kind \(string\).*--label_column"):
@@ -406,7 +406,7 @@ def test_labels_out_of_range_are_refused_with_their_row(hf_cache, tmp_path, trai
         load_image_dataset(str(tmp_path / "set"))
 
 
-def test_a_test_split_without_labels_is_left_out(hf_cache, tmp_path):
+def test_a_test_split_without_labels_is_not_used(hf_cache, tmp_path):
     write_table(hf_cache, tmp_path / "set" / "train.parquet", [0, 1] * 10)
     write_table(hf_cache, tmp_path / "set" / "validation.parquet", [0, 1, 1])
     write_table(hf_cache, tmp_path / "set" / "test.parquet", [-1] * 5)
@@ -415,24 +415,24 @@ def test_a_test_split_without_labels_is_left_out(hf_cache, tmp_path):
     assert any("test has no labels" in note for note in loaded.notes)
 
 
-def test_a_hub_set_without_network_says_what_to_do(tmp_path):
-    code = "from pipeline.datasets import load_image_dataset; load_image_dataset('nobody/nothing')"
+def test_loading_a_hub_set_without_network_reports_what_to_do(tmp_path):
+    code = "from pipeline.data.image_dataset import load_image_dataset; load_image_dataset('nobody/nothing')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
-    for words in ("ValueError: Could not load the Hub set 'nobody/nothing'", "HF_TOKEN", "HF_ENDPOINT", "in the cache"):
+    for words in ("ValueError: Could not load the Hub set 'nobody/nothing'", "HF_TOKEN", "HF_ENDPOINT", "cached set"):
         assert words in result.stderr
 
 
 READ_PETS = """
 import json, sys
-from pipeline.datasets import load_image_dataset
+from pipeline.data.image_dataset import load_image_dataset
 loaded = load_image_dataset("owner/pets")
 print(json.dumps([loaded.train.labels.tolist(), loaded.notes, "datasets" in sys.modules]))
 """
 
 
-def test_a_hub_set_is_read_anew_only_when_it_changes_and_from_the_cache_when_the_hub_is_gone(hf_cache, tmp_path):
+def test_a_hub_set_is_read_again_only_after_a_change_and_from_the_cache_if_the_hub_is_unreachable(hf_cache, tmp_path):
     table = tmp_path / "pets" / "train.parquet"
     write_table(hf_cache, table, [0, 1, 1] * 4)
     home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
@@ -452,13 +452,13 @@ def test_a_hub_set_is_read_anew_only_when_it_changes_and_from_the_cache_when_the
         assert len(changed) == 14 and with_datasets
         assert read(address) == [changed, notes, False]
     for offline, reason in (("0", "Connection refused"), ("1", "offline")):
-        again, (told, *others), with_datasets = read(address, offline)
+        again, (first_note, *others), with_datasets = read(address, offline)
         assert (again, others, with_datasets) == (changed, notes, False)
-        assert told.startswith("The Hub was not reached (") and reason in told
+        assert first_note.startswith("The Hub was not reached (") and reason in first_note
 
 
-def test_a_set_that_is_not_remembered_is_read_by_datasets_when_the_hub_is_gone(tmp_path):
-    """Images as plain bytes are read anew each time. The Hub's client tries for 23 seconds before it says so; not here."""
+def test_a_set_without_a_cached_reading_is_read_by_datasets_if_the_hub_is_unreachable(tmp_path):
+    """Readings of images as plain bytes are not cached. The Hub client retries for 23 seconds; the test skips its sleeps."""
     (tmp_path / "pets").mkdir()
     images, labels = [png(grey(level)) for level in range(12)], ["cat", "dog", "dog"] * 4
     pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "pets" / "train.parquet")
@@ -474,7 +474,7 @@ def test_a_set_that_is_not_remembered_is_read_by_datasets_when_the_hub_is_gone(t
 
 @pytest.fixture
 def readings(hf_cache, monkeypatch):
-    """How often `datasets` has read a folder."""
+    """One entry for each time that `datasets` reads a folder."""
     counts, load = [], hf_cache.load_dataset
     monkeypatch.setattr(hf_cache, "load_dataset", lambda *args: counts.append(args) or load(*args))
     return counts
@@ -502,7 +502,7 @@ def test_a_folder_is_read_by_datasets_once_and_again_when_a_file_changes(hf_cach
 
 
 @pytest.mark.parametrize("harm", ["record is damaged", "Arrow file is gone", "Arrow file has changed", "no folder"])
-def test_what_cannot_be_recalled_is_read_again(hf_cache, readings, tmp_path, harm):
+def test_a_damaged_or_outdated_cached_reading_is_read_again(hf_cache, readings, tmp_path, harm):
     folder, cache = tmp_path / "set", tmp_path / "hf_cache"
     write_table(hf_cache, folder / "train.parquet", [0, 1] * 50)
     first = described(load_image_dataset(str(folder)))
@@ -512,7 +512,7 @@ def test_what_cannot_be_recalled_is_read_again(hf_cache, readings, tmp_path, har
         record.write_text(record.read_text().replace('"labels": [0, 1', '"labels": [1, 1'))
     elif harm == "no folder":
         shutil.rmtree(record.parent)
-        record.parent.write_text("a file in its place")
+        record.parent.write_text("a file instead")
     elif harm == "Arrow file is gone":
         shutil.rmtree(arrow.parent)
     else:
@@ -552,7 +552,7 @@ def test_float_levels_are_read_as_unit_range_or_as_levels():
             decode_image(encode(Image.fromarray(np.array([values], np.float32)), "TIFF"), 1)
 
 
-def test_transparency_shows_white_paper():
+def test_transparent_pixels_become_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     clear.putpixel((0, 0), (255, 0, 0, 255))
     expected = [[[255, 0, 0], [255, 255, 255]], [[255, 255, 255]] * 2]
@@ -568,13 +568,13 @@ def test_exif_orientation_is_applied(file_format):
     image = Image.new("L", (16, 8), 0)
     image.paste(255, (0, 0, 8, 8))  # white on the left
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise: white comes to the top
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: white moves to the top
     decoded = decode_image(encode(image, file_format, exif=exif.tobytes()), 1)
     assert decoded.size == (8, 16)
     assert np.asarray(decoded)[2, 4] > 200 and np.asarray(decoded)[13, 4] < 50
 
 
-def test_the_first_frame_of_an_animation_counts():
+def test_the_first_frame_of_an_animation_is_used():
     frames = [Image.fromarray(grey(level)) for level in (200, 10)]
     encoded = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode_image(encoded, 1)).tolist() == grey(200).tolist()
@@ -589,7 +589,7 @@ def test_the_first_frame_of_an_animation_counts():
         (encode(Image.effect_noise((64, 64), 50), "JPEG")[:800], "truncated"),
     ],
 )
-def test_what_is_no_image_is_refused(encoded, message):
+def test_bytes_that_are_not_an_image_are_refused(encoded, message):
     with pytest.raises(BadImage, match=message):
         decode_image(encoded, 3)
 

@@ -390,10 +390,10 @@ def test_bad_images_are_left_out_and_named(folder: Path, capsys: pytest.CaptureF
     assert [len(part) for part in screened.splits] == [16, 18, 4]
     assert screened.splits[0].table_rows.tolist() == [row for row in range(20) if row not in BAD]
     assert screened.splits[0].labels.tolist() == [row % 2 for row in range(20) if row not in BAD]
-    assert [text.split(" of ")[0] for text in screened.complaints] == [f"row {row}" for row in BAD]
+    assert [text.split(" of ")[0] for text in screened.messages] == [f"row {row}" for row in BAD]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all("It is left out." in line for line in told)
-    assert without_bad_images(parts, 3, 2, shown=False).complaints == screened.complaints
+    assert len(told) == 4 and all("The image is skipped." in line for line in told)
+    assert without_bad_images(parts, 3, 2, shown=False).messages == screened.messages
     assert not capsys.readouterr().err
 
 
@@ -416,14 +416,14 @@ def test_what_was_found_good_is_not_checked_again(folder: Path, monkeypatch: pyt
     content = bytearray(file.read_bytes())
     content[40] ^= 1
     file.write_bytes(bytes(content))
-    assert len(without_bad_images([split], 3, 1, shown=False).complaints) == 4 and len(calls) == 34 + 30
+    assert len(without_bad_images([split], 3, 1, shown=False).messages) == 4 and len(calls) == 34 + 30
 
 
 def test_many_bad_images_are_counted_and_all_bad_is_an_error(capsys: pytest.CaptureFixture) -> None:
     split = table_of([b"broken %d" % row if row < 15 else encode(noise(8, row)) for row in range(20)])
     assert len(without_bad_images([split], 3, 1, shown=True).splits[0]) == 5
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 11 and told[-1] == "warning: 5 more images cannot be decoded and are left out."
+    assert len(told) == 11 and told[-1] == "warning: 5 more images cannot be decoded and are skipped."
     with pytest.raises(BadImage, match="No image of the val split can be decoded. The first: row 0 of val"):
         without_bad_images([table_of([b"", b"x"], "val")], 3, 1, shown=False)
 
@@ -476,6 +476,6 @@ def test_runs_without_the_bad_images_agree_on_both_loaders_after_resuming_and_on
 
     two = torchrun(2, *flags(**{**settings, "output_dir": tmp_path, "run_name": "two", "max_train_samples": "null"}))
     assert two.returncode == 0, two.stderr
-    assert two.stderr.count("It is left out.") == 5
+    assert two.stderr.count("The image is skipped.") == 5
     ours, theirs = ([line.get("num_samples") for line in lines_of(tmp_path / name)] for name in ("device", "two"))
     assert ours == theirs
