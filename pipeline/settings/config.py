@@ -1,4 +1,4 @@
-"""The settings: one flat frozen dataclass, and what its values must and must not be."""
+"""The settings of a run: one flat frozen dataclass, the limits of its values, and the combinations that are refused."""
 
 import dataclasses
 import typing
@@ -10,14 +10,14 @@ import yaml
 
 
 def setting(default: Any, help: str, **limits: float) -> Any:
-    """A field with its sentence for --help and its limits: any of above, at_least, at_most, below."""
+    """A field with its help text and its limits, any of above, at_least, at_most and below."""
     metadata = {"help": help, "limits": limits}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# The section of a field in --help is the last one whose first field stands at or before it.
+# First field of each section of --help and docs/settings.md.
 SECTIONS = {
     "dataset": "Data",
     "augment": "Augmentation and loss",
@@ -31,183 +31,257 @@ SECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run. A null default stands for a choice that the sentence explains."""
+    """Every setting of a run. Where the default is null, the help sentence says what is used instead."""
 
     dataset: str = setting(
         "digits",
-        "digits (embedded), mnist, fashion_mnist, cifar10, cifar100, oxford_iiit_pet, a Hub id owner/name, "
-        "or a folder of class folders, Parquet or Arrow files",
+        "Images to train on: `digits` (embedded), `mnist`, `fashion_mnist`, `cifar10`, `cifar100`, `oxford_iiit_pet`, a Hub id "
+        "owner/name, or a folder with class folders, Parquet or Arrow files, or tar files (`loader stream` only).",
     )
-    hub_config: str | None = setting(None, "configuration of a Hub set that has several; null takes its default")
+    hub_config: str | None = setting(
+        None, "Configuration of a Hub dataset that has several. `null` uses the dataset's default."
+    )
     label_column: str | None = setting(
-        None, "column of the labels, coarse_label for cifar100's 20 for example; null finds it"
+        None, "Column of the labels, for example `coarse_label` for the 20 superclasses of cifar100. `null` finds it by its type."
     )
     image_size: int | None = setting(
-        None, "side of the model's input in pixels; null takes the set's own when small, else the model's", at_least=1
+        None,
+        "Height and width of the model's input in pixels. `null` uses the size of the images if all are small and the model is "
+        "not pretrained, otherwise the size the model was designed for.",
+        at_least=1,
     )
     val_fraction: float = setting(
         0.1,
-        "fraction of the training split kept for validation, stratified; 0 validates on the test split",
+        "Fraction of the training split that is held out for validation, stratified by class. `0` validates on the test split. "
+        "A dataset with validation and test splits of its own does not need it.",
         at_least=0,
         below=1,
     )
     loader: Literal["auto", "device", "workers", "stream"] = setting(
         "auto",
-        "device keeps the decoded set in device memory, workers decode as they go, stream reads shards (Parquet, Arrow, tar, "
-        "folders) without holding or downloading the set; auto takes device when it fits, else workers",
+        "How images are read. `device` keeps the decoded dataset in device memory. `workers` decodes images in every epoch, in "
+        "worker processes. `stream` reads shards (Parquet, Arrow, tar, class folders) without downloading or holding the "
+        "dataset. `auto` selects `device` for small images that fit, otherwise `workers`.",
     )
     shuffle_buffer: int = setting(
         4096,
-        "stream: images, over all processes, among which the order is shuffled; they are in memory, encoded",
+        "With `loader stream`: number of images, over all processes, among which the order is shuffled. They are in memory, "
+        "encoded.",
         at_least=1,
     )
     num_workers: int | None = setting(
-        None, "worker processes per training process that decode images; null decides from the machine", at_least=0
+        None, "Worker processes per training process that decode images. `null` uses the CPU cores.", at_least=0
     )
     on_bad_image: Literal["error", "skip"] = setting(
         "error",
-        "what an image that cannot be decoded does: error ends the run and names it; skip checks all images before "
-        "training and leaves the bad ones out",
+        "What to do with an image that cannot be decoded. `error` stops the run and names the image. `skip` decodes all images "
+        "once before training and leaves out the bad ones.",
     )
     max_train_samples: int | None = setting(
-        None, "use at most so many images of the training split, stratified, validation included", at_least=2
+        None,
+        "Use at most this many images of the training split, stratified by class, before the validation images are taken from "
+        "it. `null` uses all.",
+        at_least=2,
     )
-    drop_last: bool = setting(True, "leave out an epoch's last batch when it is short")
+    drop_last: bool = setting(True, "Drop the last batch of an epoch if it is smaller than the others.")
 
     augment: Literal["none", "light", "randaugment", "trivialaugment"] = setting(
-        "light", "light is crop and flip as fits the set; the others add arXiv 1909.13719 or 2103.10158 to it"
+        "light",
+        "Augmentation of training images. `none` applies none. `light` crops and flips as suits the dataset. `randaugment` "
+        "(arXiv 1909.13719) and `trivialaugment` (arXiv 2103.10158) add their operations to `light`.",
     )
     random_erasing: float = setting(
-        0.0, "probability to erase a random rectangle, arXiv 1708.04896", at_least=0, at_most=1
+        0.0, "Probability that a random rectangle of an image is erased (arXiv 1708.04896).", at_least=0, at_most=1
     )
-    mixup: float = setting(0.0, "alpha of mixup's Beta distribution, arXiv 1710.09412; 0 is off", at_least=0)
-    cutmix: float = setting(0.0, "alpha of cutmix's Beta distribution, arXiv 1905.04899; 0 is off", at_least=0)
+    mixup: float = setting(
+        0.0, "Parameter alpha of mixup's Beta distribution (arXiv 1710.09412). `0` disables mixup.", at_least=0
+    )
+    cutmix: float = setting(
+        0.0, "Parameter alpha of cutmix's Beta distribution (arXiv 1905.04899). `0` disables cutmix.", at_least=0
+    )
     label_smoothing: float = setting(
-        0.0, "share of each training label spread over all classes, arXiv 1512.00567", at_least=0, below=1
+        0.0, "Share of each training label that is spread over all classes (arXiv 1512.00567).", at_least=0, below=1
     )
 
     model_name: str = setting(
-        "resnet18", "simple_mlp, small_convnet(_wide) or any timm model, with its tag, hf-hub:owner/name or local-dir:PATH"
+        "resnet18",
+        "`simple_mlp`, `small_convnet`, `small_convnet_wide`, or any timm model: its name, with or without a tag, "
+        "`hf-hub:owner/name`, or `local-dir:PATH`.",
     )
-    pretrained: bool = setting(False, "start from the model's published weights")
+    pretrained: bool = setting(False, "Start from the published weights of the model.")
     stem: Literal["auto", "imagenet", "small"] = setting(
         "auto",
-        "small keeps the resolution of small images (stride 1, no pooling); auto takes it up to 64 pixels unless pretrained",
+        "First layers of a convolutional model. `small` keeps the resolution of small images (stride 1, no pooling). `imagenet` "
+        "leaves the model as it is. `auto` selects `small` for inputs of up to 64 pixels, unless the model is pretrained or "
+        "`init_from` has another stem.",
     )
-    init_from: str | None = setting(None, "a run, a timm folder or a safetensors file whose weights to start from")
-    drop_rate: float = setting(0.0, "dropout before the classifier, a probability", at_least=0, below=1)
-    drop_path_rate: float = setting(0.0, "stochastic depth, arXiv 1603.09382, a probability", at_least=0, below=1)
-    freeze_epochs: int = setting(0, "epochs at the start in which only the classifier is trained", at_least=0)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    init_from: str | None = setting(
+        None, "Start from the weights of this run, checkpoint, timm folder or safetensors file."
+    )
+    drop_rate: float = setting(0.0, "Probability of dropout before the classifier.", at_least=0, below=1)
+    drop_path_rate: float = setting(0.0, "Probability of stochastic depth (arXiv 1603.09382).", at_least=0, below=1)
+    freeze_epochs: int = setting(0, "Train only the classifier in this many first epochs.", at_least=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass. This saves memory and costs time."
+    )
 
-    optimizer: str = setting("sgd", "sgd, adam, adamw, muon, or sam, which is sgd with sam_rho 0.05")
+    optimizer: str = setting("sgd", "`sgd`, `adam`, `adamw`, `muon`, or `sam`, which is `sgd` with `sam_rho` 0.05.")
     lr: float | None = setting(
         None,
-        "peak learning rate; null is the optimizer's own times the root of batch_size / 128, a tenth of it for given weights",
+        "Peak learning rate. `null` uses the optimizer's default times sqrt(`batch_size` / 128), and a tenth of that with "
+        "`pretrained` or `init_from`.",
         above=0,
     )
     weight_decay: float | None = setting(
-        None, "decay of weights other than norms and biases; null takes the optimizer's own", at_least=0
+        None, "Weight decay. Norms and biases are not decayed. `null` uses the optimizer's default.", at_least=0
     )
     layer_decay: float | None = setting(
-        None, "factor on the learning rate from each layer to the one before it, arXiv 2106.08254", above=0, at_most=1
+        None,
+        "Factor on the learning rate from each layer to the one before it (arXiv 2106.08254). `null` trains all layers at one "
+        "rate.",
+        above=0,
+        at_most=1,
     )
-    momentum: float = setting(0.9, "momentum of sgd and sam", at_least=0, below=1)
-    nesterov: bool = setting(True, "Nesterov's form of the momentum of sgd, sam and muon")
-    muon_momentum: float = setting(0.95, "momentum of muon", at_least=0, below=1)
-    ns_steps: int = setting(5, "Newton-Schulz steps of muon", at_least=1, at_most=20)
+    momentum: float = setting(0.9, "Momentum of sgd and sam.", at_least=0, below=1)
+    nesterov: bool = setting(True, "Use Nesterov momentum in sgd, sam and muon.")
+    muon_momentum: float = setting(0.95, "Momentum of muon.", at_least=0, below=1)
+    ns_steps: int = setting(5, "Number of Newton-Schulz iterations in a step of muon.", at_least=1, at_most=20)
     muon_lr_scaling: Literal["match_rms_adamw", "original"] = setting(
-        "match_rms_adamw", "how muon scales an update by its shape; original wants an lr of 0.02 and more"
+        "match_rms_adamw",
+        "How muon scales an update by the shape of its matrix. `match_rms_adamw` (arXiv 2502.16982) gives it the RMS of a "
+        "typical AdamW update. `original` needs an `lr` of 0.02 or more.",
     )
-    adamw_lr_scale: float = setting(1.0, "factor on the learning rate of muon's AdamW groups", above=0)
+    adamw_lr_scale: float = setting(1.0, "Factor on the learning rate of muon's AdamW groups.", above=0)
     adamw_weight_decay: float | None = setting(
-        None, "weight decay of muon's AdamW groups; null is weight_decay", at_least=0
+        None, "Weight decay of muon's AdamW groups. `null` uses `weight_decay`.", at_least=0
     )
     sam_rho: float | None = setting(
         None,
-        "radius of SAM's perturbation, arXiv 2010.01412, around any optimizer; null is 0.05 for sam, else 0",
+        "Radius of the perturbation of SAM (arXiv 2010.01412), with any optimizer. `0` disables SAM. `null` is 0.05 for "
+        "`optimizer sam`, otherwise 0.",
         at_least=0,
     )
     sam_adaptive: bool = setting(
-        False, "ASAM, arXiv 2102.11600: the perturbation scales with the weights; wants a rho near 2"
+        False,
+        "Use adaptive SAM (arXiv 2102.11600), whose perturbation scales with the weights. It needs a `sam_rho` near 2.",
     )
-    sam_every: int = setting(1, "a perturbed step every so many steps, plain ones between", at_least=1)
-    sam_sync: bool = setting(True, "one perturbation for all processes; false is the paper's, each process its own")
+    sam_every: int = setting(1, "Perturb one step of every so many: 2 perturbs every second step.", at_least=1)
+    sam_sync: bool = setting(
+        True,
+        "Compute one perturbation from the gradient of all processes. `false` lets each process use its own gradient, as in the "
+        "paper.",
+    )
     ema_decay: float | None = setting(
         None,
-        "share of the weights' moving average that an epoch leaves of it, 0.5 for example; null keeps none",
+        "Decay per epoch of an exponential moving average of the weights, for example 0.5. `null` keeps no average.",
         above=0,
         below=1,
     )
-    clip_grad_norm: float | None = setting(None, "largest L2 norm of the gradient; null does not clip", above=0)
+    clip_grad_norm: float | None = setting(
+        None, "Largest L2 norm of the gradient, which is scaled down to it. `null` does not clip.", above=0
+    )
 
-    scheduler: str = setting("cosine", "constant, step, plateau, cosine or linear")
-    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises linearly from 0", at_least=0)
+    scheduler: str = setting("cosine", "Learning-rate schedule: `constant`, `step`, `plateau`, `cosine` or `linear`.")
+    warmup_epochs: float = setting(
+        1.0,
+        "Epochs over which the learning rate rises linearly from 0. A warm-up of more than half the run is shortened to half.",
+        at_least=0,
+    )
     step_epochs: float | list[float] | None = setting(
         None,
-        "step: a number lowers the rate every so many epochs, a list at these epochs; null is every third of the run",
+        "With `scheduler step`: a number lowers the learning rate every so many epochs, a list lowers it at these epochs. "
+        "`null` lowers it after each third of the run.",
     )
-    gamma: float = setting(0.1, "step and plateau: factor by which they lower the learning rate", above=0, below=1)
+    gamma: float = setting(
+        0.1, "With `scheduler step` or `plateau`: factor on the learning rate each time it is lowered.", above=0, below=1
+    )
     plateau_patience: int = setting(
-        5, "plateau: epochs without a better monitored value before it lowers the rate", at_least=1
+        5,
+        "With `scheduler plateau`: lower the learning rate after more than this many epochs in a row without a better monitored "
+        "value.",
+        at_least=1,
     )
-    min_lr_scale: float = setting(0.0, "plateau, cosine, linear: lowest fraction of lr", at_least=0, at_most=1)
-    epochs: int = setting(8, "passes over the training split", at_least=1)
+    min_lr_scale: float = setting(
+        0.0,
+        "With `scheduler plateau`, `cosine` or `linear`: lowest learning rate, as a fraction of `lr`.",
+        at_least=0,
+        at_most=1,
+    )
+    epochs: int = setting(8, "Number of passes over the training split.", at_least=1)
     batch_size: int | None = setting(
         None,
-        "images per optimizer step, over all processes; null is 128, halved while an epoch has under 32 steps, down to 16",
+        "Images per optimizer step, over all processes. `null` is 128, halved while an epoch has fewer than 32 steps, down to "
+        "16.",
         at_least=1,
     )
     batch_size_schedule: dict[int, int] = setting(
-        {}, "new batch sizes by the epoch (from 0) they begin at, {5: 256, 10: 512}"
+        {},
+        "New batch sizes by the number of finished epochs after which they begin, for example `{5: 256, 10: 512}`.",
     )
     batch_lr_scaling: Literal["none", "sqrt", "linear"] = setting(
-        "none", "how the learning rate follows batch_size_schedule: times the ratio's root, the ratio, or not at all"
+        "none",
+        "How the learning rate follows `batch_size_schedule`. `linear` multiplies it by the ratio of the batch sizes, `sqrt` by "
+        "the square root of the ratio, `none` does not change it.",
     )
     micro_batch_size: int | Literal["auto"] | None = setting(
         None,
-        "most images in memory at once per process; it changes nothing but what BatchNorm sees; null is no limit, "
-        "auto tries before training how many fit",
+        "Most images per process in one forward and backward pass; gradients are accumulated. It changes which images BatchNorm "
+        "normalizes together and which dropout masks are drawn. `null` is no limit. `auto` finds before training how many "
+        "images fit.",
         at_least=1,
     )
     early_stopping_patience: int | None = setting(
-        None, "epochs without a better monitored value before the run stops; null never stops", at_least=1
+        None,
+        "Stop the run when this many epochs have passed since the best monitored value. `null` never stops early.",
+        at_least=1,
     )
     monitor: Literal["accuracy", "loss"] = setting(
-        "accuracy", "validation figure that decides best, plateau and early stopping"
+        "accuracy", "Validation metric that decides the best epoch, `scheduler plateau` and early stopping."
     )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
-        None, "null takes what `accelerate launch` says, else no"
+        None,
+        "Precision of the forward and backward pass; `fp16` needs a GPU. `null` uses the precision of `accelerate launch`, "
+        "otherwise `no`.",
     )
     channels_last: bool | None = setting(
-        None, "keep images and convolutions in channels-last order; null does for convolutional models"
+        None,
+        "Keep images and convolution weights in channels-last memory order. `null` enables it for convolutional models.",
     )
     compile: bool | Literal["reduce-overhead"] = setting(
-        False, "compile the model with torch.compile; reduce-overhead also has a GPU replay each pass as a CUDA graph"
+        False,
+        "Compile the model with torch.compile. `reduce-overhead` also replays each pass as a CUDA graph on a GPU.",
     )
-    sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes together")
+    sync_batchnorm: bool = setting(False, "Compute BatchNorm statistics over all processes.")
 
-    output_dir: str = setting("runs", "folder that holds the runs")
+    output_dir: str = setting("runs", "Folder that contains the runs.")
     run_name: str | None = setting(
-        None, "folder of this run below output_dir; null makes a new one from set, model and time"
+        None, "Name of the run's folder in `output_dir`. `null` makes a new one from dataset, model and time."
     )
-    seed: int = setting(0, "seed of the data order, augmentation, initial weights and dropout", at_least=0)
+    seed: int = setting(
+        0, "Seed of the validation split, data order, augmentation, initial weights and dropout.", at_least=0
+    )
     resume: str = setting(
         "auto",
-        "auto goes on with run_name's newest checkpoint if there is one, never refuses to, or a checkpoint's path",
+        "`auto` resumes `run_name` from its newest checkpoint if the run exists. `never` refuses a `run_name` that exists. The "
+        "path of a checkpoint of `run_name` resumes from that one.",
     )
     checkpoint_every_steps: int | None = setting(
-        None, "steps between checkpoints besides those at each epoch's end", at_least=1
+        None,
+        "Steps between checkpoints, in addition to the checkpoint at the end of each epoch. `null` writes no others.",
+        at_least=1,
     )
-    keep_checkpoints: int = setting(1, "newest checkpoints to keep; the best one is kept besides", at_least=1)
+    keep_checkpoints: int = setting(
+        1, "Number of newest checkpoints to keep. The best one is always kept besides.", at_least=1
+    )
     log_with: str | list[str] | None = setting(
         None,
-        "trackers by Accelerate's names, tensorboard or [wandb, tensorboard]; wandb is on by itself under `wandb agent`",
+        "Trackers by Accelerate's names, for example `tensorboard` or `[wandb, tensorboard]`. `wandb agent` enables `wandb` "
+        "without this setting.",
     )
-    project: str = setting("image-classification", "project name for the trackers")
-    log_every: int = setting(20, "steps between training lines in metrics.jsonl and the trackers", at_least=1)
-    dry_run: bool = setting(False, "print the plan and stop")
+    project: str = setting("image-classification", "Project name in the trackers.")
+    log_every: int = setting(20, "Steps between training lines in metrics.jsonl and the trackers.", at_least=1)
+    dry_run: bool = setting(False, "Print the plan and exit without training.")
 
     @property
     def run_dir(self) -> Path:
@@ -215,17 +289,17 @@ class Config:
 
     @property
     def uses_sam(self) -> bool:
-        """Whether steps are perturbed: by a sam_rho, or by the name of the optimizer where sam_rho is null."""
+        """Whether steps are perturbed: sam_rho is above 0, or it is null and the optimizer is sam."""
         return self.optimizer == "sam" if self.sam_rho is None else self.sam_rho > 0
 
     @property
     def compile_mode(self) -> str | None:
-        """The mode of torch.compile; None is its default."""
+        """The mode of torch.compile; None is the default mode."""
         return None if isinstance(self.compile, bool) else self.compile
 
     @property
     def images_at_once(self) -> int | None:
-        """micro_batch_size as a number; None for no limit, and as long as auto is not filled in."""
+        """micro_batch_size as a number; None if there is no limit, or if it is auto and not yet resolved."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
@@ -235,7 +309,7 @@ TYPES: dict[str, Any] = typing.get_type_hints(Config)
 
 
 def check_limits(config: Config) -> None:
-    """Raises ValueError when a number is outside the limits of its field, or settings contradict one another."""
+    """Raises ValueError if a number is outside the limits of its field or settings contradict each other."""
     holds = {
         "above": lambda value, bound: value > bound,
         "at_least": lambda value, bound: value >= bound,
@@ -253,37 +327,39 @@ def check_limits(config: Config) -> None:
 
 
 def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
+    """Each combination of settings that is refused: whether config has it, and the message for it."""
     schedule = config.batch_size_schedule
     steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
     yield config.pretrained and config.init_from is not None, (
-        "pretrained and init_from both say where the weights start from; leave one of them out."
+        "pretrained and init_from both select the initial weights. Set only one of them."
     )
     yield config.warmup_epochs >= config.epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
-        f"warmup_epochs {config.warmup_epochs} must be below epochs {config.epochs}, or the learning rate never reaches lr."
+        f"warmup_epochs {config.warmup_epochs} must be below epochs {config.epochs}."
     )
     yield any(epoch < 1 or size < 1 for epoch, size in schedule.items()), (
-        f"batch_size_schedule {schedule} must map epochs from 1 on to batch sizes from 1 on; batch_size is that of epoch 0."
+        f"batch_size_schedule {schedule} must map epochs of at least 1 to batch sizes of at least 1. "
+        "Set the batch size of epoch 0 with batch_size."
     )
     yield any(epoch >= config.epochs for epoch in schedule), (
-        f"batch_size_schedule {schedule} begins a size at or after the run's end, epochs {config.epochs}."
+        f"batch_size_schedule {schedule} has an entry after the end of the run. Its epochs must be below epochs {config.epochs}."
     )
     yield config.loader == "stream" and config.on_bad_image == "skip", (
-        "on_bad_image skip looks at every image before training, which a stream does not; mend the set, or take loader workers."
+        "loader stream does not support on_bad_image skip, which decodes every image before training. Repair or remove the bad "
+        "images, or use loader workers."
     )
     yield config.compile_mode is not None and (config.micro_batch_size is not None or config.uses_sam), (
-        "compile reduce-overhead replays one pass a step into the same memory; micro_batch_size and SAM take several. "
-        "Use compile true."
+        "compile reduce-overhead needs one pass per step, but micro_batch_size and SAM make several. Use compile true."
     )
     yield any(step <= 0 for step in steps) or steps != sorted(steps), (
-        f"step_epochs {config.step_epochs} must be above 0, and rising when it is a list."
+        f"step_epochs {config.step_epochs} must be above 0, and a list must be in ascending order."
     )
     yield config.run_name is not None and Path(config.run_name).name != config.run_name, (
-        f"run_name {config.run_name!r} must be a plain folder name; output_dir holds the path."
+        f"run_name {config.run_name!r} must be a plain folder name. Set the folder that contains it with output_dir."
     )
 
 
 def ignored_settings(config: Config) -> list[str]:
-    """A sentence for each setting that was changed and that another one leaves without effect."""
+    """A sentence for each setting that differs from its default and has no effect because of another setting."""
     needs = {
         "gamma": ("scheduler step or plateau", config.scheduler in ("step", "plateau")),
         "step_epochs": ("scheduler step", config.scheduler == "step"),
@@ -301,5 +377,5 @@ def ignored_settings(config: Config) -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The effective settings as YAML text that --config reads back."""
+    """The settings as YAML text that --config reads."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

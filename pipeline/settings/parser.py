@@ -47,41 +47,42 @@ def make_parser() -> Any:
     parser = jsonargparse.ArgumentParser(
         prog="train.py",
         description="Train an image classifier. Without arguments: ResNet-18 on the embedded handwritten digits.",
-        epilog="Settings are read from the defaults, then --config FILE.yaml, then --field value or --field=value.",
+        epilog="Arguments are applied to the defaults from left to right. docs/settings.md describes how values are written.",
         parser_mode="settings",
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it")
+    parser.add_argument("--config", action="config", help="YAML file of settings. Later arguments override it.")
     group = parser
     for name, field in FIELDS.items():
         if name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[name])
         default = getattr(DEFAULTS, name)
-        text = field.metadata["help"] + limits_in_words(field.metadata["limits"])
+        limits = limits_in_words(field.metadata["limits"])
+        text = f"{field.metadata['help']} Must be {limits}." if limits else field.metadata["help"]
         group.add_argument(f"--{name}", type=TYPES[name], default=default, metavar=name.upper(), help=text)
     return parser
 
 
 def limits_in_words(limits: dict[str, float]) -> str:
-    if not limits:
-        return ""
-    return "; " + ", ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in limits.items())
+    """`{"above": 0, "at_most": 1}` as 'above 0 and at most 1'; empty without limits."""
+    return " and ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in limits.items())
 
 
 def type_in_words(hint: Any) -> str:
-    """`float | None` as 'a number or null', for messages."""
+    """`float | None` as 'a number or null'."""
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        words = ", ".join(typing.get_args(hint))
+        return f"one of {words}" if len(typing.get_args(hint)) > 1 else words
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_in_words(part) for part in typing.get_args(hint))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    words |= {
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names |= {
         list[str]: "a list of texts",
         list[float]: "a list of numbers",
         dict[int, int]: "a map such as {5: 256, 10: 512}",
     }
-    return words[hint]
+    return names[hint]
 
 
 def choices(hint: Any) -> list[str]:
