@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     device = prediction.choose_device(args.device)
-    paths, problems = prediction.find_images(args.paths, sys.stdin if "-" in args.paths else ())
+    paths, problems, notes = prediction.find_images(args.paths, sys.stdin if "-" in args.paths else ())
+    for note in notes:
+        console.warn(note)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
     if not paths:

@@ -2,85 +2,231 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.splits import Reading, Split, find_splits, is_split_name
-from pipeline.images.files import EXTENSIONS, images_below, visible_entries
+from pipeline.data.splits import ACCEPTED_NAMES, Reading, Split, find_splits, role_within, split_role
+from pipeline.images.files import EXTENSIONS, FolderWalk, LeftOut, first_of, is_folder
 
 LAYOUTS = (
-    "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), or FOLDER/CLASS/*.jpg, or a folder of "
-    f"Parquet or Arrow files. Images end in {' '.join(EXTENSIONS)}."
+    "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), FOLDER/CLASS/*.jpg, images and a CSV file with "
+    "a column of file names and one of labels, or Parquet or Arrow files."
 )
+RUN_FILES = ("summary.json", "metrics.jsonl", "checkpoints")  # one of them is in every run's folder, beside config.yaml
+MOST_LOOKED_AT = 100  # entries of a folder, to see whether runs lie in it
 
 
-def read_class_folders(folder: Path) -> Reading:
-    """The splits (train, val, test), the class names (the folder names of train, sorted) and notes for the user.
+@dataclasses.dataclass
+class ClassFolders:
+    """The image files of a folder by split and class folder, as they were found.
 
-    If the folder contains split folders (train/, val/, test/), each of them contains class folders. Otherwise the subfolders
-    are the classes of a single split. Raises ValueError if there is no image, a class is empty, or val or test has a class
-    that train lacks.
+    roots: the split's folder; files: for each split the class names, sorted, and their image paths.
     """
+
+    folder: Path
+    roots: dict[str, Path]
+    files: dict[str, dict[str, list[str]]]
+    inner: dict[str, list[str]]  # for each folder that was listed the names of those in it
+    notes: list[str]
+
+
+def read_class_folders(folder: Path, for_training: bool = True) -> Reading:
+    """The splits under our names, the class names (sorted folder names) and notes for the user.
+
+    With split folders (train/, val/, test/) inside, each holds class folders; else the folder's own subfolders are the
+    classes of one split. for_training: the classes are those of train; else those of all splits, of which there need not be
+    train. Raises ValueError where there is no image, and for_training where a training class is empty, there are fewer than
+    two classes, or val or test has a class that train does not have.
+    """
+    found = find_class_folders(folder)
+    if for_training and "train" in found.files:
+        check_classes(found)
+        return to_reading(found, list(found.files["train"]))
+    return to_reading(found, sorted({name for classes in found.files.values() for name in classes}))
+
+
+def find_class_folders(folder: Path) -> ClassFolders:
+    """What the folder holds. Raises ValueError where there are no images in class folders, or splits cannot be told."""
     folder = Path(os.path.abspath(folder))
-    split_folders, notes = _split_folders(folder)
-    files = {
-        split: {class_folder.name: images_below(class_folder) for class_folder in _subfolders(root)}
-        for split, root in split_folders.items()
-    }
-    _check_classes(files, split_folders)
-    class_names = list(files["train"])
-    for root in split_folders.values():
-        loose = _image_count(root)
-        if loose:
-            notes.append(f"{loose} images in {root} are in no class folder and are not used.")
-    splits = {split: _to_split(split, classes, class_names) for split, classes in files.items()}
-    return splits, class_names, notes
-
-
-def _subfolders(folder: str | Path) -> list[Path]:
-    return [Path(entry.path) for entry in visible_entries(folder) if entry.is_dir()]
-
-
-def _image_count(folder: Path) -> int:
-    return sum(entry.name.lower().endswith(EXTENSIONS) and entry.is_file() for entry in visible_entries(folder))
-
-
-def _split_folders(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Maps train, val and test to folders; and notes. A folder named train without subfolders is a class, not a split."""
-    children = [path.name for path in _subfolders(folder)]
-    splits = [name for name in children if is_split_name(name) and _subfolders(folder / name)]
-    if not splits:
-        return {"train": folder}, []
-    found = find_splits(splits, f"The folder {folder}")
-    unused = [name for name in children if name not in found.values()]
-    notes = [f"Not used, because they are not split folders: {', '.join(unused)}."] if unused else []
-    return {split: folder / name for split, name in found.items()}, notes
-
-
-def _check_classes(files: dict[str, dict[str, list[str]]], roots: dict[str, Path]) -> None:
-    """Raises ValueError for a split without classes, a class without images, or a class that train lacks."""
-    for split, classes in files.items():
+    children, notes = class_candidates(folder)
+    names = split_folders(folder, children)
+    found = list_classes(folder, names, children, notes)
+    if not names:
+        names = splits_of_siblings(found)
+        if names:
+            found = list_classes(folder, names, children, notes)
+    for split, classes in found.files.items():
         if not any(classes.values()):
-            raise ValueError(f"Found no images in class folders in {roots[split]}. {LAYOUTS}")
-        empty = [name for name, paths in classes.items() if not paths]
-        if empty:
-            listed = ", ".join(empty)
-            raise ValueError(f"No image in the class folders {listed} of {roots[split]}. Fill or remove them.")
-        unknown = sorted(set(classes) - set(files["train"]))
+            raise ValueError(f"Found no images in class folders in {found.roots[split]}.{loose_images(found)} {LAYOUTS}")
+    return found
+
+
+def class_candidates(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders in it that may hold images, and notes on those that do not because a run wrote them."""
+    children = FolderWalk(folder).subfolders()
+    outputs = [name for name in children if is_output(folder / name)]
+    notes = [f"Not used, because this program or W&B wrote them: {', '.join(outputs)}."] if outputs else []
+    return [name for name in children if name not in outputs], notes
+
+
+def is_output(folder: Path, depth: int = 2) -> bool:
+    """Whether it is, or holds down to this depth, a run, a report or W&B's files; a folder that begins with images is not."""
+    if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in RUN_FILES):
+        return True
+    if (folder / "results.csv").is_file() and (folder / "report.md").is_file():
+        return True
+    if folder.name == "wandb" and any(next(folder.glob(pattern), None) for pattern in ("*run-*", "latest-run")):
+        return True
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, MOST_LOOKED_AT):
+            if is_folder(entry):
+                if depth and is_output(Path(entry.path), depth - 1):
+                    return True
+            elif entry.name.lower().endswith(EXTENSIONS):
+                return False
+    return False
+
+
+def split_folders(folder: Path, children: list[str]) -> dict[str, str]:
+    """Our split names to the folders' names. A folder called train that holds no folders is a class, not a split."""
+
+    def holds_folders(name: str) -> bool:
+        return bool(FolderWalk(folder / name).subfolders())
+
+    names = [name for name in children if split_role(name) and holds_folders(name)]
+    if names and not any(split_role(name) == "train" for name in names):
+        names += [name for name in children if role_within(name) == "train" and holds_folders(name)][:1]
+        return {role_within(name) or "": name for name in names}
+    return find_splits(names, f"The folder {folder}")
+
+
+def list_classes(folder: Path, names: dict[str, str], children: list[str], notes: list[str]) -> ClassFolders:
+    """Lists the images of each split, or of the folder as one split where there are no names of split folders."""
+    left_out = LeftOut()
+    roots = {split: unwrapped(folder / name) for split, name in names.items()} if names else {"train": folder}
+    files, inner, notes = {}, {}, list(notes)
+    for split, root in roots.items():
+        walk = FolderWalk(root, left_out)
+        classes = [name for name in walk.subfolders() if names or name in children]
+        files[split] = {name: walk.images(name) for name in classes}
+        inner |= walk.folders
+    unused = [name for name in children if names and name not in names.values()]
+    if unused:
+        notes.append(f"Not used, because they are not split folders: {first_of(unused)}.")
+    for root in roots.values():
+        loose = len(FolderWalk(root, left_out).images_beside())
+        if loose:
+            notes.append(f"{loose:,} images in {root} are in no class folder and are not used.")
+    return ClassFolders(folder, roots, files, inner, [*notes, *left_out.notes()])
+
+
+def unwrapped(root: Path) -> Path:
+    """The folder inside a split's folder that bears its name and holds the classes, as in seg_train/seg_train; or itself."""
+    inner = FolderWalk(root).subfolders()
+    return root / inner[0] if len(inner) == 1 and role_within(inner[0]) == role_within(root.name) else root
+
+
+def splits_of_siblings(found: ClassFolders) -> dict[str, str]:
+    """Our split names to class folders that are splits by their names and hold class folders; empty if they are classes.
+
+    Raises ValueError where they hold folders of the same names, as splits do, but have other names; and where they have
+    names of splits but hold images without class folders.
+    """
+    used = {name: paths for name, paths in found.files["train"].items() if paths}
+    roles = {name: role_within(name) for name in used}
+    are_splits = len(used) > 1 and None not in roles.values() and len(set(roles.values())) == len(used)
+    inner = {name: found.inner[str(found.folder / name)] for name in used}
+    are_flat = any(not inner[name] or holds_directly(found.folder / name, paths) for name, paths in used.items())
+    if are_splits and not are_flat and "train" in roles.values():
+        return {role: name for name, role in roles.items() if role}
+    flat = [name for name, role in roles.items() if role]
+    if len({roles[name] for name in flat}) > 1:
+        raise ValueError(
+            f"The folders {first_of(flat)} of {found.folder} are splits by their names, but hold images without class "
+            f"folders, and no table beside them gives labels. {LAYOUTS}"
+        )
+    if len(used) < 2 or are_flat:
+        return {}
+    common = sorted(set.intersection(*map(set, inner.values())))
+    largest = set(max(inner.values(), key=len))
+    # one common folder is not enough: each class of Tiny ImageNet has its images in images/
+    if len(common) < 2 or any(set(names) - largest for names in inner.values()):
+        return {}
+    names, first = first_of(list(used)), next(iter(used))
+    if all(map(split_role, common)):
+        raise ValueError(
+            f"The class folders {names} of {found.folder} hold splits ({first_of(common)}). Put the classes inside the splits: "
+            f"{common[0]}/{first} instead of {first}/{common[0]}."
+        )
+    raise ValueError(
+        f"The folders {names} of {found.folder} hold folders of the same names ({first_of(common)}), as splits do. If they are "
+        f"splits, name them so ({ACCEPTED_NAMES}). If they are classes, move them into a folder train."
+    )
+
+
+def holds_directly(folder: Path, paths: list[str]) -> bool:
+    return any(os.path.dirname(path) == str(folder) for path in paths)
+
+
+def check_classes(found: ClassFolders) -> None:
+    """Raises ValueError for a training class without images, fewer than two classes, or a class that train does not have."""
+    if "train" not in found.files:
+        return  # image_dataset says so
+    train, root = found.files["train"], found.roots["train"]
+    empty = [name for name, paths in train.items() if not paths]
+    if empty:
+        raise ValueError(f"No image in the class folders {first_of(empty)} of {root}. Fill or remove them.")
+    if len(train) < 2:
+        raise ValueError(f"{root} has one class folder only, {first_of(list(train))}.{classes_below(found)} {LAYOUTS}")
+    for split, classes in found.files.items():
+        unknown = sorted(name for name in set(classes) - set(train) if classes[name])
         if unknown:
             raise ValueError(
-                f"{roots[split]} has classes that {roots['train']} lacks: {', '.join(unknown)}. "
-                f"The training classes: {', '.join(files['train'])}."
+                f"{found.roots[split]} has classes that {root} lacks: {first_of(unknown)}. "
+                f"The training classes: {first_of(list(train))}."
             )
 
 
-def _to_split(name: str, classes: dict[str, list[str]], class_names: list[str]) -> Split:
+def classes_below(found: ClassFolders) -> str:
+    """Of a single class folder the folder below it that holds several with images, as advice; else nothing."""
+    root = found.roots["train"]
+    (name,) = found.files["train"]
+    folder = root / name
+    while len(inner := found.inner[str(folder)]) == 1:
+        folder /= inner[0]
+    if not inner:
+        return ""
+    if root == found.folder:
+        return f" The classes seem to be in {folder} ({first_of(inner)}): use --dataset {folder}."
+    return f" The classes seem to be in {folder} ({first_of(inner)}): move them up into {root}."
+
+
+def loose_images(found: ClassFolders) -> str:
+    loose = len(FolderWalk(found.folder).images_beside())
+    return f" {loose:,} images lie in {found.folder} itself." if loose else ""
+
+
+def to_reading(found: ClassFolders, class_names: list[str]) -> Reading:
+    """Splits of the files in class folders, the class names and the notes."""
+    numbers = {name: number for number, name in enumerate(class_names)}
+    splits = {}
+    for split, classes in found.files.items():
+        paths = [path for files in classes.values() for path in files]
+        counts = [len(files) for files in classes.values()]
+        known = [numbers.get(name, -1) for name in classes]  # -1: an empty folder of a class that is not in train
+        splits[split] = split_of_files(split, paths, np.repeat(np.array(known, np.int64), counts))
+    return splits, class_names, found.notes
+
+
+def split_of_files(name: str, paths: list[str], labels: np.ndarray) -> Split:
+    """A split whose images are files. labels: int64 [N]."""
     import pyarrow as pa
 
-    paths = pa.array([path for paths in classes.values() for path in paths], pa.large_string())
-    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], names=["bytes", "path"])
-    ids = [class_names.index(class_name) for class_name in classes]
-    labels = np.repeat(np.array(ids, np.int64), [len(paths) for paths in classes.values()])
+    column = pa.array(paths, pa.large_string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), column], names=["bytes", "path"])
     return Split(name, pa.table({"image": images}), "image", labels)

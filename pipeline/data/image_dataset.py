@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.suggestions import did_you_mean
-from pipeline.data.class_folders import read_class_folders
 from pipeline.data.hub import is_table_folder, read_hub_set, read_table_folder
+from pipeline.data.image_folder import read_image_folder
 from pipeline.data.known_datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
 from pipeline.data.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
 from pipeline.data.shards import LostShard
@@ -111,6 +111,10 @@ def load_image_dataset(
     if name in DATASETS and Path(name).is_dir():
         notes.append(f"The known set {name} is used, not the folder of that name; for the folder, write ./{name}.")
 
+    if "train" not in splits:
+        raise ValueError(f"{source} has no training split. Its splits: {', '.join(splits)}. Name one 'train'.")
+    if len(class_names) < 2:
+        raise ValueError(f"{source} has one class only ({', '.join(class_names)}); there is nothing to learn.")
     image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"], skip_bad_headers)
     train, own_val, test = _with_test(splits, notes)
     if max_train_samples is not None and max_train_samples < len(train):
@@ -163,11 +167,7 @@ def _read(
         raise ValueError(f"{folder} contains tar files (webdataset), which only --loader stream can read.")
     if is_table_folder(folder):
         return f"folder {folder}", *read_table_folder(folder, label_column)
-    if label_column is not None:
-        raise ValueError(
-            f"--label_column {label_column} has no effect on {name!r}, where the folder names are the classes. Remove it."
-        )
-    return f"folder {folder}", *read_class_folders(folder)
+    return f"folder {folder}", *read_image_folder(folder, label_column)
 
 
 def _read_digits(row: DatasetRow) -> Reading:

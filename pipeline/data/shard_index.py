@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.class_folders import read_class_folders
 from pipeline.data.hub import (
     PREFERRED_LABELS,
     find_image_column,
@@ -24,6 +23,7 @@ from pipeline.data.hub import (
     label_ids,
     load_errors,
 )
+from pipeline.data.image_folder import read_image_folder
 from pipeline.data.known_datasets import DatasetRow
 from pipeline.data.shards import (
     ARROW_FILE_MAGIC,
@@ -72,9 +72,7 @@ def stream_folder(folder: Path, label_column: str | None) -> Reading:
         files = {name: sorted(map(str, (Path(path) / name).glob("*.arrow"))) for name in names}
         return _to_splits("arrow", files, None, f"The folder {path}", None, label_column)
     if not is_table_folder(folder) and not is_tar_folder(folder):
-        if label_column is not None:
-            raise ValueError(f"--label_column {label_column} has no effect where the folder names are the classes. Remove it.")
-        splits, class_names, notes = read_class_folders(folder)
+        splits, class_names, notes = read_image_folder(folder, label_column)
         streamed = {name: _stream_paths(split) for name, split in splits.items()}
         return {**streamed}, class_names, [*notes, _stream_note(streamed)]
     try:

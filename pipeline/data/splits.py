@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,30 +18,45 @@ if TYPE_CHECKING:
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "val": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
+    "val": ("validation", "val", "valid", "dev", "eval"),
+    "test": ("test", "testing", "holdout"),
 }
+FILLERS = re.compile(r"(?:^(?:the|my|images?|imgs?|data)|(?:data|set|split|folder|images?|imgs?|photos?|pictures?|samples?)$)")
+ACCEPTED_NAMES = (
+    f"{'; '.join(', '.join(names) for names in SPLIT_NAMES.values())}; in any case, with or without set, data, images"
+)
 
 
-def find_splits(names: list[str], source: str) -> dict[str, str]:
-    """Maps train, val and test to the split names of the dataset, as far as it has them.
+def split_role(name: str) -> str | None:
+    """train, val or test for a name that means it, such as Train, training_set, test-images or valset; else None."""
+    word = re.sub(r"[^a-z]", "", name.lower()) if not re.search(r"\d", name) else ""
+    while True:
+        role = next((ours for ours, theirs in SPLIT_NAMES.items() if word in theirs), None)
+        shorter = FILLERS.sub("", word)
+        if role or shorter == word:
+            return role
+        word = shorter
 
-    Raises ValueError if no name means train, or two names mean the same split.
+
+def role_within(name: str) -> str | None:
+    """The role of the only word in the name that has one, such as seg_train or train2017; else None."""
+    roles = {split_role(word) for word in re.findall(r"[a-z]+", name.lower())} - {None}
+    return split_role(name) or (roles.pop() if len(roles) == 1 else None)
+
+
+def find_splits(names: Iterable[str], source: str) -> dict[str, str]:
+    """Our names (train, val, test) to the set's own names, for those it has.
+
+    Raises ValueError where two names mean the same.
     """
-    found = {}
-    for ours, theirs in SPLIT_NAMES.items():
-        matching = [name for name in names if name.lower() in theirs]
-        if len(matching) > 1:
-            raise ValueError(f"{source} has {' and '.join(matching)}, which both mean {ours}. Rename or remove one of them.")
-        if matching:
-            found[ours] = matching[0]
-    if "train" not in found:
-        raise ValueError(f"{source} has no training split. Its splits: {', '.join(sorted(names))}. Name one 'train'.")
-    return found
-
-
-def is_split_name(name: str) -> bool:
-    return any(name.lower() in theirs for theirs in SPLIT_NAMES.values())
+    found: dict[str, str] = {}
+    for name in names:
+        role = split_role(name)
+        if role in found:
+            raise ValueError(f"{source} has {found[role]} and {name}, which both mean {role}. Rename or remove one of them.")
+        if role:
+            found[role] = name
+    return {role: found[role] for role in SPLIT_NAMES if role in found}
 
 
 class Split:

@@ -134,7 +134,7 @@ def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
     Raises ValueError where there are none, or one cannot be read.
     """
     if places:
-        paths, problems = find_images(places)
+        paths, problems, _ = find_images(places)
         read = [read_file(path, saved.preprocessing) for path in spread(paths)]
         problems += [image for image in read if isinstance(image, str)]
         if problems or not read:

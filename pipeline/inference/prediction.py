@@ -14,7 +14,7 @@ from pipeline.common.system import usable_cores
 from pipeline.images.augment import BatchTransform
 from pipeline.images.crop import fit_for_eval
 from pipeline.images.decode import BadImage, decode_pixels
-from pipeline.images.files import EXTENSIONS, images_below
+from pipeline.images.files import FolderWalk, LeftOut, is_image
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.inference.saved_model import SavedModel
 
@@ -29,38 +29,46 @@ class Answer:
     problem: str | None = None
 
 
-def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-    """The paths of images, in the order of the places, and a sentence for each place that gives none.
+def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list[str], list[str], list[str]]:
+    """The paths of images in the order of the places, a sentence for each place without images, and notes on other files.
 
     A place is a file, a folder (all images below it, sorted by name), a pattern such as photos/**/*.jpg, or `-` for the
     lines of `listed`, each a file or a folder.
     """
     found: list[str] = []
     problems: list[str] = []
+    left_out = LeftOut()
     for place in places:
         lines = [line.rstrip("\r\n") for line in listed] if place == "-" else [place]
         for line in filter(None, lines):
-            images = images_at(line, is_pattern=place != "-")
+            try:
+                images = images_at(line, is_pattern=place != "-", left_out=left_out)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
             found += images
             if not images:
                 problems.append(f"{line}: {what_is_missing(line)}")
-    return found, problems
+    return found, problems, left_out.notes()
 
 
-def images_at(place: str, is_pattern: bool) -> list[str]:
-    """Images of a file, a folder or, if it is neither, a pattern; of what a pattern names, only what ends like an image."""
+def images_at(place: str, is_pattern: bool, left_out: LeftOut) -> list[str]:
+    """Images of a file, a folder or, if it is neither, a pattern; of folders and patterns, only the files that are images.
+
+    Raises ValueError for a folder that cannot be read.
+    """
     path = Path(place).expanduser()
     if path.is_dir():
-        return images_below(path)
+        return FolderWalk(path, left_out).images()
     if path.exists():
         return [str(path)]
     matches = sorted(glob.glob(str(path), recursive=True)) if is_pattern and glob.has_magic(place) else []
-    return [match for match in matches if Path(match).is_file() and match.lower().endswith(EXTENSIONS)]
+    return [match for match in matches if Path(match).is_file() and is_image(match, left_out)]
 
 
 def what_is_missing(place: str) -> str:
     if Path(place).expanduser().is_dir():
-        return f"no image below this folder (names end in {' '.join(EXTENSIONS)})."
+        return "no image below this folder."
     return "no image matches this pattern." if glob.has_magic(place) else "no such file or folder."
 
 

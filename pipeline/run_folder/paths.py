@@ -28,7 +28,7 @@ def name_run(config: Config, accelerator: "Accelerator") -> Config:
     if config.resume not in ("auto", "never"):
         run_dir = Path(config.resume).resolve().parent.parent
         return dataclasses.replace(config, run_name=run_dir.name, output_dir=str(run_dir.parent))
-    words = [os.path.basename(os.path.normpath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
+    words = [os.path.basename(os.path.abspath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
     base = "-".join("".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word) for word in words)
     name, number = base, 2
     while (config.run_dir.parent / name).exists():

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from pipeline.common import console
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.distributed.accelerator import system_facts
 from pipeline.distributed.fsdp import blocks_of
 from pipeline.loaders.shares import largest_share
@@ -13,6 +15,8 @@ from pipeline.optim.optimizers import lr_of_step, peak_lr
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
+
+FIRST_CLASSES, LAST_CLASSES = 8, 3  # that the plan names
 
 
 def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
@@ -28,6 +32,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
     size = f"{shape.channels} x {shape.image_size} x {shape.image_size}"
     rows = [
         ("dataset", f"{config.dataset} ({data.source}): {sizes} images, {len(data.class_names)} classes"),
+        ("classes", classes_text(data)),
         *(("", note) for note in data.notes),
         ("input", f"{size}, loader {loader_text(parts)}, augment {config.augment}"),
         ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
@@ -47,6 +52,16 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         if config.dry_run
         else text
     )
+
+
+def classes_text(data: ImageDataset) -> str:
+    """Each class with its images in train, val and test; of many classes the first and the last few."""
+    names, splits = data.class_names, (data.train, data.val, data.test)
+    counts = np.stack([np.bincount(split.labels, minlength=len(names)) for split in splits], axis=1).tolist()
+    texts = [f"{name} {' '.join(f'{count:,}' for count in own)}" for name, own in zip(names, counts)]
+    if len(texts) > FIRST_CLASSES + LAST_CLASSES + 1:
+        texts = [*texts[:FIRST_CLASSES], "...", *texts[-LAST_CLASSES:]]
+    return f"{'; '.join(texts)} (images in train, val, test)"
 
 
 def loader_text(parts: Parts) -> str:

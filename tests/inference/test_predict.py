@@ -146,13 +146,13 @@ def test_places_are_files_folders_patterns_and_a_list(photos):
     everything = [str(folder / f"{index}.png") for folder in (cat, dog) for index in range(10)]
     (cat / "notes.txt").write_text("no image")
     (cat / ".hidden.png").write_text("hidden")
-    assert prediction.find_images([str(photos)]) == (everything, [])
+    assert prediction.find_images([str(photos)]) == (everything, [], [])
     assert prediction.find_images([str(photos / "**" / "*.png")])[0] == everything
     assert prediction.find_images([str(dog / "[13].*"), str(cat / "2.png")])[0] == [
         str(dog / "1.png"), str(dog / "3.png"), str(cat / "2.png")
     ]  # fmt: skip
     listed = [f"{dog / '7.png'}\n", "\n", f"{cat}\n", str(dog / "*.png")]
-    found, problems = prediction.find_images(["-"], listed)
+    found, problems, _ = prediction.find_images(["-"], listed)
     assert found == [str(dog / "7.png"), *everything[:10]] and len(problems) == 1
     (photos / "a[1].png").write_text("")  # a name is taken for itself before it is taken for a pattern
     assert prediction.find_images([str(photos / "a[1].png")])[0] == [str(photos / "a[1].png")]

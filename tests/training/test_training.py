@@ -5,7 +5,9 @@ import json
 import math
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,11 +15,13 @@ import yaml
 from conftest import lines_of, same_weights, timeless
 
 from pipeline.common.stopping import TrainingFailed
+from pipeline.data.image_dataset import load_image_dataset
 from pipeline.loaders.build import make_loader
 from pipeline.models.small_models import SimpleMLP
 from pipeline.settings.config import Config
 from pipeline.training import loop
 from pipeline.training.metrics import add_batch
+from pipeline.training.plan import classes_text
 
 
 def train_losses(run_dir: Path) -> list[float]:
@@ -213,6 +217,20 @@ def test_without_validation_images_the_test_split_serves_as_both_and_it_is_said(
     best, test = summary["best"], summary["test"]
     assert all(best[key] == test[key] for key in ("loss", "accuracy", "num_samples"))
     assert "test split" in capsys.readouterr().out
+
+
+def test_the_plan_lists_the_classes_with_their_images(run_training, capsys):
+    run_training(dry_run=True, max_train_samples=None)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("classes"))
+    digits = load_image_dataset("digits", val_fraction=0.2)
+    fours = [int((split.labels == 4).sum()) for split in (digits.train, digits.val, digits.test)]
+    assert f"; 4 {' '.join(map(str, fours))}; 5 " in line and line.endswith("(images in train, val, test)")
+
+
+def test_of_many_classes_the_plan_lists_the_first_and_the_last():
+    splits = {name: SimpleNamespace(labels=np.arange(2000)) for name in ("train", "val", "test")}
+    text = classes_text(SimpleNamespace(class_names=[f"c{number}" for number in range(2000)], **splits))
+    assert text.startswith("c0 1 1 1; c1 1 1 1; ") and "c7 1 1 1; ...; c1997 1 1 1" in text
 
 
 def test_a_dry_run_tells_the_plan_and_leaves_nothing(run_training, tmp_path, capsys):
