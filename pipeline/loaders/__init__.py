@@ -1,1 +1,1 @@
-"""(images, labels) batches of an epoch, from device memory, workers or a stream. It imports data, distributed and below."""
+"""(images, labels) batches of an epoch, from device memory, worker processes or a stream. Imports data, distributed and below."""

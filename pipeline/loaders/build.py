@@ -1,4 +1,4 @@
-"""The loader of a split: where its images live while training and how many processes decode them, chosen from the machine."""
+"""Builds the loader of a split: chooses where images are kept during training and how many processes decode them."""
 
 import dataclasses
 import math
@@ -21,45 +21,45 @@ from pipeline.loaders.stream_loader import AnyLoader, StreamLoader
 from pipeline.settings.batch_size import first_batch_size
 from pipeline.settings.config import Config
 
-EVAL_BATCH = 2  # of a training batch: evaluation keeps no activations, so this fits wherever training does
-DEVICE_MEMORY_SHARE = 0.25  # of the device's memory, for a decoded set that stays there
+EVAL_BATCH = 2  # times a training batch: evaluation keeps no activations, so it fits if training fits
+DEVICE_MEMORY_SHARE = 0.25  # largest fraction of the device memory for a decoded dataset
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has: a GPU's own, or the machine's."""
+    """The memory of the GPU, or of the machine for a CPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:
-    """What the split takes on the device; of photos, as they are kept for training."""
+    """The memory of the decoded split on the device, in bytes; photos at the size kept for training."""
     side = preprocessing.source_size or kept_side(preprocessing)
     return len(split) * preprocessing.channels * side**2
 
 
-def choose_loader(split: Split, preprocessing: Preprocessing, wanted: str, device: torch.device) -> str:
-    """device or workers. Raises ValueError when the device loader is asked for and the set cannot stay on the device.
+def choose_loader(split: Split, preprocessing: Preprocessing, requested: str, device: torch.device) -> str:
+    """Chooses device or workers. Raises ValueError if the device loader is requested but the dataset is too large for it.
 
-    Photos stay on the device only when that is asked for: their random parts are then cut from a smaller picture.
+    auto never chooses device for photos, because their random crops would then come from a smaller image.
     """
     is_small = preprocessing.source_size is not None
     needed, limit = decoded_bytes(split, preprocessing), int(DEVICE_MEMORY_SHARE * device_memory(device))
-    if wanted == "device" and needed > limit:
+    if requested == "device" and needed > limit:
         raise ValueError(
             f"loader device needs {needed / 2**20:,.0f} MiB for the decoded set, above {DEVICE_MEMORY_SHARE:.0%} of the "
             f"device's memory ({limit / 2**20:,.0f} MiB). Use loader workers or auto."
         )
-    return "device" if wanted == "device" or wanted == "auto" and is_small and needed <= limit else "workers"
+    return "device" if requested == "device" or requested == "auto" and is_small and needed <= limit else "workers"
 
 
-def choose_num_workers(wanted: int | None, num_processes: int, device: torch.device) -> int:
-    """Worker processes for one training process: as wanted, else this process's share of the cores, at most 8.
+def choose_num_workers(requested: int | None, num_processes: int, device: torch.device) -> int:
+    """The number of worker processes of one training process: the requested number, else its share of the cores, at most 8.
 
-    On a CPU one core's share is left to the training itself.
+    On a CPU, one core of the share is reserved for training.
     """
-    if wanted is not None:
-        return wanted
+    if requested is not None:
+        return requested
     cores = usable_cores() // max(num_processes, 1)
     return min(cores if device.type != "cpu" else cores - 1, 8)
 

@@ -1,8 +1,8 @@
-"""Loaders: an epoch of (images, labels) batches, each process its share of every global batch.
+"""Loaders: an epoch of (images, labels) batches. Each process gets its share of every global batch.
 
-A loader is two things: where the uint8 images come from (device memory or worker processes) and which of them, in which
-order, with which augmentation: pure functions of (seed, epoch, sample), the same for both sources, any number of processes,
-workers and any place to start from.
+A loader combines a source of uint8 images (device memory or worker processes) with the order and the augmentation of the
+samples. Order and augmentation are pure functions of (seed, epoch, sample). They do not depend on the source, the number of
+processes or workers, or the batch at which an epoch starts.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from pipeline.loaders.mixing import mix
 from pipeline.loaders.shares import IGNORED, largest_share, share_of
 from pipeline.loaders.sources import DeviceImages, WorkerImages
 
-DATA_ORDER = 1  # purpose in the addresses of randomness; pipeline.images.crop and pipeline.images.augment have others
+DATA_ORDER = 1  # the purpose in the address of a draw; pipeline.images.crop and pipeline.images.augment define others
 
 Batch = tuple[Tensor, Tensor]
 
@@ -26,8 +26,8 @@ Batch = tuple[Tensor, Tensor]
 class Loader:
     """Batches of one split for one rank.
 
-    mixup, cutmix: alphas of their Beta distributions; training labels are int64 [B] without and float [B, num_classes]
-    with them. eval_batch_size: images of a rank at once in evaluation.
+    mixup, cutmix: alphas of their Beta distributions. Training labels are int64 [B], or float [B, num_classes] with mixup or
+    cutmix. eval_batch_size: images per rank and batch in evaluation.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Loader:
 
     @property
     def resident_bytes(self) -> int:
-        """The device memory that the decoded split takes; 0 for other loaders."""
+        """The device memory of the decoded split; 0 for other loaders."""
         return self.source.num_bytes if isinstance(self.source, DeviceImages) else 0
 
     def load(self) -> None:
-        """Decodes the split if it stays on the device; else the first batch does. Raises BadImage."""
+        """Decodes the split if it is kept on the device; otherwise images are decoded per batch. Raises BadImage."""
         self.source.load()
 
     def __len__(self) -> int:
-        """Samples in the split."""
+        """The number of samples in the split."""
         return len(self.labels)
 
     def train_epoch(self, epoch: int, batch_size: int, num_batches: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The epoch's shuffled, augmented batches from first_batch on; a share without samples holds one IGNORED one."""
+        """The shuffled, augmented batches of the epoch from first_batch on. An empty share is replaced by one IGNORED sample."""
         order = permutation(len(self), self.seed, epoch, DATA_ORDER)
         batches = [order[batch * batch_size : (batch + 1) * batch_size] for batch in range(num_batches)]
         shares = [share_of(len(rows), self.rank, self.num_processes) for rows in batches]
@@ -106,11 +106,11 @@ class Loader:
             yield self.transform.eval(images), self.labels[torch.from_numpy(rows_of_batches[batch]).to(self.device)]
 
     def most_eval_batches(self) -> int:
-        """Batches in eval_epoch of the rank that has most of them."""
+        """The largest number of batches in eval_epoch over all ranks."""
         return -(-largest_share(len(self), self.num_processes) // self.eval_batch_size)
 
     def blank_image(self) -> Tensor:
-        """A batch of one image of zeros, as the model takes them."""
+        """A batch with one image of zeros in the input shape of the model."""
         preprocessing = self.transform.preprocessing
         shape = (1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
         return torch.zeros(shape, device=self.device)

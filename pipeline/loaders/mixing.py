@@ -1,4 +1,4 @@
-"""Mixup and cutmix: neighbours of the global batch mixed in pairs."""
+"""Mixup and cutmix between pairs of neighbours in the global batch."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from pipeline.common.randomness import address, uniforms
 from pipeline.images.augment import inside
 from pipeline.loaders.shares import IGNORED
 
-MIX, MIXUP, CUTMIX = 2004, 2005, 2006  # what a draw is for: the last part of its address
+MIX, MIXUP, CUTMIX = 2004, 2005, 2006  # the purpose in the address of a draw
 
 
 def mix(
@@ -21,17 +21,17 @@ def mix(
     first_position: int,
     global_batch: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbours of the global batch mixed in pairs; images [B, C, S, S] and soft labels float32 [B, num_classes].
+    """Mixes pairs of neighbours; returns images [B, C, S, S] and soft labels float32 [B, num_classes].
 
     images: float [B, C, S, S]; labels: int [B]. mixup (https://arxiv.org/abs/1710.09412) and cutmix
-    (https://arxiv.org/abs/1905.04899) are the alphas of Beta(alpha, alpha), 0 for never; with both, each pair takes one
-    or the other. Positions 2k and 2k + 1 of the global batch are a pair and share one draw, which depends on the place
-    ((seed, step) or whatever names the global batch) alone: a part of the batch that begins at first_position gets
-    exactly its slice of the whole. A sample whose partner is elsewhere, or that is or meets an IGNORED one, stays as it
-    is; an ignored sample's soft labels are all zero. Raises ValueError for an alpha below 0.
+    (https://arxiv.org/abs/1905.04899) are the alphas of Beta(alpha, alpha), 0 to disable. If both are set, each pair uses one
+    of them, with probability 1/2. Positions 2k and 2k + 1 of the global batch are a pair and share one draw. The draw depends
+    only on `place`, the address of the global batch, so the result for a part of the batch from first_position on is a
+    slice of the result for the whole. A sample stays unchanged if its partner is not in this part, or if one of the two is
+    IGNORED. The soft labels of an ignored sample are zero. Raises ValueError for an alpha below 0.
     """
     if min(mixup, cutmix) < 0:
-        raise ValueError(f"mixup is {mixup} and cutmix {cutmix}; both are alphas of a Beta distribution, 0 or more.")
+        raise ValueError(f"mixup is {mixup} and cutmix is {cutmix}; both are alphas of Beta distributions, 0 or more.")
     targets = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
     if mixup == cutmix == 0:
         return images, targets
@@ -58,9 +58,9 @@ def mix(
 def pair_draws(
     num_pairs: int, place: tuple[int, ...], *, mixup: float, cutmix: float, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pair a sample's share of its own pixels outside the box, its share of its own label, and the box.
+    """For each pair: the weight of a sample's own pixels outside the box, the weight of its own label, and the box.
 
-    Shares are float32 [num_pairs]; boxes int64 [num_pairs, 4], left, top, right, bottom, empty for mixup.
+    Weights are float32 [num_pairs]; boxes are int64 [num_pairs, 4], left, top, right, bottom, empty for mixup.
     """
 
     def shares(alpha: float, purpose: int) -> np.ndarray:
@@ -76,5 +76,5 @@ def pair_draws(
         boxes = np.stack([x - half, y - half, x + half, y + half], axis=1).clip(0, size) * cut[:, None]
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     pixel_share = np.where(cut, 1.0, share)
-    label_share = np.where(cut, 1 - area / size**2, share)  # the box may be cut off by the border: its true area counts
+    label_share = np.where(cut, 1 - area / size**2, share)  # the border may clip the box, so use its true area
     return pixel_share.astype(np.float32), label_share.astype(np.float32), boxes

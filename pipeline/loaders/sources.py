@@ -1,4 +1,4 @@
-"""Where uint8 images come from: the device's memory, or worker processes that decode them as they are used."""
+"""Sources of uint8 images: device memory, or worker processes that decode each batch."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -21,9 +21,9 @@ from pipeline.loaders.decoded_cache import resident_images
 
 
 class FittedImages(torch.utils.data.Dataset):
-    """Encoded images to images of one size: what worker processes run, and the device loader once for each image.
+    """Decodes images and fits them to one size, in worker processes or once for each image in the device loader.
 
-    shape: of an image, (C, S, S). shown: whether this process shows a bar and warns while a split is decoded.
+    shape: of an image, (C, S, S). shown: whether this process shows a progress bar and warnings while it decodes a split.
     """
 
     def __init__(self, split: Split, preprocessing: Preprocessing, augment: str, seed: int, shown: bool = True):
@@ -36,7 +36,7 @@ class FittedImages(torch.utils.data.Dataset):
         return self.__getitems__((epoch, np.array([row])))[0]
 
     def __getitems__(self, addresses: tuple[int, np.ndarray]) -> Tensor:
-        """The images of an epoch and some rows; uint8 [B, C, S, S]. Raises BadImage."""
+        """The images of these rows in an epoch; uint8 [B, C, S, S]. Raises BadImage."""
         epoch, rows = addresses
         batch = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
         draws = uniforms(rows, NUM_FIT_DRAWS, self.seed, epoch, FIT)
@@ -45,7 +45,7 @@ class FittedImages(torch.utils.data.Dataset):
         return batch
 
     def fit(self, row: int, draws: np.ndarray) -> Tensor:
-        """One image; uint8 [C, S, S]. draws: [NUM_FIT_DRAWS], which decide the part of a photo that is cut out for training."""
+        """One image; uint8 [C, S, S]. draws: [NUM_FIT_DRAWS], they determine the random crop of a photo in training."""
 
         def shrink(width: int, height: int) -> int:
             return shrink_of_part(width, height, self.preprocessing, draws)
@@ -63,37 +63,37 @@ class FittedImages(torch.utils.data.Dataset):
 
 
 class WorkerImages:
-    """Images decoded and fitted by worker processes as they are asked for, or in this one when num_workers is 0."""
+    """Decodes and fits the images of each batch in worker processes, or in this process if num_workers is 0."""
 
     def __init__(self, images: FittedImages, num_workers: int, device: torch.device):
         self.device = device
-        self.addresses: list[Any] = []  # for each batch the epoch and the rows
-        # The batch sampler is a list that is filled anew for each epoch: the workers live on.
+        self.addresses: list[Any] = []  # epoch and rows of each batch
+        # The batch sampler is a list that each epoch refills, so that the workers persist between epochs.
         self.loader = torch.utils.data.DataLoader(
             images,
             batch_sampler=self.addresses,
             num_workers=num_workers,
-            collate_fn=as_it_is,
+            collate_fn=identity,
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
         )
 
     def load(self) -> None:
-        """Nothing: images are read as they are asked for."""
+        """Does nothing: images are read per batch."""
 
     def batches(self, epoch: int, rows_of_batches: list[np.ndarray]) -> Iterator[Tensor]:
         self.addresses[:] = [(epoch, rows) for rows in rows_of_batches]
         try:
             yield from copied_ahead(self.loader, self.device)
         except BadImage as error:
-            # torch puts a worker's traceback before what it said
+            # torch puts the traceback of the worker before the message
             raise BadImage(str(error).strip().splitlines()[-1].partition("BadImage: ")[2] or str(error)) from None
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether a worker process has died. torch says so from a signal handler, at any line of the main process.
+    """Whether the error means that a worker process has died.
 
-    Or the pipe to the worker breaks first.
+    torch raises it from a signal handler, at any line of the main process, unless the pipe to the worker breaks first.
     """
     context = error.__context__
     return (
@@ -104,12 +104,12 @@ def is_lost_worker(error: BaseException) -> bool:
     )
 
 
-def as_it_is(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
     return batch
 
 
 def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The batches on the device; a GPU gets each from pinned memory while it works on the one before."""
+    """The batches on the device. Copies to a GPU overlap with the computation of the previous batch."""
     if device.type != "cuda":
         yield from (images.to(device) for images in batches)
         return
@@ -122,31 +122,31 @@ def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Te
         if behind is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(behind[1])
-            behind[0].record_stream(current)  # its memory is not given to the next copy before the model has read it
+            behind[0].record_stream(current)  # do not reuse its memory before the model has read it
             yield behind[0]
 
 
 class DeviceImages:
-    """The whole split decoded once and kept in device memory as uint8; a batch is an index.
+    """Decodes the whole split once and keeps it in device memory as uint8. A batch is an index_select.
 
-    load() does it, or else the first batch. On a CPU the images stay in their memory-mapped cache, where there is one.
+    load() decodes it, or else the first batch. On a CPU, the images stay in the memory-mapped cache file, if there is one.
     """
 
     def __init__(self, images: FittedImages, device: torch.device, num_threads: int):
-        assert not images.is_cropped, "photos that are cropped anew each epoch need a kept_size to stay on the device"
+        assert not images.is_cropped, "photos that are cropped in each epoch need a kept_size to stay on the device"
         self.fitted, self.device, self.num_threads = images, device, num_threads
         self.images: Tensor | None = None  # uint8 [M, C, S, S]
-        self.places = np.arange(len(images.split))  # where among them a row's image is
+        self.places = np.arange(len(images.split))  # the index of each row's image
 
     @property
     def num_bytes(self) -> int:
-        """The memory that the split's images take on the device."""
+        """The memory of the images on the device, in bytes."""
         return len(self.places) * math.prod(self.fitted.shape)
 
     def load(self) -> None:
-        """Decodes the images, or finds them in the cache. Raises BadImage."""
+        """Decodes the images or maps the cache file. Raises BadImage."""
         if self.images is None:
-            with torch.inference_mode(False):  # they outlive the evaluation that may have asked for them
+            with torch.inference_mode(False):  # an evaluation may load images that training uses later
                 self.images, self.places = self._resident()
 
     def _resident(self) -> tuple[Tensor, np.ndarray]:
@@ -175,7 +175,7 @@ class DeviceImages:
 
 
 def edition(preprocessing: Preprocessing) -> str:
-    """What decides, besides the encoded image and the shape, what fit_for_eval makes of it."""
+    """Everything besides the encoded image and the shape on which the result of fit_for_eval depends."""
     import PIL
 
     versions = f"Pillow {PIL.__version__}, torch {torch.__version__}"

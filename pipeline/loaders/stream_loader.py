@@ -1,4 +1,4 @@
-"""The stream loader: batches of a split that is read from its shards as it goes, each process and worker its own part."""
+"""The stream loader: reads a split from its shards during the epoch; each process and worker reads its own part."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.mixing import mix
 from pipeline.loaders.shares import IGNORED
-from pipeline.loaders.sources import FittedImages, as_it_is
+from pipeline.loaders.sources import FittedImages, identity
 from pipeline.loaders.stream_order import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
 
-AHEAD_BATCHES = 8  # a chunk is fetched so long before its first sample is needed
+AHEAD_BATCHES = 8  # a chunk is fetched so many batches before its first sample is needed
 
 
 class StreamedImages(torch.utils.data.Dataset):
-    """What a worker process runs: a Task to its images, uint8 [B, C, S, S]; the chunks it reads stay with it."""
+    """The dataset in a worker process: maps a Task to its images, uint8 [B, C, S, S]. The worker holds the chunks it reads."""
 
     def __init__(self, images: FittedImages, split: StreamedSplit):
         self.images, self.split = images, split
@@ -37,7 +37,7 @@ class StreamedImages(torch.utils.data.Dataset):
 
 
 class TaskQueue:
-    """What the data loader takes its work from: the tasks of the epoch under way, as they are planned."""
+    """The sampler of the data loader: yields the tasks of the current epoch as they are planned."""
 
     def __init__(self) -> None:
         self.tasks: Iterator[Task] = iter(())
@@ -47,9 +47,9 @@ class TaskQueue:
 
 
 class StreamLoader:
-    """Batches of one split for one rank, with the interface of loaders.Loader, from a split that is not held.
+    """Batches of one streamed split for one rank, with the interface of loader.Loader.
 
-    shuffle_buffer: samples among which an epoch's order is shuffled, over all processes.
+    shuffle_buffer: the number of samples, over all processes, within which the order of an epoch is shuffled.
     """
 
     kind = "stream"
@@ -86,26 +86,26 @@ class StreamLoader:
         parts = [lanes_of(worker, max(workers, 1), len(self.own)) for worker in range(max(workers, 1))]
         self.lanes_of_workers = [self.own[part.start : part.stop] for part in parts]
         self.tasks = TaskQueue()
-        # Results come in the order of the tasks, and tasks go to the workers in turn: each worker gets those of its lanes.
+        # DataLoader assigns tasks to workers in turn and keeps their order, so each worker gets the tasks of its own lanes.
         self.loader = torch.utils.data.DataLoader(
             StreamedImages(images, split),
             sampler=self.tasks,
             batch_size=None,
             num_workers=workers,
-            collate_fn=as_it_is,
+            collate_fn=identity,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
         )
 
     def __len__(self) -> int:
-        """Samples in the split."""
+        """The number of samples in the split."""
         return len(self.labels)
 
     def load(self) -> None:
-        """Nothing: images are read as they are asked for."""
+        """Does nothing: images are read per batch."""
 
     def train_epoch(self, epoch: int, batch_size: int, num_batches: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The epoch's shuffled, augmented batches from first_batch on; a share without samples holds one IGNORED one."""
+        """The shuffled, augmented batches of the epoch from first_batch on. An empty share is replaced by one IGNORED sample."""
         batches = range(first_batch, num_batches)
         for batch, (plan, images) in zip(batches, self._batches(epoch, (self.seed, epoch), batch_size, batches)):
             rows, labels = plan.rows, self._labels(plan.rows)
@@ -131,7 +131,7 @@ class StreamLoader:
     def _batches(
         self, epoch: int, place: tuple[int, int] | None, batch_size: int, batches: range
     ) -> Iterator[tuple[BatchPlan, torch.Tensor]]:
-        """This rank's share of each batch: its plan, and its images on the device. Raises BadImage and LostShard."""
+        """The share of this rank in each batch: its plan, and its images on the device. Raises BadImage and LostShard."""
         order = epoch_order(self.starts, self.lanes, self.shuffle_buffer, place)
         order = replace(order, chunks=self.chunks[order.chunks])
         plans: deque[BatchPlan] = deque()
@@ -147,7 +147,7 @@ class StreamLoader:
             try:
                 parts = [next(results) for _ in self.lanes_of_workers]
             except (BadImage, LostShard) as error:
-                # torch puts a worker's traceback before what it said
+                # torch puts the traceback of the worker before the message
                 kind = type(error)
                 raise kind(
                     str(error).strip().splitlines()[-1].partition(f"{kind.__name__}: ")[2] or str(error)
@@ -159,7 +159,7 @@ class StreamLoader:
     def _mixed(
         self, images: torch.Tensor, labels: torch.Tensor, counts: np.ndarray, place: tuple[int, int, int]
     ) -> Batch:
-        """Neighbours of a lane mixed in pairs; the odd one that a lane may have stays as it is, and comes last."""
+        """Mixes pairs of neighbours of a lane. The unpaired last sample of an odd lane stays unmixed and moves to the end."""
         own = counts[self.own.start : self.own.stop]
         numbers = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
         is_paired = numbers < np.repeat(own - own % 2, own)

@@ -1,9 +1,9 @@
-"""The order of a stream: chunks shuffled, dealt to lanes, shuffled within windows, and merged into global batches.
+"""The order of a stream: shuffles chunks, distributes them to lanes, shuffles within windows, merges into global batches.
 
-A chunk is what is read in one go, a row group for example. A lane is a part of the epoch that one process and one worker
-read from start to end. Every global batch takes from each lane in proportion to its length, so all lanes end together, and
-the batches depend on the number of lanes, not on how many processes or workers share the lanes out. Everything is a pure
-function of (seed, epoch) and the chunks' sizes.
+A chunk is the unit of reading, for example a row group. A lane is a part of the epoch that one process and one of its workers
+read from start to end. Every global batch takes samples from each lane in proportion to its length, so all lanes end together.
+The batches depend on the number of lanes, but not on the number of processes or workers that read them. Everything is a pure
+function of (seed, epoch) and the sizes of the chunks.
 """
 
 import math
@@ -15,17 +15,18 @@ import numpy as np
 
 from pipeline.common.randomness import permutation, uniforms
 
-CHUNK_ORDER, WITHIN_WINDOW = 5, 6  # purposes in the addresses of randomness
+CHUNK_ORDER, WITHIN_WINDOW = 5, 6  # the purpose in the address of a draw
 FEWEST_LANES, MOST_LANES = 8, 64
-CHUNKS_PER_LANE = 8  # at least, before there are more lanes: then whole chunks make lanes of nearly one length
-SNAP = 1 / 16  # of a lane: a cut that is so near to a chunk's border moves there
+CHUNKS_PER_LANE = 8  # the minimum for more than FEWEST_LANES: lanes of whole chunks are then of nearly equal length
+SNAP = 1 / 16  # fraction of a lane: a cut that is this close to the border of a chunk moves to it
 
 
 def num_lanes(num_chunks: int, num_samples: int, shuffle_buffer: int, num_processes: int) -> int:
-    """How many lanes a split has: a power of two from 8 to 64, as long as the processes can share them out evenly.
+    """The number of lanes of a split: a power of two from 8 to 64, if the processes can share it about evenly.
 
-    More lanes mix more chunks, but hold as many in memory: no more than shuffle_buffer samples where 8 chunks allow it.
-    A number of processes that would get very uneven shares, or more of them than lanes, decides the number of lanes.
+    More lanes mix more chunks but hold more of them in memory: with more than 8 lanes, one chunk per lane is at most
+    shuffle_buffer samples. If shares would be very uneven, or there are more processes than lanes, the result is a multiple of
+    the number of processes.
     """
     most = min(num_chunks / CHUNKS_PER_LANE, shuffle_buffer * num_chunks / max(num_samples, 1), MOST_LANES)
     lanes = max(FEWEST_LANES, 2 ** int(math.log2(max(most, 1))))
@@ -34,10 +35,10 @@ def num_lanes(num_chunks: int, num_samples: int, shuffle_buffer: int, num_proces
 
 
 def lane_cuts(ends: np.ndarray, lanes: int) -> np.ndarray:
-    """Where the lanes start and end in a row of chunks that end at these samples; int64 [lanes + 1].
+    """The first sample of each lane, then the number of samples; int64 [lanes + 1]. ends: the end of each chunk, int64 [chunks].
 
-    Equal parts, but a cut moves to the border of a chunk that is near, so that nobody reads a chunk for a few of its
-    samples. Cuts that separate more lanes (halves, quarters) move further: processes are separated there.
+    The lanes are equal parts, but a cut moves to a nearby border of a chunk, so that no process reads a chunk for a few of its
+    samples. Cuts between larger groups of lanes (halves, quarters) move further, because they separate processes.
     """
     total = int(ends[-1])
     cuts = [0]
@@ -51,9 +52,10 @@ def lane_cuts(ends: np.ndarray, lanes: int) -> np.ndarray:
 
 
 def merged(sizes: np.ndarray) -> np.ndarray:
-    """The lane of each position of the epoch; int16 [samples]. Lanes give pairs at even distances; odd ones come last.
+    """The lane of each position of the epoch; int16 [samples]. sizes: samples of each lane, int64 [lanes].
 
-    Pairs, because mixup and cutmix mix two neighbours.
+    Each lane contributes pairs of samples at even distances, because mixup and cutmix mix neighbours. The unpaired samples of
+    odd lanes come last.
     """
     pairs = sizes // 2
     lanes = np.repeat(np.arange(len(sizes)), pairs)
@@ -66,9 +68,9 @@ def merged(sizes: np.ndarray) -> np.ndarray:
 class EpochOrder:
     """An epoch of a split.
 
-    rows: int64 [N], lane after lane; cuts: int64 [lanes + 1], where each begins in rows; turns: int16 [N], the lane of each
-    position of the epoch. A piece is what a lane has of a chunk: pieces, int64 [N], gives that of each of the rows, chunks,
-    int64 [pieces], the chunk of a piece.
+    rows: lane after lane, int64 [N]. cuts: the first index of each lane in rows, then N, int64 [lanes + 1]. turns: the lane of
+    each position of the epoch, int16 [N]. A piece is the part of a chunk in one lane. pieces: the piece of each of the rows,
+    int64 [N]. chunks: the chunk of each piece, int64 [pieces].
     """
 
     rows: np.ndarray
@@ -79,9 +81,9 @@ class EpochOrder:
 
 
 def epoch_order(starts: np.ndarray, lanes: int, shuffle_buffer: int, place: tuple[int, int] | None) -> EpochOrder:
-    """The order that belongs to the place (seed, epoch); with None the split's own, dealt out to lanes.
+    """The order for the address `place` (seed, epoch); if None, the unshuffled order of the split, distributed to lanes.
 
-    starts: int64 [chunks + 1], the row at which each chunk's samples begin, and their number; no chunk is empty.
+    starts: the first row of each chunk, then the number of rows, int64 [chunks + 1]; no chunk is empty.
     """
     sizes = np.diff(starts)
     order = np.arange(len(sizes)) if place is None else permutation(len(sizes), *place, CHUNK_ORDER)
@@ -97,11 +99,11 @@ def epoch_order(starts: np.ndarray, lanes: int, shuffle_buffer: int, place: tupl
     pieces = np.cumsum(is_first) - 1
     piece_starts = positions[is_first]
     lane_of_piece = lane_of[is_first]
-    # Every other lane runs backwards, so that both parts of a chunk that was cut are needed at the same time.
+    # Every other lane is read backwards, so that both parts of a chunk that was cut are needed at the same time.
     from_start = piece_starts - cuts[lane_of_piece]
     from_end = cuts[lane_of_piece + 1] - np.append(piece_starts[1:], starts[-1])
     depth = np.where(lane_of_piece % 2, from_end, from_start)
-    # A window is the pieces of a lane that begin within one stretch of it: its part of the buffer.
+    # A window is the pieces of a lane that start within one interval, the lane's share of the buffer.
     windows = depth // (1 if place is None else max(1, shuffle_buffer // lanes))
     draws = positions if place is None else uniforms(rows, 1, *place, WITHIN_WINDOW)[:, 0]
     by_draw = np.lexsort((draws, windows[pieces], lane_of))
@@ -110,9 +112,9 @@ def epoch_order(starts: np.ndarray, lanes: int, shuffle_buffer: int, place: tupl
 
 
 class Task(NamedTuple):
-    """What a worker does for one batch: takes hold of chunks that are needed soon, gives images of rows, lets chunks go.
+    """The work of a worker for one batch: starts to fetch chunks, returns the images of rows, releases chunks.
 
-    begins: it is the worker's first task of this epoch.
+    begins: whether it is the first task of the worker in this epoch.
     """
 
     epoch: int
@@ -124,7 +126,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A process's share of a global batch: a task for each worker; counts, int64 [lanes]: what the whole batch takes of each."""
+    """The share of a process in a global batch: one task per worker. counts: samples of the batch per lane, int64 [lanes]."""
 
     tasks: list[Task]
     counts: np.ndarray
@@ -141,11 +143,11 @@ def lanes_of(rank: int, num_processes: int, lanes: int) -> range:
 def plan_batches(
     order: EpochOrder, epoch: int, batch_size: int, batches: range, lanes_of_workers: list[range], ahead: int
 ) -> Iterator[BatchPlan]:
-    """The plan of each of these batches. ahead: a chunk is fetched so many batches before its first sample is needed."""
+    """Yields the plan of each batch. ahead: how many batches before its first sample a chunk is fetched."""
     lanes = len(order.cuts) - 1
-    batch_of_row = np.argsort(order.turns, kind="stable") // batch_size  # rows stand lane by lane: so do equal turns
+    batch_of_row = np.argsort(order.turns, kind="stable") // batch_size  # rows are in lane order, and so are equal turns
     first, last = np.zeros((2, len(order.chunks)), np.int64)
-    last[order.pieces] = batch_of_row  # the last assignment to an element holds
+    last[order.pieces] = batch_of_row  # the last assignment to an element wins
     first[order.pieces[::-1]] = batch_of_row[::-1]
     own = []
     for worker_lanes in lanes_of_workers:

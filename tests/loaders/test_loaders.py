@@ -287,7 +287,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
 
     monkeypatch.setattr(os, "fsync", full_disk)
     images = all_of(device_images(split), split)
-    assert "could not be kept" in capsys.readouterr().err and not list(folder.glob("*.arrow"))
+    assert "could not be cached" in capsys.readouterr().err and not list(folder.glob("*.arrow"))
     assert not [path for path in folder.iterdir() if path.suffix != ".lock"], "nothing is left aside"
     monkeypatch.undo()
     folder.parent.mkdir(exist_ok=True)
@@ -295,7 +295,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     monkeypatch.setattr(cache_folder, "SMALLEST_KEPT", 0)
     monkeypatch.setattr(decoded_cache, "cache_folder", lambda: Path("/proc/none"))
     assert torch.equal(all_of(device_images(split), split), images)
-    assert "could not be kept" in capsys.readouterr().err
+    assert "could not be cached" in capsys.readouterr().err
 
 
 def test_what_a_killed_process_left_is_no_obstacle(folder: Path, decodings: list[int]) -> None:
