@@ -1,1 +1,1 @@
-"""What any room may use: console, files, randomness, the machine, stopping and suggestions. It imports no other room."""
+"""Shared by all rooms: console, files, randomness, the machine, stopping and suggestions. Imports from no other room."""

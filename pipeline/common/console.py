@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: warnings, a bar and a line per epoch, the closing table."""
+"""Terminal output: messages, warnings, errors, the progress bar, the line of an epoch, tables."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
 
 
 def say(message: str, shown: bool = True, file: TextIO | None = None) -> None:
-    """Prints a message; that a full disk or a closed pipe does not take it is no reason to end a run."""
+    """Prints a message. Ignores an OSError (a full disk, a closed pipe), which must not end a run."""
     if shown:
         with contextlib.suppress(OSError):
             print(message, file=file, flush=True)
@@ -21,14 +21,14 @@ def warn(message: str) -> None:
 
 
 def error(message: object) -> None:
-    """Why the program ends, and of several processes which one says so."""
+    """Prints the error that ends the program, with the rank if there are several processes."""
     number = os.environ.get("WORLD_SIZE", "1")
     where = f" in process {os.environ.get('RANK')} of {number}" if number != "1" else ""
     say(f"error{where}: {message}", file=sys.stderr)
 
 
 def progress_bar(total: int, initial: int, description: str, shown: bool, unit: str = "step") -> Any:
-    """A tqdm bar that counts; silent when standard error is not a terminal or this is not the first rank."""
+    """A tqdm bar. Hidden if shown is false or standard error is not a terminal."""
     from tqdm import tqdm
 
     hidden = not shown or not sys.stderr.isatty()
@@ -48,7 +48,7 @@ def percent(fraction: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 41 s, 3 min 05 s, 2 h 07 min."""
+    """Seconds as text: 41 s, 3 min 05 s, 2 h 07 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
@@ -68,7 +68,7 @@ def epoch_line(number: int, epochs: int, entry: dict[str, Any], lr: float, batch
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two columns, the first as wide as its longest entry."""
+    """Two aligned columns, the first as wide as its longest entry."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

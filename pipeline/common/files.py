@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of: written aside, synced and renamed; and a log file that grows by whole lines."""
+"""Atomic writes: files and folders are written aside, synced and renamed; and a log file of complete lines."""
 
 import contextlib
 import errno
@@ -16,15 +16,15 @@ from pipeline.common import console
 from pipeline.common.system import is_alive
 
 WARN_EVERY_SECONDS = 60.0
-OLD_SECONDS = 24 * 3600.0  # a file that was written aside so long ago, by a process of another machine, is left over
+OLD_SECONDS = 24 * 3600.0  # older temporary files of processes on other machines are treated as left over
 
-# what lies beside a file or folder while it is written; the old folder is kept until the new one has its name
+# the kinds of temporary names: being written, and the old folder, kept until the new one has its name
 UNFINISHED, REPLACED = "tmp", "old"
 ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)@(?P<machine>.*)\.(?P<kind>tmp|old)")
 
 
 def sync(path: Path) -> None:
-    """Waits until the file, or the list of names in the folder, is on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,9 +34,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A file name to write to. The file is synced and renamed to path at the end; on an error nothing of it is left.
+    """Yields a temporary file name. Syncs the file and renames it to `path` at the end; deletes it after an error.
 
-    So a reader sees the old content or the new one, never a part. Raises OSError.
+    A reader sees the old content or the new one, never a part. Raises OSError.
     """
     aside = aside_name(path, UNFINISHED)
     tidy(path.parent, path.name)
@@ -51,12 +51,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_aside(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A new folder to write files into. All of it is synced and renamed to path at the end; on an error nothing is left.
+    """Yields a temporary folder. Syncs it and renames it to `path` at the end; deletes it after an error.
 
-    A folder at path is replaced: after a kill at any moment `tidy`, or the next writer, finds the old or the new one whole.
-    alone: as in `tidy`. Raises OSError.
+    A folder at `path` is replaced. After a kill at any moment, `tidy` or the next writer restores the complete old or new
+    folder. alone: as in `tidy`. Raises OSError.
     """
-    path = path.resolve()  # a link to a folder stays one
+    path = path.resolve()  # replace the target of a link, not the link
     aside, replaced = aside_name(path, UNFINISHED), aside_name(path, REPLACED)
     tidy(path.parent, path.name, alone)
     try:
@@ -72,7 +72,7 @@ def folder_written_aside(path: Path, alone: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, path: Path, replaced: Path) -> None:
-    """Renames a folder to path; one that is there, or that another process puts there meanwhile, becomes `replaced`."""
+    """Renames a folder to path. A folder there, also one that another process creates meanwhile, is renamed to `replaced`."""
     while True:
         try:
             os.rename(aside, path)
@@ -86,7 +86,7 @@ def put_in_place(aside: Path, path: Path, replaced: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder; a half-deleted one never has its name. What cannot be deleted is left to `tidy`. Raises OSError."""
+    """Renames a folder, so that no partly deleted one has its name, and deletes it. `tidy` removes the rest. Raises OSError."""
     aside = aside_name(path, UNFINISHED)
     remove(aside)
     os.rename(path, aside)
@@ -94,15 +94,15 @@ def remove_folder(path: Path) -> None:
 
 
 def aside_name(path: Path, kind: str) -> Path:
-    """The hidden name beside path that this process writes to, of its own on every machine that shares the folder."""
+    """The hidden temporary name beside path, unique to this process on all machines that share the folder."""
     return path.with_name(f".{path.name}.{os.getpid()}@{os.uname().nodename}.{kind}")
 
 
 def tidy(folder: Path, name: str | None = None, alone: bool = False) -> None:
-    """Removes what killed processes left aside in a folder, and restores a folder that one of them was replacing.
+    """Removes temporary files and folders of killed processes, and restores a folder that one of them was replacing.
 
-    name: of the file or folder to tidy up after, None for all. alone: whether no other process writes here now, so that
-    whatever lies aside is left over; else it must be a day old, or its process must be gone from this machine.
+    name: the final name to clean up after, None for all. alone: whether no other process writes here now, so that every
+    temporary file is left over; otherwise only those whose process has ended on this machine, or that are a day old.
     """
     for left in list(folder.iterdir()):
         parts = ASIDE.fullmatch(left.name)
@@ -121,12 +121,12 @@ def is_left_over(left: Path, process: int, machine: str) -> bool:
         return True
     try:
         return time.time() - left.stat().st_mtime > OLD_SECONDS
-    except OSError:  # renamed by its process meanwhile
+    except OSError:  # its process has renamed it
         return False
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder as far as the system lets it."""
+    """Deletes a file or folder. Ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -144,13 +144,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class LineFile:
-    """Appends lines. One that cannot be written waits in memory, is tried again with the next, and costs a warning.
+    """A file of appended lines. If a line cannot be written, it warns, keeps the line in memory and retries with the next.
 
-    The loop appends while the thread that writes checkpoints calls `sync`.
+    Thread-safe: the training loop appends while the thread that writes checkpoints calls `sync`.
     """
 
     def __init__(self, path: Path, num_bytes: int):
-        """num_bytes: how much of the file to keep; the rest is cut off."""
+        """num_bytes: the file is truncated to this length."""
         self.path = path
         self.file = open(path, "a+b", buffering=0)
         self.file.truncate(num_bytes)
@@ -161,7 +161,7 @@ class LineFile:
 
     @property
     def num_bytes(self) -> int:
-        """The length of all lines so far; after `sync` the file has it."""
+        """The length of all lines so far, in bytes; the length of the file after `sync`."""
         return self.written + len(self.waiting)
 
     def append(self, line: str) -> None:
@@ -172,10 +172,10 @@ class LineFile:
             except OSError as error:
                 if time.monotonic() - self.warned_at >= WARN_EVERY_SECONDS:
                     self.warned_at = time.monotonic()
-                    console.warn(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory.")
+                    console.warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory.")
 
     def write_waiting(self) -> None:
-        """Writes what waits, or nothing of it. Raises OSError."""
+        """Writes all waiting lines. Raises OSError and then writes none of them."""
         try:
             left = memoryview(self.waiting)
             while left:
@@ -187,20 +187,20 @@ class LineFile:
         self.waiting = b""
 
     def sync(self) -> None:
-        """Every line is on the disk, under the file's name, when this returns. Raises OSError when that cannot be."""
+        """Writes all lines to the disk, also if the file was deleted. Raises OSError."""
         with self.writing:
             self.write_waiting()
             if not self.path.exists() or not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
-                self.bring_back()
+                self.restore()
             os.fsync(self.file.fileno())
 
-    def bring_back(self) -> None:
-        """Writes the file anew, after somebody removed it, from what the system still holds of it."""
+    def restore(self) -> None:
+        """Writes a deleted file again, from the content that the open file descriptor still refers to."""
         write_atomically(self.path, os.pread(self.file.fileno(), self.written, 0))
         self.file.close()
         self.file = open(self.path, "a+b", buffering=0)
 
     def close(self) -> None:
-        """Raises OSError when lines are still waiting and cannot be written."""
+        """Writes all lines and closes the file. Raises OSError if lines cannot be written."""
         self.sync()
         self.file.close()

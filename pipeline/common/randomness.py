@@ -1,4 +1,4 @@
-"""Randomness with an address: every draw is a pure function of where it is used, so no stream is ever saved.
+"""Randomness with an address: every draw is a pure function of where it is used, so no generator state is saved.
 
 Data order is a function of (seed, epoch), augmentation of (seed, epoch, sample), dropout of (seed, step, rank).
 """
@@ -20,9 +20,9 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-@functools.lru_cache  # the same for all batches of an epoch
+@functools.lru_cache  # all batches of an epoch use the same address
 def address(*parts: int) -> int:
-    """A 63-bit seed for the place that the integers name; neighbouring places give unrelated seeds."""
+    """A 63-bit seed for the place that the integers identify. Neighbouring places have unrelated seeds."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = _mix(state ^ np.array([part], np.int64).view(np.uint64))
@@ -30,14 +30,14 @@ def address(*parts: int) -> int:
 
 
 def permutation(num_samples: int, *parts: int) -> np.ndarray:
-    """The numbers 0 .. num_samples - 1 in the random order that belongs to the place; int64 [num_samples]."""
+    """A random permutation of 0 .. num_samples - 1 for the place; int64 [num_samples]."""
     return np.random.Generator(np.random.PCG64(address(*parts))).permutation(num_samples)
 
 
 def uniforms(samples: np.ndarray, num_draws: int, *parts: int) -> np.ndarray:
-    """For each sample number its own draws from [0, 1), whatever batch or process it is in; float64 [B, num_draws].
+    """Draws from [0, 1) for each sample number, independent of batch and process; float64 [B, num_draws].
 
-    samples: int64 [B]; the parts name the place, (seed, epoch, purpose) for example.
+    samples: int64 [B]. parts: identify the place, for example (seed, epoch, purpose).
     """
     key = np.uint64(address(*parts))
     rows = _mix(samples.astype(np.int64).view(np.uint64) ^ key)[:, None]

@@ -1,19 +1,19 @@
-"""How a run stops before its end: it failed, or a signal asked it to stop."""
+"""Stopping a run before its end: after a failure, or after a signal."""
 
 import os
 import signal
 from types import FrameType
 
-# Ctrl-C, what a batch system or `kill` sends, and SLURM's warning before the time limit (sbatch --signal=USR1@90)
+# Ctrl-C; the signal of batch systems and `kill`; SLURM's warning before the time limit (sbatch --signal=USR1@90)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; what was saved is whole."""
+    """Training cannot continue. Saved checkpoints are intact."""
 
 
 class Interrupted(Exception):
-    """Somebody asked the run to stop; every rank raises it after the same step."""
+    """A signal requested the run to stop. Every rank raises it after the same step."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers a stopping signal until the loop asks; a second one ends the process at once."""
+    """Records a stopping signal, which the training loop checks. A second signal ends the process immediately."""
 
     def __init__(self) -> None:
         self.received = 0

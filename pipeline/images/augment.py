@@ -1,4 +1,4 @@
-"""Batches of uint8 images on the device become model input: augmented, resized and normalised."""
+"""Turns batches of uint8 images on the device into model input: augments, resizes and normalises."""
 
 import functools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pipeline.images import randaugment
 from pipeline.images.crop import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
 from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
-# What a draw is for: the last part of its address. pipeline.loaders.mixing has 2004 to 2006.
+# The purpose in the address of a draw. pipeline.loaders.mixing uses 2004 to 2006.
 CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003
 
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image; width / height
@@ -22,7 +22,7 @@ SMALLEST_MOVED = 16
 
 @dataclass(frozen=True)
 class Augment:
-    """A row of AUGMENTS: whether images are cropped and flipped, and which operations follow."""
+    """A row of AUGMENTS: whether images are cropped and flipped, and the policy of the operations that follow."""
 
     crop_and_flip: bool = True
     policy: randaugment.Policy | None = None
@@ -37,17 +37,17 @@ AUGMENTS = {
 
 
 def cropped_on_cpu(preprocessing: Preprocessing, augment: str) -> bool:
-    """Whether training fits random parts of images: of photos, unless they are kept larger and cropped on the device."""
+    """Whether training crops images on the CPU: photos, unless they are kept larger and cropped on the device."""
     return AUGMENTS[augment].crop_and_flip and not (preprocessing.source_size or preprocessing.kept_size)
 
 
 class BatchTransform:
-    """Turns batches of uint8 images on a device into model input: augmented for training, or as they are.
+    """Turns batches of uint8 images on a device into model input, with augmentation for training.
 
-    What happens to an image depends on the seed, the epoch and its sample number alone: not on its batch or loader.
-    flip says whether a mirrored image keeps its label (a digit does not); random_erasing is the probability of a
-    blanked rectangle (https://arxiv.org/abs/1708.04896), on top of any augment. Raises ValueError for an
-    unknown augment or a wrong probability.
+    The augmentation of an image depends only on the seed, the epoch and its sample number, not on its batch or loader.
+    flip: whether a mirrored image keeps its label (a digit does not). random_erasing: the probability of erasing a rectangle
+    (https://arxiv.org/abs/1708.04896), in addition to any augment. Raises ValueError for an unknown augment or an invalid
+    probability.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class BatchTransform:
         self.shift = self._on_device((-mean / std).astype(np.float32))[:, None, None]
 
     def train(self, images: torch.Tensor, samples: np.ndarray, epoch: int) -> torch.Tensor:
-        """Augmented and normalised; float32 [B, channels, image_size, image_size].
+        """Augments and normalises; float32 [B, channels, image_size, image_size].
 
-        images: uint8 [B, C, S, S] on the device, C 1 or the model's; samples: int64 [B], their numbers in the set.
+        images: uint8 [B, C, S, S] on the device, C is 1 or that of the model; samples: int64 [B], their numbers in the split.
         """
         if self.preprocessing.kept_size:
             draws = uniforms(samples, NUM_FIT_DRAWS, self.seed, epoch, FIT)
@@ -92,7 +92,7 @@ class BatchTransform:
         return self._erase(images, samples, epoch) if self.random_erasing else images
 
     def eval(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised, small images resized and cut to their centre first; float32 as from train, images as for it."""
+        """Normalises, after a resize and centre crop of small images. Shapes and types as in train."""
         if self.preprocessing.source_size:
             size, side = self.preprocessing.image_size, resized_side(self.preprocessing)
             first = round((side - size) / 2)
@@ -103,9 +103,9 @@ class BatchTransform:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _crop_and_flip(self, images: torch.Tensor, samples: np.ndarray, epoch: int) -> torch.Tensor:
-        """Small images moved by up to an eighth of their side, black coming in; half of all mirrored if allowed.
+        """Shifts small images by up to an eighth of their side, padded with black; mirrors half of all images if allowed.
 
-        The smallest are not moved: a pixel of an 8x8 digit is the width of a stroke.
+        Images below SMALLEST_MOVED are not shifted: a pixel of an 8x8 digit is the width of a stroke.
         """
         draws = uniforms(samples, 3, self.seed, epoch, CROP_AND_FLIP)
         mirrored = (draws[:, 0] < 0.5) & self.flip
@@ -121,12 +121,12 @@ class BatchTransform:
         return torch.cat([images, images.flip(3)]).index_select(0, rows)
 
     def _windows(self, images: torch.Tensor, padding: int, top: np.ndarray, left: np.ndarray) -> torch.Tensor:
-        """Of each padded image the part of the image's own size that begins at top and left; uint8, as images."""
+        """Pads each image and crops it at (top, left) to its original size; uint8, in the shape of images."""
         channels, size = images.shape[1], images.shape[-1]
         side = size + 2 * padding
         first = np.arange(len(images)) * (channels * side**2) + top * side + left
         starts = self._on_device(first)[:, None] + line_starts(channels, size, side, self.device)
-        # a line is `size` neighbours in memory, from anywhere: copied at once, five times faster than by pixel
+        # a line is `size` contiguous values: copying lines is five times faster than copying pixels
         lines = F.pad(images, (padding,) * 4).flatten().unfold(0, size, 1)
         return lines.index_select(0, starts.flatten()).view(-1, channels, size, size)
 
@@ -137,8 +137,8 @@ class BatchTransform:
         return F.interpolate(images.float(), side, mode=mode, antialias=mode != "nearest-exact").clamp_(0, 255)
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(image / 255 - mean) / std; a grey image gets the model's channels on the way."""
-        # one pass to float and two in place are faster than an addcmul of uint8; channels_last is cheapest after them
+        """(image / 255 - mean) / std; expands grey images to the channels of the model."""
+        # a conversion to float and two in-place operations are faster than addcmul of uint8; channels_last is cheapest last
         pixels = images.float().expand(-1, self.preprocessing.channels, -1, -1)
         pixels = pixels.mul_(self.scale) if images.shape[1] == pixels.shape[1] else pixels * self.scale
         return pixels.add_(self.shift).contiguous(memory_format=self.memory_format)
@@ -152,20 +152,20 @@ class BatchTransform:
 
 @functools.lru_cache
 def line_starts(channels: int, size: int, side: int, device: torch.device) -> torch.Tensor:
-    """Where the lines of an image's first window begin in a padded image of that side; int64 [channels * size]."""
+    """The offsets of the lines of the first window in a padded image of that side; int64 [channels * size]."""
     channel, line = (torch.arange(count, device=device) for count in (channels, size))
     return (channel[:, None] * side**2 + line * side).flatten()
 
 
 def random_parts(draws: np.ndarray, side: int) -> np.ndarray:
-    """What random_part finds in squares of that side; int64 [B, 4]. draws: [B, NUM_BOX_DRAWS] from [0, 1)."""
+    """random_part of squares of that side; int64 [B, 4]. draws: [B, NUM_BOX_DRAWS] from [0, 1)."""
     return np.array([random_part(side, side, row) for row in draws], np.int64).reshape(-1, 4)
 
 
 def resized_parts(images: torch.Tensor, parts: np.ndarray, size: int) -> torch.Tensor:
-    """Of each image its part, resized to size x size; uint8 [B, C, size, size]. images: uint8 [B, C, S, S].
+    """Crops each image to its part and resizes it; uint8 [B, C, size, size]. images: uint8 [B, C, S, S].
 
-    parts: int64 [B, 4], left, top, right, bottom. Bilinear, without antialiasing: a part is at most S / size larger.
+    parts: int64 [B, 4], left, top, right, bottom. Bilinear without antialiasing, because the scale is at most S / size.
     """
     corners = torch.from_numpy(parts.astype(np.float32)).to(images.device, non_blocking=True)
     left, top, right, bottom = corners[:, :, None].unbind(1)
@@ -178,9 +178,9 @@ def resized_parts(images: torch.Tensor, parts: np.ndarray, size: int) -> torch.T
 
 
 def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
-    """Left, top, right and bottom of each image's rectangle to erase, all 0 if no try fits; int64 [B, 4].
+    """The rectangle to erase in each image (left, top, right, bottom), all 0 if no try fits; int64 [B, 4].
 
-    draws: [B, NUM_BOX_DRAWS] from [0, 1); 2 to 33 % of the area, side ratio 0.3 to 3.3.
+    draws: [B, NUM_BOX_DRAWS] from [0, 1). A rectangle has 2 to 33 % of the area and an aspect ratio of 0.3 to 3.3.
     """
     area = size * size * (ERASED_AREA[0] + draws[:, 2 : 2 + NUM_TRIES] * (ERASED_AREA[1] - ERASED_AREA[0]))
     ratio = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** draws[:, 2 + NUM_TRIES :]
@@ -194,7 +194,7 @@ def erased_boxes(draws: np.ndarray, size: int) -> np.ndarray:
 
 
 def inside(boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """Which pixels lie in each image's box; bool [B, 1, size, size]. boxes: int64 [B, 4], left, top, right, bottom."""
+    """The mask of the pixels in each image's box; bool [B, 1, size, size]. boxes: int64 [B, 4], left, top, right, bottom."""
     left, top, right, bottom = boxes[:, :, None, None, None].unbind(1)
     x = torch.arange(size, device=boxes.device)
     y = x[:, None]

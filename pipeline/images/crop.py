@@ -1,4 +1,4 @@
-"""An image is fitted to size on the CPU: its centre for evaluation, for training a random part."""
+"""Fits an image to size on the CPU: a centre crop for evaluation, a random crop for training."""
 
 import math
 
@@ -10,20 +10,20 @@ from PIL import Image
 from pipeline.images.decode import pixels_of
 from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
-FIT = 2  # what a draw is for: the last part of its address
+FIT = 2  # the purpose in the address of a draw
 
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # shares of the image; width / height
-LARGEST_RATIO = 16  # of an image's sides, in evaluation
-NUM_TRIES = 10  # a drawn rectangle that does not fit the image is drawn again
-NUM_BOX_DRAWS = NUM_FIT_DRAWS = 2 + 2 * NUM_TRIES  # place, then the areas and the ratios of the tries
+LARGEST_RATIO = 16  # of the sides of an image, in evaluation
+NUM_TRIES = 10  # draws of a rectangle until one fits the image
+NUM_BOX_DRAWS = NUM_FIT_DRAWS = 2 + 2 * NUM_TRIES  # x and y, then the areas and the ratios of the tries
 
 
 def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """The image's centre at the size that travels to the device; uint8 [C, S, S], S = preprocessing.fitted_size.
+    """Resizes the short side and crops the centre; uint8 [C, S, S], S = preprocessing.fitted_size.
 
-    image: mode "L" or "RGB", or uint8 [C, H, W]. The short side is resized and the centre cut out; of small images and
-    of photos that are kept larger, BatchTransform does that later. A photo has the model's channels, since photos of
-    one set may be grey or in colour; a grey image of a small set keeps one channel until it is on the device.
+    image: mode "L" or "RGB", or uint8 [C, H, W]. For small images and for photos that are kept larger, BatchTransform does the
+    final resize and crop on the device. A photo gets the channels of the model, because a dataset may mix grey and colour
+    photos. Grey images of a dataset of small images keep one channel until they are on the device.
     """
     pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
     is_final = size == preprocessing.image_size and not preprocessing.source_size
@@ -31,7 +31,7 @@ def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing
     height, width = pixels.shape[1:]
     if height == width == short == size:
         return pixels.contiguous()
-    if max(height, width) > LARGEST_RATIO * min(height, width):  # else a strip would grow huge to be cut at its centre
+    if max(height, width) > LARGEST_RATIO * min(height, width):  # else the resized strip would be huge
         height, width = (min(side, LARGEST_RATIO * min(height, width)) for side in (height, width))
         pixels = _centre(pixels, height, width)
     wide, high = (short, int(short * height / width)) if width < height else (int(short * width / height), short)
@@ -39,9 +39,9 @@ def fit_for_eval(image: Image.Image | torch.Tensor, preprocessing: Preprocessing
 
 
 def fit_for_training(image: Image.Image | torch.Tensor, preprocessing: Preprocessing, draws: np.ndarray) -> torch.Tensor:
-    """A random part of a photo, resized; uint8 [C, S, S], as fit_for_eval.
+    """A random crop of a photo, resized; uint8 [C, S, S], like fit_for_eval.
 
-    draws: float64 [NUM_FIT_DRAWS] from [0, 1). The part covers 8 to 100 % of the area with a side ratio of 3:4 to 4:3
+    draws: float64 [NUM_FIT_DRAWS] from [0, 1). The crop has 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3
     (https://arxiv.org/abs/1409.4842).
     """
     pixels, size = _pixels(image, preprocessing), preprocessing.fitted_size
@@ -50,16 +50,16 @@ def fit_for_training(image: Image.Image | torch.Tensor, preprocessing: Preproces
 
 
 def shrink_of_part(width: int, height: int, preprocessing: Preprocessing, draws: np.ndarray) -> int:
-    """1, 2, 4 or 8: how much smaller a JPEG may be decoded so that its random part still has the fitted size."""
+    """The largest factor (1, 2, 4 or 8) by which a JPEG may be decoded smaller without upscaling its random crop."""
     left, top, right, bottom = random_part(width, height, draws)
     ratio = min(right - left, bottom - top) / preprocessing.fitted_size
     return next(factor for factor in (8, 4, 2, 1) if ratio >= factor or factor == 1)
 
 
 def random_part(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part of an image, in pixels. draws: [NUM_BOX_DRAWS] from [0, 1).
+    """Left, top, right and bottom of a random crop, in pixels. draws: [NUM_BOX_DRAWS] from [0, 1).
 
-    If no try fits, the largest centre with an allowed side ratio.
+    If no try fits, it is the largest centre crop with an allowed aspect ratio.
     """
     x_draw, y_draw, *tries = draws.tolist()
     for area_draw, ratio_draw in zip(tries[:NUM_TRIES], tries[NUM_TRIES:], strict=True):
@@ -90,9 +90,10 @@ def _centre(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _resize_pixels(pixels: torch.Tensor, height: int, width: int, preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8 [C, height, width], antialiased; within one level of 255 of Pillow's resize, in a third of the time.
+    """Resizes with antialiasing; uint8 [C, height, width]. Within one level of 255 of Pillow's resize, in a third of the time.
 
-    The odd image of another size in a set of small ones does not depend on the model: it gets its filter on the device.
+    Small images always use bicubic here (for an image of another size than the rest); the filter of the model applies later,
+    on the device.
     """
     if pixels.shape[1:] == (height, width):
         return pixels

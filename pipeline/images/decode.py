@@ -1,4 +1,4 @@
-"""Encoded images to PIL images or pixels: any mode to grey or RGB, upright, or a BadImage that says why not."""
+"""Decodes images to PIL images or pixels: converts any mode to grey or RGB and applies the Exif orientation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from torch import Tensor
 
-Shrink = Callable[[int, int], int]  # width and height to 1, 2, 4 or 8: how much smaller a JPEG may be decoded
+Shrink = Callable[[int, int], int]  # maps width and height to the factor (1, 2, 4, 8) by which to decode a JPEG smaller
 
-MAX_PIXELS = 178_956_970  # where PIL itself refuses; checked here too, because a library may have lifted PIL's limit
+MAX_PIXELS = 178_956_970  # PIL's own limit; checked here too, because a library may have raised PIL's
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ORIENTATION = 0x0112  # the Exif tag
 
 
 class BadImage(ValueError):
-    """An image that cannot be read; the message says what is wrong with it."""
+    """An image cannot be read. The message contains the reason."""
 
 
 def decode_pixels(encoded: bytes, channels: int, shrink: Shrink | None = None) -> Tensor:
-    """What decode_image decodes, as uint8 [channels, H, W], of any strides. Raises BadImage."""
+    """Like decode_image, but returns uint8 [channels, H, W] with any strides. Raises BadImage."""
     return pixels_of(decode_image(encoded, channels, shrink))
 
 
@@ -38,12 +38,12 @@ def pixels_of(image: PILImage) -> Tensor:
 
 
 def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) -> PILImage:
-    """The image in mode "L" (channels 1) or "RGB" (channels 3), uint8, turned as its Exif orientation says.
+    """Decodes to mode "L" (channels 1) or "RGB" (channels 3), 8 bits, and applies the Exif orientation.
 
-    Transparency is composited over white, as a page shows it. 16-bit grey is divided by 257 (65535 becomes 255), not
-    clipped; a float image within 0..1 is scaled by 255, else its levels are taken as 0..255. Of an animation the first
-    frame counts. A JPEG is decoded smaller by the factor that shrink returns for its size, which takes less time.
-    Raises BadImage for what is empty, truncated, too large or no image.
+    Transparent images are composited over white. 16-bit grey is divided by 257 (65535 becomes 255), not clipped. A float image
+    within 0..1 is scaled by 255; otherwise its values are treated as levels 0..255. Of an animation, the first frame is used.
+    shrink: returns the factor by which to decode a JPEG of that size smaller, which is faster. Raises BadImage if the bytes are
+    empty, truncated, too large or not an image.
     """
     from PIL import Image, ImageOps
 
@@ -56,7 +56,7 @@ def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) ->
                 factor = shrink(*image.size)
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            if "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1:  # TIFF: PIL has turned it in load()
+            if "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1:  # for TIFF, load() has already applied it
                 return _to_mode(ImageOps.exif_transpose(image), channels)
             return _to_mode(image, channels)
     except _decode_errors() as error:
@@ -75,14 +75,14 @@ def image_header(encoded: bytes) -> tuple[int, int, str]:
 
 
 def _reason(error: Exception) -> str:
-    """The error's words as the end of a sentence; without the address in memory that Pillow names."""
+    """The message of the error as the end of a sentence, without the memory address that Pillow includes."""
     from PIL import UnidentifiedImageError
 
     return "cannot identify its format." if isinstance(error, UnidentifiedImageError) else f"{str(error).rstrip('.')}."
 
 
 def _decode_errors() -> tuple[type[Exception], ...]:
-    """What PIL and its format readers raise on bytes that are broken, cut short or too large."""
+    """The exceptions that PIL and its format readers raise for damaged, truncated or too large images."""
     from PIL import Image
 
     return (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
@@ -94,11 +94,11 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _to_mode(image: PILImage, channels: int) -> PILImage:
-    """A decoded image of any mode as "L" or "RGB"."""
+    """Converts a decoded image of any mode to "L" or "RGB"."""
     from PIL import Image
 
-    wanted = "L" if channels == 1 else "RGB"
-    if image.mode == wanted and "transparency" not in image.info:
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode in GREY_MODES[2:]:
         image = Image.fromarray(_grey_levels(np.asarray(image)))
@@ -108,17 +108,17 @@ def _to_mode(image: PILImage, channels: int) -> PILImage:
         image = page
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    return image if image.mode == wanted else image.convert(wanted)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _grey_levels(values: np.ndarray) -> np.ndarray:
     """16-bit, 32-bit or float grey values as uint8 levels of the same shape."""
     if not np.isfinite(values).all():
-        raise ValueError("the float image holds NaN or infinite values.")
+        raise ValueError("the float image has NaN or infinite values.")
     low, high = values.min(), values.max()
     is_float = values.dtype.kind == "f"
     limit = 255 if is_float else 65535
     if low < 0 or high > limit:
-        raise ValueError(f"grey values from {low} to {high} lie outside 0..{limit}.")
+        raise ValueError(f"grey values from {low} to {high} are outside 0..{limit}.")
     scale = 255.0 if is_float and high <= 1 else 1.0 if is_float else 1 / 257
     return np.rint(values * scale).astype(np.uint8)

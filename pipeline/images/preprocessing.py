@@ -1,4 +1,4 @@
-"""How an image becomes the model's input: sizes, channels, statistics and filter."""
+"""The preprocessing of images: sizes, channels, statistics and filter."""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +7,17 @@ from pipeline.common.suggestions import check_known
 
 INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
 
-KEPT_SHARE = 0.875  # of the side of a photo that is kept on the device is its model's image_size
+KEPT_SHARE = 0.875  # image_size as a fraction of the side of a photo that is kept on the device
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the model's input.
+    """How an image becomes model input.
 
-    mean and std are in units of 0..1, one value for each channel that the model sees. Evaluation resizes the short side
-    to image_size / crop_pct and takes the centre. source_size is set for sets of small images of one size and kind:
-    they keep that size until they are on the device; None means photos, each fitted to image_size on the CPU, or to
-    the square of side kept_size from which the device cuts its random parts.
-    Raises ValueError for values that do not belong together.
+    mean and std are in units of 0..1, one value per channel of the model. Evaluation resizes the short side to
+    image_size / crop_pct and crops the centre. source_size is set for datasets of small images of one size, which keep that
+    size until they are on the device. None means photos: each is fitted on the CPU to image_size, or to a square of side
+    kept_size, from which the device takes its random crops. Raises ValueError for inconsistent values.
     """
 
     image_size: int
@@ -33,9 +32,9 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_known("interpolation", self.interpolation, INTERPOLATIONS)
         if self.channels not in (1, 3):
-            raise ValueError(f"channels is {self.channels}; a model sees 1 (grey) or 3 (colour).")
+            raise ValueError(f"channels is {self.channels}; it must be 1 (grey) or 3 (colour).")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean {self.mean} and std {self.std} must each have {self.channels} values, as channels.")
+            raise ValueError(f"mean {self.mean} and std {self.std} must each have {self.channels} values, one per channel.")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; every value must be above 0.")
         if min(self.image_size, self.source_size or 1) < 1:
@@ -45,15 +44,15 @@ class Preprocessing:
 
     @property
     def fitted_size(self) -> int:
-        """The side of an image as it travels to the device."""
+        """The side of an image when it is copied to the device, in pixels."""
         return self.source_size or self.kept_size or self.image_size
 
 
 def kept_side(preprocessing: Preprocessing) -> int:
-    """The side of the square at which a photo is kept for training on the device, in pixels: 256 for 224."""
+    """The side of the square that is kept of a photo for training on the device, in pixels: 256 for image_size 224."""
     return math.ceil(preprocessing.image_size / KEPT_SHARE)
 
 
 def resized_side(preprocessing: Preprocessing) -> int:
-    """The short side of an image before evaluation takes its centre, in pixels."""
+    """The short side of an image before the centre crop of evaluation, in pixels."""
     return int(preprocessing.image_size / preprocessing.crop_pct)

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment of a whole batch on its device: every image has its own operation and magnitude."""
+"""RandAugment and TrivialAugment of a whole batch on its device. Every image has its own operation and magnitude."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ LUMA = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of a policy: its magnitudes are NUM_BINS equal steps from low to high, and half are negated if signed.
+    """An operation of a policy. Its magnitudes are NUM_BINS equal steps from low to high; half are negated if signed.
 
-    Shears are slopes, translations pixels (shares of the image's side if of_side), rotations degrees counterclockwise;
-    the colour operations move the picture by that share away from (or, negated, towards) its colourless, flat or
-    blurred version; posterize counts the bits that stay, solarize inverts from that share of white on.
+    Units: shears are slopes; translations are pixels (fractions of the side if of_side); rotations are degrees
+    counterclockwise. Colour operations extrapolate the image by that fraction away from its colourless, flat or blurred version
+    (towards it if negated). Posterize is the number of bits that are kept. Solarize inverts values from that fraction of white.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Policy:
-    """The operations to choose from, how many an image gets, and the bin of their magnitudes (None: drawn as well)."""
+    """The operations to choose from, their number per image, and the bin of their magnitudes (None: drawn per image)."""
 
     operations: tuple[Operation, ...]
     operations_per_image: int
@@ -39,7 +39,7 @@ class Policy:
 
     @property
     def num_draws(self) -> int:
-        """How many draws an image needs."""
+        """The number of draws per image."""
         return DRAWS_PER_OPERATION * self.operations_per_image
 
 
@@ -64,7 +64,7 @@ RANDAUGMENT = Policy(  # https://arxiv.org/abs/1909.13719
     magnitude_bin=9,
 )
 
-TRIVIALAUGMENT = Policy(  # the wide space of https://arxiv.org/abs/2103.10158
+TRIVIALAUGMENT = Policy(  # the wide search space of https://arxiv.org/abs/2103.10158
     operations=(
         Operation("identity"),
         Operation("shear_x", 0.0, 0.99, signed=True),
@@ -87,7 +87,7 @@ TRIVIALAUGMENT = Policy(  # the wide space of https://arxiv.org/abs/2103.10158
 
 
 def augment(images: torch.Tensor, draws: np.ndarray, policy: Policy) -> torch.Tensor:
-    """The images after their own operations, one after another; uint8 [B, C, S, S], a new tensor.
+    """Applies the drawn operations of each image in sequence; uint8 [B, C, S, S], a new tensor.
 
     images: uint8 [B, C, S, S], C 1 or 3; draws: [B, policy.num_draws] from [0, 1).
     """
@@ -98,7 +98,7 @@ def augment(images: torch.Tensor, draws: np.ndarray, policy: Policy) -> torch.Te
 
 
 def choose(draws: np.ndarray, policy: Policy, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each image's operation and signed magnitude; names str [B] and magnitudes float32 [B]. draws: [B, 3]."""
+    """The operation and signed magnitude of each image; names str [B] and magnitudes float32 [B]. draws: [B, 3]."""
     choices = (draws[:, 0] * len(policy.operations)).astype(np.int64)
     bins = (draws[:, 1] * NUM_BINS).astype(np.int64) if policy.magnitude_bin is None else policy.magnitude_bin
     magnitudes = magnitude_bins(policy, side)[choices, bins]
@@ -109,7 +109,7 @@ def choose(draws: np.ndarray, policy: Policy, side: int) -> tuple[np.ndarray, np
 
 @cache
 def magnitude_bins(policy: Policy, side: int) -> np.ndarray:
-    """The magnitudes that an image of this side can get; float32 [operations, NUM_BINS]."""
+    """The possible magnitudes for an image of this side; float32 [operations, NUM_BINS]."""
     rows = []
     for operation in policy.operations:
         scale = side if operation.of_side else 1
@@ -118,9 +118,9 @@ def magnitude_bins(policy: Policy, side: int) -> np.ndarray:
 
 
 def operate(images: torch.Tensor, names: np.ndarray, magnitudes: np.ndarray) -> torch.Tensor:
-    """Each image after the operation that names gives it; uint8 [B, C, S, S]. names: str [B]; magnitudes: float32 [B].
+    """Applies to each image its operation; uint8 [B, C, S, S]. names: str [B]; magnitudes: float32 [B].
 
-    The images are sorted by operation, so each operation runs once for all of its images, and then put back in place.
+    Sorts the images by operation, so that each operation runs once for all of its images, and restores their order.
     """
     parameters = np.zeros((len(names), 6), np.float32)
     parameters[:, 0] = magnitudes
@@ -148,8 +148,8 @@ def _rotation(degrees: np.ndarray, side: int) -> np.ndarray:
     return _rows(len(degrees), cos, -sin, 0, sin, cos, 0)
 
 
-# Where an output pixel comes from: x_in = a x + b y + c, y_in = d x + e y + f, in pixels from the image's centre.
-# Shears keep the top left corner in place, rotations the centre.
+# The source of an output pixel: x_in = a x + b y + c, y_in = d x + e y + f, in pixels from the centre of the image.
+# Shears keep the top left corner fixed, rotations the centre.
 MATRICES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "shear_x": lambda slopes, side: _rows(len(slopes), 1, slopes, slopes * (side / 2), 0, 1, 0),
     "shear_y": lambda slopes, side: _rows(len(slopes), 1, 0, 0, slopes, 1, slopes * (side / 2)),
@@ -160,7 +160,7 @@ MATRICES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def _affine(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Bilinear samples at the places that the matrices name, black outside the image; matrices: float32 [N, 6]."""
+    """Bilinear sampling with affine matrices, black outside the image; matrices: float32 [N, 6]."""
     side = images.shape[-1]
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
     x = torch.arange(side, dtype=torch.float32, device=images.device) - (side - 1) / 2
@@ -176,13 +176,13 @@ def _magnitude(parameters: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(images: torch.Tensor, dull: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """images + magnitude * (images - dull), cut to 0..255; uint8. dull: float32, broadcasts to the images."""
+    """images + magnitude * (images - dull), clipped to 0..255; uint8. dull: float32, broadcastable to the images."""
     magnitude = _magnitude(parameters)
     return torch.addcmul(images * (1 + magnitude), dull, -magnitude).clamp_(0, 255).to(torch.uint8)
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """The grey version in whole levels; float32 [N, 1, S, S]."""
+    """The grey version in integer levels; float32 [N, 1, S, S]."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.split(1, dim=1)
@@ -198,13 +198,13 @@ def _color(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 
 def _contrast(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    # the sum in integers: a float sum may round differently in another batch
+    # an integer sum, because a float sum may round differently in another batch
     total = _luma(images).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.int64)
     return _blend(images, total.float() / (images.shape[-1] * images.shape[-2]), parameters)
 
 
 def _sharpness(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Blends with the blur of weights 1 around a 5, over 13; the outermost pixels stay."""
+    """Blends with a 3x3 blur (centre weight 5, others 1, divided by 13); border pixels are unchanged."""
     if images.shape[-1] < 3:
         return images
     pixels = images.float()
@@ -226,17 +226,17 @@ def _solarize(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 
 def _autocontrast(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Each channel of each image stretched to 0..255; a flat one stays."""
+    """Stretches each channel of each image to 0..255; a constant channel is unchanged."""
     darkest, brightest = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     stretched = (images - darkest) / ((brightest - darkest).float() * (1 / 255))
     return torch.where(brightest > darkest, stretched.clamp_(0, 255).to(torch.uint8), images)
 
 
 def _equalize(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Each channel's levels spread so that every level is about as frequent, by the rule of Pillow's ImageOps.equalize.
+    """Equalizes the histogram of each channel, with the rule of Pillow's ImageOps.equalize.
 
     Level k becomes (step // 2 + pixels below k) // step, step = (pixels - pixels of the brightest level) // 255;
-    a channel with step 0 stays.
+    a channel with step 0 is unchanged.
     """
     levels = images.flatten(2).long()
     counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int64, device=images.device)

@@ -1,1 +1,1 @@
-"""Models and their files: timm's by name, our own small ones, timm folders. It imports common only."""
+"""Models and their files: timm models, the small models of this project, timm folders. Imports only from common."""

@@ -1,4 +1,4 @@
-"""Models: any timm model, with a stem for small images if asked, or one of our own; named, built and described."""
+"""Creates models by name: any timm model, optionally with a stem for small images, or a small model of this project."""
 
 import contextlib
 import re
@@ -60,7 +60,7 @@ STEM_CHOICES = ("auto", "imagenet", "small")
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How a model wants its images: mean and std of each channel in [0, 1], and input_size (C, H, W)."""
+    """The input that a model expects: mean and std per channel in units of 0..1, and input_size (C, H, W)."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -70,11 +70,12 @@ class InputSettings:
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError for a name that create_model cannot build; asks no network.
+    """Raises ValueError for a name that create_model cannot build. Uses no network.
 
-    Good are timm's names, with a tag or without (`resnet18.a1_in1k`), ours, `hf-hub:owner/name` and `local-dir:PATH`.
+    Valid names are those of timm, with or without a tag (`resnet18.a1_in1k`), of small_models, `hf-hub:owner/name` and
+    `local-dir:PATH`.
     """
-    source, location = parse_model_name(name)  # its ValueError tells unknown sources and bare paths
+    source, location = parse_model_name(name)  # raises ValueError for unknown sources and bare paths
     if source == "local-dir":
         check_model_folder(location)
     if source:
@@ -82,12 +83,12 @@ def check_model_name(name: str) -> None:
     architecture, tag = split_model_name_tag(name)
     if architecture in get_deprecated_models():
         current = get_deprecated_models()[architecture]
-        raise ValueError(f"Model {name!r} is {f'now {current!r} in timm; use that' if current else 'gone from timm'}.")
+        raise ValueError(f"Model {name!r} is {f'now named {current!r} in timm; use that' if current else 'no longer in timm'}.")
     if not timm.is_model(architecture):
         known = [model for model in timm.list_models() if not is_small_stem(model)]
         raise ValueError(
             f"Unknown model {name!r}.{did_you_mean(architecture, known)} "
-            f"timm.list_models() names all {len(known)}; hf-hub:OWNER/NAME and local-dir:PATH work, too."
+            f"timm.list_models() returns all {len(known)}; hf-hub:OWNER/NAME and local-dir:PATH are also supported."
         )
     base = architecture.removesuffix(SMALL_STEM_SUFFIX)
     tags = [split_model_name_tag(model)[1] for model in get_arch_pretrained_cfgs(base)]
@@ -98,31 +99,31 @@ def check_model_name(name: str) -> None:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns what timm and the Hub raise while they fetch or build a model into a ValueError that says what to do."""
+    """Converts exceptions of timm and the Hub while they download or build a model to a ValueError that states what to do."""
     try:
         yield
     except OSError as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(
             f"Could not fetch {name!r} from the Hugging Face Hub ({type(error).__name__}: {cause}). Check the name and "
-            "the network; or fetch it once where there is one and copy the cache; or set pretrained to False, or "
-            "init_from to a file at hand."
+            "the network. Without a network: copy the cache from another machine, set pretrained to false, or set "
+            "init_from to a local file."
         ) from error
     except TypeError as error:
         refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if refused is None:
             raise
-        raise ValueError(f"Model {name!r} does not take {refused[1]}. Leave it out, or take another model.") from error
+        raise ValueError(f"Model {name!r} does not support {refused[1]}. Remove it, or use another model.") from error
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's description of the model and its weights, as a dict; a small stem has that of its base."""
+    """The pretrained_cfg of the model in timm; for a small stem, that of its base model."""
     with _explained(name):
         return resolve_model_input_args(_base_name(name))["pretrained_cfg"]
 
 
 def _base_name(name: str) -> str:
-    """The name without the suffix of a small stem; names with a source stay as they are."""
+    """The name without the suffix of a small stem. Names with a source are unchanged."""
     return name if ":" in name else name.replace(SMALL_STEM_SUFFIX, "", 1)
 
 
@@ -131,14 +132,14 @@ def _check_has_weights(name: str, pretrained_cfg: dict[str, Any]) -> None:
         with_weights = timm.list_models(pretrained=True)
         raise ValueError(
             f"timm has no pretrained weights for {name!r}.{did_you_mean(name, with_weights)} "
-            "timm.list_models(pretrained=True) names all that have; or set pretrained to False."
+            "timm.list_models(pretrained=True) returns all models with weights; or set pretrained to false."
         )
 
 
 def default_image_size(name: str, pretrained: bool) -> int:
-    """The height in pixels that the model, or its pretrained weights, is made for; nothing is built.
+    """The image size in pixels for which the model, or its pretrained weights, was designed. Does not build the model.
 
-    Raises ValueError for an unknown model, and with `pretrained` for one without weights.
+    Raises ValueError for an unknown model, or with `pretrained` for a model without weights.
     """
     check_model_name(name)
     pretrained_cfg = _pretrained_cfg(name)
@@ -152,15 +153,15 @@ def _with_stem(name: str, stem: str, image_size: int, pretrained: bool, init_fro
     check_known("stem", stem, STEM_CHOICES)
     if ":" in name:
         if stem != "auto":
-            raise ValueError(f"stem {stem!r} does not apply to {name!r}: what was saved has its stem. Use stem 'auto'.")
+            raise ValueError(f"stem {stem!r} does not apply to {name!r}: a saved model keeps its stem. Use stem 'auto'.")
         return name
     if is_small_stem(name):
         if stem == "imagenet":
-            raise ValueError(f"Model {name!r} has a small stem; with stem 'imagenet' name it {_base_name(name)!r}.")
+            raise ValueError(f"Model {name!r} has a small stem; for stem 'imagenet', use {_base_name(name)!r}.")
         return name
     if stem == "auto" and is_small_stem_possible(name):
         saved = weights_file(init_from).with_name(CONFIG_FILE) if init_from else None
-        if saved and saved.exists():  # weights are continued on the stem they had
+        if saved and saved.exists():  # weights keep the stem they were trained with
             return with_small_stem(name) if is_small_stem(read_config(saved)["architecture"]) else name
         stem = "small" if image_size <= SMALL_IMAGE_SIZE and not pretrained else "imagenet"
     return with_small_stem(name) if stem == "small" else name
@@ -178,14 +179,14 @@ def create_model(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
 ) -> tuple[nn.Module, LoadReport | None]:
-    """The model in training mode, on the CPU, and where its weights come from (None: from nowhere).
+    """The model in training mode on the CPU, and the report of its loaded weights (None: random initialisation).
 
-    `stem` auto is small where the model can have it, for images of 64 pixels and less without pretrained weights; with
-    `init_from` it is that of the folder. Raises ValueError for whatever the model does not have, take or fit.
+    stem: auto selects a small stem if the model supports it, the images have at most 64 pixels and pretrained is false; with
+    `init_from`, it selects the stem of the saved model. Raises ValueError for an argument that the model does not support.
     """
     check_model_name(name)
     if pretrained and init_from:
-        raise ValueError(f"pretrained and init_from {str(init_from)!r} both set the weights; take one of them.")
+        raise ValueError(f"pretrained and init_from {str(init_from)!r} both set the weights; use only one of them.")
     pretrained_cfg = _pretrained_cfg(name)
     if pretrained:
         _check_has_weights(name, pretrained_cfg)
@@ -193,7 +194,7 @@ def create_model(
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     if pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = image_size
-    # only what is asked for: not every model takes both
+    # only non-zero rates: not every model accepts both
     arguments |= {key: rate for key, rate in dict(drop_rate=drop_rate, drop_path_rate=drop_path_rate).items() if rate}
     with _explained(name):
         model = timm.create_model(name, pretrained=pretrained, **arguments)
@@ -204,7 +205,7 @@ def create_model(
 
 
 def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans: int, image_size: int) -> None:
-    """Raises ValueError unless one black image of this size becomes [1, num_classes] logits."""
+    """Raises ValueError unless the model maps one black image of this size to logits [1, num_classes]."""
     size = f"{in_chans}x{image_size}x{image_size}"
     model.eval()
     try:
@@ -213,12 +214,12 @@ def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans:
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
         raise ValueError(f"Model {name!r} cannot take {size} images ({error}). Try another image_size.") from error
     if shape != (1, num_classes):
-        raise ValueError(f"Model {name!r} makes {shape} of a {size} image, not logits of {num_classes} classes.")
+        raise ValueError(f"Model {name!r} returns shape {shape} for a {size} image, not logits of {num_classes} classes.")
     model.train()
 
 
 def _pretrained_report(model: nn.Module, name: str) -> LoadReport:
-    """What timm did with the pretrained weights, told from the shapes of the model that they were made for."""
+    """How timm loaded the pretrained weights, inferred from the shapes of the model they were made for."""
     with torch.device("meta"):
         source = timm.create_model(_base_name(name)).state_dict()
     target, classifier = model.state_dict(), classifier_names(model)
@@ -232,9 +233,9 @@ def _pretrained_report(model: nn.Module, name: str) -> LoadReport:
 
 
 def load_published(name: str) -> nn.Module:
-    """The model of a timm name or of `hf-hub:owner/name` as it was published, in training mode on the CPU.
+    """The published model of a timm name or of `hf-hub:owner/name`, in training mode on the CPU.
 
-    Raises ValueError for an unknown name, one without weights, and what cannot be fetched or built.
+    Raises ValueError for an unknown name, a model without weights, and a failed download or build.
     """
     check_model_name(name)
     try:
@@ -251,7 +252,7 @@ def load_published(name: str) -> nn.Module:
 
 
 def input_settings(model: nn.Module) -> InputSettings:
-    """How a timm model wants its images; mean and std are averaged where it does not have three channels."""
+    """The input that a timm model expects. Mean and std are averaged if the model does not have three channels."""
     pretrained_cfg, input_size = vars(model)["pretrained_cfg"], get_model_input_config(model)["input_size"]
     mean, std = (
         values if len(values) == input_size[0] else (sum(values) / len(values),) * input_size[0]

@@ -1,4 +1,4 @@
-"""Our own small models in timm's interface, registered with it: SimpleMLP and SmallConvNet."""
+"""The small models of this project, with the interface of timm and registered there: SimpleMLP and SmallConvNet."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class SimpleMLP(nn.Module):
-    """Linear layers with ReLU on the flattened image, in timm's interface; nothing in it depends on the batch."""
+    """Linear layers with ReLU on the flattened image, with the interface of timm; without BatchNorm."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class SimpleMLP(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for so many classes; with 0, the features themselves. There is no pooling to choose."""
+        """Replaces the classifier by a new one for num_classes, or by the identity for 0. global_pool is ignored."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -45,7 +45,7 @@ class SimpleMLP(nn.Module):
         return self.hidden(images.flatten(1))
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """features: [B, num_features]; returns logits [B, num_classes], or with pre_logits what the classifier sees."""
+        """features: [B, num_features]; returns logits [B, num_classes], or with pre_logits the input of the classifier."""
         features = self.head_drop(features)
         return features if pre_logits else self.head(features)
 
@@ -54,11 +54,11 @@ class SimpleMLP(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """A convolutional network for 32-pixel images that a CPU trains in minutes, in timm's interface.
+    """A convolutional network for 32-pixel images that trains on a CPU in minutes, with the interface of timm.
 
     A fixed transform of 2x2 patches, then three stages of 3x3 convolution, max-pooling and a second convolution at the smaller
-    size, each with BatchNorm and ReLU: few layers without shortcuts, as the CIFAR-10 speed records have them
-    (https://arxiv.org/abs/2404.00498). Grey images and other sizes will do.
+    size, each with BatchNorm and ReLU. It has few layers and no shortcuts, like the CIFAR-10 speed records
+    (https://arxiv.org/abs/2404.00498). Grey images and other sizes are supported.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SmallConvNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for so many classes; with 0, the pooled features. The pooling is always the mean."""
+        """Replaces the classifier by a new one for num_classes, or by the identity for 0. Pooling is always the mean."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -93,7 +93,7 @@ class SmallConvNet(nn.Module):
         return self.stages(self.stem(images))
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """features as of forward_features; returns logits [B, num_classes], or with pre_logits what the classifier sees."""
+        """features: from forward_features; returns logits [B, num_classes], or with pre_logits the input of the classifier."""
         pooled = self.head_drop(features.mean(dim=(2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
@@ -102,12 +102,12 @@ class SmallConvNet(nn.Module):
 
 
 class PatchTransform(nn.Module):
-    """Each patch of an image as its cosine transform over rows, columns and channels; nothing in it is trained.
+    """The cosine transform of each patch of an image over rows, columns and channels. It has no trainable parameters.
 
-    Over red, green and blue the transform gives luma and two opponent colours. These are about the principal axes of the
-    patches of natural images, so a BatchNorm behind them whitens the patches: what a first layer otherwise has to learn, and
-    what the speed records compute from their training set (https://arxiv.org/abs/2404.00498). Each filter comes with its
-    negative, for the half that a ReLU cuts off.
+    Over red, green and blue the transform gives luma and two opponent colours. These are close to the principal axes of patches
+    of natural images, so a following BatchNorm whitens the patches. Otherwise the first layer has to learn this; the speed
+    records compute it from their training set (https://arxiv.org/abs/2404.00498). Each filter also occurs negated, to keep the
+    values that a ReLU sets to zero.
 
     weight: float [2 * in_chans * size**2, in_chans, size, size]; its first half is orthonormal.
     """
@@ -126,13 +126,13 @@ class PatchTransform(nn.Module):
 
 
 def cosine_basis(size: int) -> torch.Tensor:
-    """The orthonormal cosine transform (DCT-II), a basis vector a row; float [size, size]."""
+    """The orthonormal cosine transform (DCT-II), one basis vector per row; float [size, size]."""
     basis = torch.cos(math.pi / size * torch.arange(size)[:, None] * (torch.arange(size) + 0.5))
     return basis / basis.norm(dim=1, keepdim=True)
 
 
 class Pool(nn.MaxPool2d):
-    """Max-pooling over 2x2 that leaves a line of one pixel as it is."""
+    """2x2 max-pooling. Features with a side of one pixel are unchanged."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -144,7 +144,7 @@ class Pool(nn.MaxPool2d):
 def conv_stage(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        Pool(),  # before norm and activation, which then work on a quarter of the values
+        Pool(),  # before norm and activation, which then process a quarter of the values
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
@@ -153,7 +153,7 @@ def conv_stage(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-# timm looks for this name in the module of a registered model
+# timm reads this name from the module of a registered model
 default_cfgs = generate_default_cfgs(
     {
         "simple_mlp": dict(input_size=(3, 32, 32), fixed_input_size=True, first_conv="hidden.0", classifier="head"),
@@ -165,13 +165,13 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def simple_mlp(pretrained: bool = False, **kwargs: Any) -> SimpleMLP:
-    """SimpleMLP for timm.create_model; two hidden layers of 512 unless `hidden_sizes` says otherwise."""
+    """SimpleMLP for timm.create_model; two hidden layers of 512 by default (`hidden_sizes`)."""
     return build_model_with_cfg(SimpleMLP, "simple_mlp", pretrained, **kwargs)
 
 
 @register_model
 def small_convnet(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """SmallConvNet for timm.create_model; stages of 32, 72 and 144 channels unless `widths` says otherwise."""
+    """SmallConvNet for timm.create_model; stages of 32, 72 and 144 channels by default (`widths`)."""
     return build_model_with_cfg(SmallConvNet, "small_convnet", pretrained, **kwargs)
 
 

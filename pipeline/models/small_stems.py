@@ -1,9 +1,8 @@
 """Small-image stems: timm convnets that keep the full resolution until their first stage.
 
-An ImageNet stem shrinks an image fourfold before the first block; a 32x32 image has nothing left to give. Here every
-convolution of the stem moves by one pixel, filters larger than 3x3 become 3x3, and pooling goes (as in He et al.,
-section 4.2, https://arxiv.org/abs/1512.03385). Each such model is registered with timm as `<name>_small_stem`, so that
-timm alone rebuilds a saved folder after `import pipeline`.
+An ImageNet stem reduces the resolution fourfold before the first block, which is too much for a 32x32 image. A small stem uses
+stride 1, filters of at most 3x3 and no pooling (as in He et al., section 4.2, https://arxiv.org/abs/1512.03385). Each such
+model is registered with timm as `<name>_small_stem`, so that timm can load a saved folder after `import pipeline`.
 """
 
 import fnmatch
@@ -26,7 +25,7 @@ from torch import nn
 SMALL_STEM_SUFFIX = "_small_stem"
 SMALL_IMAGE_SIZE = 64
 
-# timm's module, the names in it, the submodules that make up their stem
+# timm module, pattern of model names in it, submodules of their stem
 _STEMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("resnet", "*", ("conv1", "maxpool")),
     ("resnest", "*", ("conv1", "maxpool")),
@@ -62,11 +61,11 @@ _STEMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("mambaout", "*", ("stem",)),
     ("fasternet", "*", ("patch_embed",)),
 )
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, nn.ConstantPad2d)  # resnetv2 pads apart from pooling
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, nn.ConstantPad2d)  # resnetv2 pads in a separate layer
 
 
 def _find_stems() -> dict[str, tuple[str, ...]]:
-    """The submodules of the stem, for every timm architecture that can have a small one."""
+    """The submodules of the stem, for every timm architecture that supports a small stem."""
     return {
         name: submodules
         for module, pattern, submodules in _STEMS
@@ -75,19 +74,19 @@ def _find_stems() -> dict[str, tuple[str, ...]]:
 
 
 def is_small_stem(name: str) -> bool:
-    """Whether the name (with or without a tag) is that of a model with a small stem, `resnet18_small_stem` say."""
+    """Whether the name, with or without a tag, is that of a model with a small stem, such as `resnet18_small_stem`."""
     return get_arch_name(name).endswith(SMALL_STEM_SUFFIX)
 
 
 def is_small_stem_possible(name: str) -> bool:
-    """Whether the timm model (with or without a tag) can have a small stem, or has one."""
+    """Whether the timm model, with or without a tag, supports a small stem or has one."""
     return get_arch_name(name).removesuffix(SMALL_STEM_SUFFIX) in SMALL_STEMS
 
 
 def with_small_stem(name: str) -> str:
     """The registered name of the model with a small stem: resnet18.a1_in1k gives resnet18_small_stem.a1_in1k.
 
-    Raises ValueError where the model cannot have one.
+    Raises ValueError if the model does not support one.
     """
     architecture, dot, tag = name.partition(".")
     if not is_small_stem_possible(name):
@@ -102,9 +101,8 @@ def with_small_stem(name: str) -> str:
 def _keep_resolution(conv: nn.Conv2d) -> None:
     """Sets the convolution to stride 1 and at most 3x3, in place.
 
-    A larger filter becomes its centre 3x3, scaled to the norm the weights had: for white noise the output keeps the
-    scale that the layers after it were trained for, and Kaiming's fan-out initialisation of the large filters becomes
-    that of the small ones.
+    A larger filter is replaced by its 3x3 centre, scaled to the norm of the original. For white noise, the output then keeps the
+    scale that later layers expect, and a Kaiming fan-out initialisation of the large filter becomes that of the small one.
     """
     conv.stride = (1, 1)
     size = conv.kernel_size[0]
@@ -118,7 +116,7 @@ def _keep_resolution(conv: nn.Conv2d) -> None:
 
 
 def _shrink_stem(model: nn.Module, submodules: tuple[str, ...]) -> None:
-    """Makes the stem of the model a small one, in place."""
+    """Replaces the stem of the model by a small one, in place."""
     for submodule in submodules:
         for name, module in list(model.get_submodule(submodule).named_modules(prefix=submodule)):
             if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
@@ -130,11 +128,11 @@ def _shrink_stem(model: nn.Module, submodules: tuple[str, ...]) -> None:
 def _build(base: str, pretrained: bool, pretrained_cfg: Any, **kwargs: Any) -> nn.Module:
     """The timm model with a small stem.
 
-    Pretrained weights are ImageNet's, and the stem is shrunk after they are loaded, unless `pretrained_cfg` is the
-    description (a dict) of a folder that was saved with the small stem.
+    Pretrained ImageNet weights are loaded before the stem is replaced. Weights of a folder that was saved with the small stem
+    (`pretrained_cfg` is a dict) are loaded after.
     """
     if kwargs.get("features_only"):
-        raise ValueError(f"{base}{SMALL_STEM_SUFFIX} is a classifier only; features_only is not supported.")
+        raise ValueError(f"{base}{SMALL_STEM_SUFFIX} does not support features_only.")
     is_saved = isinstance(pretrained_cfg, dict)
     model = model_entrypoint(base)(pretrained=pretrained and not is_saved, pretrained_cfg=pretrained_cfg, **kwargs)
     _shrink_stem(model, SMALL_STEMS[base])

@@ -1,4 +1,4 @@
-"""Weights of models on disk: the timm folder (config.json, model.safetensors, README.md) saved, loaded, continued."""
+"""Saves and loads timm folders (config.json, model.safetensors, README.md), and loads weights into a model."""
 
 import copy
 import json
@@ -20,10 +20,10 @@ WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "RE
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors of a model came from where.
+    """The origin of each tensor of a model.
 
-    loaded: as they were; adapted: from the source, cut or resampled to the model's shapes; reinitialised: in the model
-    only, or of another shape in the classifier; unused: in the source only.
+    loaded: unchanged from the source. adapted: from the source, cropped or resampled to the shape in the model. reinitialised:
+    only in the model, or of another shape in the classifier. unused: only in the source.
     """
 
     source: str
@@ -44,14 +44,14 @@ class LoadReport:
 
 
 def classifier_names(model: nn.Module) -> set[str]:
-    """The names of the weights and biases of a timm model's classifier, or of its classifiers."""
+    """The parameter names of the classifier, or classifiers, of a timm model."""
     classifiers = vars(model)["pretrained_cfg"].get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     return {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
 
 
 def weights_file(source: str | Path) -> Path:
-    """The safetensors file of a run folder, a timm folder or a path to itself; ValueError where there is none."""
+    """The safetensors file of a run folder, a timm folder or a path to the file itself. Raises ValueError if there is none."""
     source = Path(source)
     if source.is_file() and source.suffix == ".safetensors":
         return source
@@ -60,25 +60,25 @@ def weights_file(source: str | Path) -> Path:
             return folder / WEIGHTS_FILE
     raise ValueError(
         f"No weights in {str(source)!r}. It must be a run folder (with model/{WEIGHTS_FILE}), a folder with "
-        f"{WEIGHTS_FILE}, or a .safetensors file; pickled weights (.pt, .pth, .bin) are not read."
+        f"{WEIGHTS_FILE}, or a .safetensors file; pickled weights (.pt, .pth, .bin) are not supported."
     )
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The config.json of a timm folder; ValueError naming the file where it is none."""
+    """The content of a timm folder's config.json. Raises ValueError, with the path, if it is invalid."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}). Copy the model folder anew.") from error
+        raise ValueError(f"{file} cannot be read as JSON ({error}). Copy the model folder again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise ValueError(f"{file} names no architecture, so it is not that of a timm model.")
+        raise ValueError(f"{file} has no architecture, so it is not the config of a timm model.")
     return config
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Raises ValueError, naming the file, unless the folder holds a whole config.json and model.safetensors.
+    """Raises ValueError, with the path, unless the folder has an intact config.json and model.safetensors.
 
-    Of the weights only the header is read; it knows how long the file must be.
+    Reads only the header of the weights, which includes the length of the file.
     """
     folder = Path(folder)
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
@@ -86,29 +86,29 @@ def check_model_folder(folder: str | Path) -> None:
         raise ValueError(f"{str(folder)!r} is not a model folder: {' and '.join(missing)} missing.")
     architecture = read_config(folder / CONFIG_FILE)["architecture"]
     if not timm.is_model(architecture):
-        raise ValueError(f"{folder / CONFIG_FILE} names {architecture!r}, an architecture that timm does not know.")
+        raise ValueError(f"{folder / CONFIG_FILE} has the architecture {architecture!r}, which timm does not have.")
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise _not_whole(folder / WEIGHTS_FILE, error) from error
+        raise _damaged(folder / WEIGHTS_FILE, error) from error
 
 
-def _not_whole(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is not a whole safetensors file ({error}). Copy it anew, or take another.")
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is not an intact safetensors file ({error}). Copy it again, or use another file.")
 
 
 def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
-    """Copies weights into a timm model by name; what came, and what did not.
+    """Loads weights into a timm model by name; returns a report.
 
-    The classifier stays as it is where its shape differs (another number of classes). Raises ValueError for any other
-    difference in shape, a file that shares nothing with the model, and one that is not whole.
+    The classifier keeps its values if its shape differs (another number of classes). Raises ValueError for any other difference
+    in shape, for a file that shares no tensor with the model, and for a damaged file.
     """
     file = weights_file(source)
     try:
         found = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise _not_whole(file, error) from error
+        raise _damaged(file, error) from error
     target, classifier = model.state_dict(), classifier_names(model)
     differing = {name for name in found if name in target and found[name].shape != target[name].shape}
     wrong = [
@@ -123,7 +123,8 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
             "number of channels to those of the file."
         )
     if not loaded:
-        raise ValueError(f"{file} shares no tensor with the model; its first is {next(iter(found), None)!r}.")
+        first = next(iter(found), None)
+        raise ValueError(f"{file} shares no tensor with the model; its first tensor is {first!r}. Set model_name to its model.")
     model.load_state_dict({name: found[name] for name in loaded}, strict=False)
     return LoadReport(
         source=str(file),
@@ -134,7 +135,7 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """The model of a folder as save_model wrote it, in training mode on the CPU; ValueError naming what is broken."""
+    """Loads a folder of save_model; the model is in training mode on the CPU. Raises ValueError if the folder is damaged."""
     check_model_folder(folder)
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -156,17 +157,17 @@ def save_model(
     readme: str,
     source_size: int | None = None,
 ) -> None:
-    """Writes the folder from which timm, after `import pipeline`, rebuilds the model: bit for bit the same logits.
+    """Writes a folder that timm loads, after `import pipeline`, as a model with bit-identical logits.
 
-    source_size: as in transforms.Preprocessing; timm has no word for it, so it stands beside timm's entries.
-    The folder is written aside, synced and renamed; one that is there is replaced. Only rank 0 may call this, with the
-    unwrapped model. Raises ValueError where the names, the size or the channels are not those of the model.
+    source_size: as in Preprocessing; an additional entry, because timm has none for it. The folder is written aside, synced and
+    renamed; an existing one is replaced. Only rank 0 may call it, with the unwrapped model. Raises ValueError if the number of
+    label names is not the number of classes.
     """
     if len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for a model of {model.num_classes} classes.")
     plain = copy.deepcopy(model).cpu()
     for tensor in [*plain.parameters(), *plain.buffers()]:
-        tensor.data = tensor.data.contiguous()  # safetensors refuses channels_last
+        tensor.data = tensor.data.contiguous()  # safetensors rejects channels_last
     with folder_written_aside(folder) as aside:
         save_for_hf(
             plain,
@@ -178,7 +179,7 @@ def save_model(
                 "std": tuple(std),
                 "interpolation": interpolation,
                 "crop_pct": crop_pct,
-                "crop_mode": "center",  # ours, whatever the published weights were made with
+                "crop_mode": "center",  # the crop of this project, also for published weights with another one
             },
             safe_serialization=True,
         )

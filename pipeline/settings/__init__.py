@@ -1,1 +1,1 @@
-"""The settings of a run and how a command line or YAML file becomes them. It imports common only."""
+"""The settings of a run, parsed from a command line or YAML file. Imports only from common."""

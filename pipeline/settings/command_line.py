@@ -1,4 +1,4 @@
-"""What the commands share: arguments whose mistakes cost one line, and failures as exit statuses."""
+"""Shared by the commands: argument types, one-line error messages, exit statuses."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ from pipeline.settings.parser import fail
 
 
 class CommandFailed(RuntimeError):
-    """The command cannot go on, or what it made is wrong; nothing half-made is left."""
+    """The command cannot continue, or its result is wrong. No partial output is left."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that names close matches of a misspelt option and ends with status 2 and one line."""
+    """An ArgumentParser that suggests close matches of a misspelt option and exits with status 2 and one line."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
@@ -25,17 +25,17 @@ class CommandParser(argparse.ArgumentParser):
         fail(f"{message}{'' if message.endswith('?') else '.'} All arguments: {self.prog} --help")
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments, options and positions in any order; argv None reads sys.argv."""
+        """Parses the arguments; options and positional arguments in any order. argv None reads sys.argv."""
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
-            fail(f"Unknown option {name!r}.{did_you_mean(name, known)} All of them: {self.prog} --help")
+            fail(f"Unknown option {name!r}.{did_you_mean(name, known)} All options: {self.prog} --help")
         return args
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """The type of an argument that is one of these words."""
+    """An argument type that accepts one of these words."""
 
     def check(text: str) -> str:
         if text not in words:
@@ -46,7 +46,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number from `least` on."""
+    """An argument type that accepts whole numbers of `least` or more."""
 
     def check(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -57,21 +57,21 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def check_output(path: Path | None) -> None:
-    """Raises ValueError unless a file can be put there."""
+    """Raises ValueError unless `path` can be the name of a new file."""
     if path is not None and path.is_dir():
-        raise ValueError(f"--output {path} is a folder. Name a file in it.")
+        raise ValueError(f"--output {path} is a folder. Pass the name of a file.")
     if path is not None and not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} for --output {path}. Make it first.")
+        raise ValueError(f"There is no folder {path.parent} for --output {path}. Create it first.")
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """What the command returns; else 2 for wrong input, 1 for a failure after it, 130 for Ctrl-C, with one line each."""
+    """Runs a command; returns its status, or 2 for invalid input, 1 for a failure, 130 for Ctrl-C. Prints errors as one line."""
     try:
         return command()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has read enough; nothing more can be written, not even at exit
+    except BrokenPipeError:  # `| head` closed the pipe; also avoid the flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CommandFailed, OSError) as error:

@@ -1,4 +1,4 @@
-"""Reading the settings: defaults, then a YAML file, then the command line, in one grammar; what is wrong as one line."""
+"""Parses settings from the defaults, a YAML file and the command line, with one grammar. Errors are one line."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, 
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """YAML whose plain words mean what people and `wandb agent` write: None, 1e-05; and whose no and off are words."""
+    """YAML that also accepts None and 1e-05, as users and `wandb agent` write them, and reads no and off as text."""
 
 
 SettingsLoader.yaml_implicit_resolvers = {
@@ -37,7 +37,7 @@ SettingsLoader.add_implicit_resolver(
 
 
 def make_parser() -> Any:
-    """A jsonargparse parser with one option for each field of Config, in Config's sections."""
+    """A jsonargparse parser with one option for each field of Config, grouped by its sections."""
     import jsonargparse
 
     def load(text: str) -> Any:
@@ -70,7 +70,7 @@ def limits_in_words(limits: dict[str, float]) -> str:
 
 
 def type_in_words(hint: Any) -> str:
-    """`float | None` as 'a number or null'."""
+    """A type in words: `float | None` is 'a number or null'."""
     if typing.get_origin(hint) is Literal:
         words = ", ".join(typing.get_args(hint))
         return f"one of {words}" if len(typing.get_args(hint)) > 1 else words
@@ -86,20 +86,20 @@ def type_in_words(hint: Any) -> str:
 
 
 def choices(hint: Any) -> list[str]:
-    """The words that a Literal admits, also within a union."""
+    """The values of a Literal, also within a union."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     return [word for part in typing.get_args(hint) for word in choices(part)]
 
 
 def explain(message: str) -> str:
-    """jsonargparse's complaint as one line that names the setting, what it received and what would do."""
+    """A message of jsonargparse as one line: the setting, the value received and what is expected."""
     unknown = re.search(r"Option '(.+?)' is not accepted|unrecognized arguments: (.*)", message)
     if unknown:
         name = (unknown[1] or unknown[2]).split()[0].split("=")[0].lstrip("-")
         if not name or (unknown[2] and not unknown[2].startswith("-")):
-            return f"Unexpected argument {unknown[2]!r}: settings are given as --field value."
-        return f"Unknown setting '{name}'.{did_you_mean(name, FIELDS)} All of them: python train.py --help"
+            return f"Unexpected argument {unknown[2]!r}: pass settings as --field value."
+        return f"Unknown setting '{name}'.{did_you_mean(name, FIELDS)} All settings: python train.py --help"
     key = re.search(r'Parser key "(\w+)"', message)
     if key and key[1] in TYPES:
         hint = TYPES[key[1]]
@@ -111,12 +111,12 @@ def explain(message: str) -> str:
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
-    """The settings of a command line; exits with status 2 and one line on standard error when they are wrong.
+    """The settings of a command line. Exits with status 2 and one line on standard error if they are invalid.
 
-    argv: the arguments without the program's name; None reads sys.argv.
+    argv: the arguments without the program name; None reads sys.argv.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A W&B agent adds this argument of its own to a run that it starts again.
+    # A W&B agent adds an argument such as --_wandb to a run that it restarts.
     arguments = [argument for argument in arguments if not argument.startswith("--_wandb")]
     try:
         return read_config(arguments)
@@ -125,7 +125,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def read_config(arguments: list[str]) -> Config:
-    """The settings that the arguments give. Raises ValueError with one line that says what is wrong."""
+    """The settings of the arguments. Raises ValueError, with a one-line message, if they are invalid."""
     try:
         values = vars(make_parser().parse_args(arguments))
     except argparse.ArgumentError as error:
@@ -137,7 +137,7 @@ def read_config(arguments: list[str]) -> Config:
 
 
 def as_declared(name: str, value: Any) -> Any:
-    """A whole number where a float is declared, as a float; the rest as it is."""
+    """Converts a whole number to float for a float setting; other values are unchanged."""
     return float(value) if TYPES[name] in (float, float | None) and value is not None else value
 
 
@@ -148,5 +148,5 @@ def fail(message: str) -> NoReturn:
 
 
 def from_yaml(path: Path) -> Config:
-    """The settings of a run's config.yaml. Raises ValueError when it is missing or not one of ours."""
+    """The settings in the config.yaml of a run. Raises ValueError if the file is missing or invalid."""
     return read_config(["--config", str(path)])

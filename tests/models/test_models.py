@@ -310,7 +310,7 @@ def test_a_broken_weights_file_is_named(saved, content):
         lambda: check_model_name(f"local-dir:{file.parent}"),
         lambda: create_model("resnet18", num_classes=5, image_size=16, init_from=saved[1]),
     ):
-        with pytest.raises(ValueError, match=f"{file} is not a whole safetensors file"):
+        with pytest.raises(ValueError, match=f"{file} is not an intact safetensors file"):
             broken()
 
 
@@ -395,7 +395,7 @@ def test_channels_last_models_are_saved_and_stay_channels_last(tmp_path):
         ("simple_mpl", "Did you mean 'simple_mlp'"),
         ("resnet18.a1_in2k", "Unknown tag 'a1_in2k' of model 'resnet18'. Did you mean 'a1_in1k'.*Known tags: a1"),
         ("simple_mlp.a1", "Known tags: none"),
-        ("tv_resnet50", "now 'resnet50.tv_in1k'"),
+        ("tv_resnet50", "is now named 'resnet50.tv_in1k'"),
         ("timm/resnet18", "hf-hub:timm/resnet18"),
         ("hub:timm/resnet18", "Unknown model source 'hub'"),
         ("local-dir:nowhere", "config.json and model.safetensors missing"),
@@ -435,11 +435,11 @@ def test_pretrained_positions_are_resampled_and_reported(tmp_path):
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("simple_mlp", {"drop_path_rate": 0.1}, "'simple_mlp' does not take drop_path_rate"),
+        ("simple_mlp", {"drop_path_rate": 0.1}, "'simple_mlp' does not support drop_path_rate"),
         ("simple_mlp", {"pretrained": True}, "no pretrained weights for 'simple_mlp'"),
         ("simple_mlp", {"stem": "small"}, "stem 'small' does not apply to 'simple_mlp'"),
         ("vit_tiny_patch16_224", {"stem": "small"}, "stem 'small' does not apply"),
-        ("resnet18_small_stem", {"stem": "imagenet"}, "name it 'resnet18'"),
+        ("resnet18_small_stem", {"stem": "imagenet"}, "for stem 'imagenet', use 'resnet18'"),
         ("resnet18", {"stem": "smal"}, "Unknown stem 'smal'. Did you mean 'small'"),
         ("vit_tiny_patch16_224", {"image_size": 8}, "cannot take 3x8x8 images"),
         ("resnet118", {}, "Unknown model"),

@@ -73,7 +73,7 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
     assert_same(run_dir, whole)
     told = capsys.readouterr().err
     assert told.count("could not be written") >= 3 and "Step 2 is saved." in told
-    assert "metrics.jsonl cannot be written" in told and "wait in memory" in told
+    assert "metrics.jsonl cannot be written" in told and "kept in memory" in told
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_saved_is_gone_on_from(
