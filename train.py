@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv)
     # after the settings: a misspelt one costs no import of torch
     from pipeline.common.stopping import Interrupted, TrainingFailed
-    from pipeline.distributed.shared_failure import part
+    from pipeline.distributed.shared_failure import end_process_group
     from pipeline.training.loop import train
 
     status = 0
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 128 + interruption.signal_number
     except KeyboardInterrupt:  # before the first step
         return 130
-    part()
+    end_process_group()
     return status
 
 

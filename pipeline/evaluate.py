@@ -90,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().read(argv)
 
     def run() -> int:
-        from pipeline.distributed.shared_failure import part  # after the arguments: --help costs no import of torch
+        from pipeline.distributed.shared_failure import end_process_group  # lazy: --help does not import torch
         from pipeline.inference.saved_evaluation import evaluate_saved
 
         result = evaluate_saved(args)
-        part()
+        end_process_group()
         if result is not None:
             print(json.dumps(result) if args.json else report(result))
         return 0

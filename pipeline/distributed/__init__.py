@@ -1,1 +1,1 @@
-"""Processes and devices: the accelerator, FSDP2, synchronised BatchNorm, shared failures. It imports settings and common."""
+"""Processes and devices: the accelerator, FSDP2, synchronised BatchNorm, failures. Imports only from common and settings."""

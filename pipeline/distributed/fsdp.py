@@ -1,4 +1,4 @@
-"""FSDP2: a model's weights shared out among the processes, block by block; whole tensors from their shards and back."""
+"""FSDP2: shards the weights of a model over the processes, block by block; converts between shards and full tensors."""
 
 import copy
 import os
@@ -13,20 +13,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
-def is_asked_for() -> bool:
-    """Whether the launcher says so: distributed_type FSDP of `accelerate launch`, or ACCELERATE_USE_FSDP=true under torchrun."""
+def is_requested() -> bool:
+    """Whether the launch requests FSDP: distributed_type FSDP of `accelerate launch`, or ACCELERATE_USE_FSDP=true."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def launcher_says(name: str, default: str) -> str:
-    """A line of the launch file's fsdp_config, which Accelerate hands on in the environment."""
+def launch_setting(name: str, default: str) -> str:
+    """A setting of fsdp_config in the launch file, which Accelerate passes in the environment."""
     return os.environ.get(f"FSDP_{name}", default).lower()
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model, each gathered as one: the innermost members of its sequences that have layers of their own.
+    """The repeated blocks of a model, each gathered as one unit: the innermost members of its containers with own layers.
 
-    So a ViT's and a ConvNeXt's blocks, a ResNet's too; none for a model without such sequences.
+    These are the blocks of a ViT, ConvNeXt or ResNet; none for a model without such containers.
     """
     return list(blocks_below(model))
 
@@ -41,16 +41,16 @@ def blocks_below(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shares the weights out, in place, on their way to the device. Every rank calls it, with the same weights.
+    """Shards the weights in place and moves the shards to the device. All ranks must call it, with the same weights.
 
-    By torch's fully_shard, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. Afterwards every
-    parameter is a DTensor, and a forward pass is something that all ranks do together.
+    Uses fully_shard, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html. Afterwards every parameter is a
+    DTensor, and all ranks must run each forward pass together.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    reshard = launcher_says("RESHARD_AFTER_FORWARD", "true") == "true"
+    reshard = launch_setting("RESHARD_AFTER_FORWARD", "true") == "true"
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that outside a pass its parameters are shards
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # so that its parameters are shards outside a pass
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -58,17 +58,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a shared tensor; any other tensor as it is."""
+    """The local shard of a DTensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A shared tensor put together, for which every rank calls it; any other tensor as it is."""
+    """The full tensor of a DTensor; any other tensor unchanged. All ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, shared ones in the CPU's memory, one after another; only where keep is true. Every rank calls it."""
+    """Full tensors on the ranks where `keep` is true, else none; gathered ones on the CPU. All ranks must call it."""
     kept = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -78,7 +78,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def fitted(value: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, as the reference is: shared out like it, or in its memory order and place."""
+    """A full tensor, equal on all ranks, in the form of the reference: sharded like it, or with its strides and device."""
     if isinstance(reference, DTensor):
         value = value.to(reference.device, reference.dtype)
         return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)
@@ -86,18 +86,18 @@ def fitted(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Gives the model whole weights, whether it is sharded or not."""
+    """Loads full weights into a model, sharded or not."""
     own = model.state_dict()
     model.load_state_dict({name: fitted(value, own[name]) for name, value in weights.items()})
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """The model without its weights, to be kept beside its shards: an FSDP2 model can be neither copied nor put together."""
+    """A copy of the model on the meta device, taken before sharding, because an FSDP2 model cannot be copied."""
     return copy.deepcopy(model).to("meta")
 
 
 def with_weights(skeleton: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A plain model in the CPU's memory, with whole weights."""
+    """A model on the CPU, built from a skeleton and full weights."""
     model = copy.deepcopy(skeleton).to_empty(device="cpu")
     model.load_state_dict(weights)
     return model

@@ -1,4 +1,4 @@
-"""The processes of one run end together: each learns what ended another, instead of waiting for it."""
+"""Ends the processes of a run together: if one fails, the others report its error and do not wait for it."""
 
 import contextlib
 import json
@@ -10,32 +10,32 @@ import torch.distributed as dist
 
 from pipeline.common.stopping import Interrupted, TrainingFailed
 
-STORE_SECONDS = 5.0  # how long to wait for the launcher's store, which may be gone with the process that kept it
-SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # of a broken collective operation
+STORE_SECONDS = 5.0  # timeout of the connection to the store; the process that serves it may have ended
+BROKEN_CONNECTION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in its error message
 
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Around what every process does. What one raises inside, the others are told.
+    """Context manager around the work of every process. Publishes an exception raised inside for the other processes.
 
-    Raises TrainingFailed in place of the error of a collective operation that another process left, with that process's
-    reason if it could still give one.
+    If a collective operation fails because another process ended, raises TrainingFailed with the published error of that
+    process, if there is one.
     """
     try:
         yield
-    except Interrupted:  # which all raise
+    except Interrupted:  # all processes raise it
         raise
     except Exception as error:
         if not is_lost_process(error):
-            tell(error)
+            publish(error)
             raise
-        raise TrainingFailed(f"Another process ended: {heard()}") from error
+        raise TrainingFailed(f"Another process ended: {published_reason()}") from error
 
 
-def part() -> None:
-    """Ends the processes' group, where there is one: at the end of a program that all of them reach.
+def end_process_group() -> None:
+    """Destroys the process group, if there is one. Call it at the end of a program, where all processes arrive.
 
-    Where it is left out, torch now and then aborts a program that has ended well, while threads of the group still run
+    Without it, torch occasionally aborts a program at exit, because threads of the group are still running
     (https://github.com/pytorch/pytorch/issues/190489).
     """
     if dist.is_initialized():
@@ -43,25 +43,25 @@ def part() -> None:
 
 
 def is_lost_process(error: Exception) -> bool:
-    """Whether the error is that of a collective operation in which another process no longer takes part."""
+    """Whether a collective operation raised the error because another process has ended."""
     if not dist.is_initialized() or not isinstance(error, RuntimeError) or isinstance(error, TrainingFailed):
         return False
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in BROKEN_CONNECTION)
 
 
 def store() -> dist.TCPStore:
-    """A connection to the store that the launcher, or rank 0, keeps for the processes to meet. Raises RuntimeError."""
+    """A connection to the rendezvous store of the launcher or rank 0. Raises RuntimeError."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
 
 
 def key() -> str:
-    """Where this start of the processes keeps its first failure; a restart has its own."""
+    """The key of the first failure in the store; each restart has its own."""
     return f"failure of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def tell(error: Exception) -> None:
-    """Leaves the error where the other processes find it, unless one has left its own before."""
+def publish(error: Exception) -> None:
+    """Writes the error to the store, unless another process has already written one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     ours = isinstance(error, (ValueError, TrainingFailed))
@@ -70,8 +70,8 @@ def tell(error: Exception) -> None:
         store().compare_set(key(), "", json.dumps(facts))
 
 
-def heard() -> str:
-    """What ended the process that failed first, as a sentence."""
+def published_reason() -> str:
+    """Why the first failed process ended, as the end of a sentence."""
     with contextlib.suppress(RuntimeError, KeyError):
         connection = store()
         if connection.check([key()]):

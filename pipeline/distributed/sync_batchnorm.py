@@ -1,4 +1,4 @@
-"""BatchNorm over all processes together on CPUs, for which torch's SyncBatchNorm has no form."""
+"""Synchronised BatchNorm on CPUs, which torch's SyncBatchNorm does not support."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Normalize(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) with mean and variance per channel over all ranks' values, each value counted once.
+    """(x - mean) / sqrt(var + eps) with the mean and variance per channel over the values of all ranks.
 
-    x: float [B, C, ...], B may be 0. Returns the normalised x, and mean, biased variance and count over all ranks, float64 [C],
-    [C] and []. Every rank calls it, and its backward pass, alike. The sums are taken in float64, so the result does not
-    depend on how the values are shared out by more than float32's rounding. Gradient as in https://arxiv.org/abs/1502.03167.
+    x: float [B, C, ...], where B may be 0. Returns the normalised x, and mean, biased variance and count over all ranks,
+    float64 [C], [C] and []. All ranks must call it and its backward pass. The sums are computed in float64, so the distribution
+    of the values over the ranks changes the result by float32 rounding at most. Gradient: https://arxiv.org/abs/1502.03167.
     """
 
     @staticmethod
@@ -47,11 +47,11 @@ class Normalize(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """nn.BatchNorm1d, 2d or 3d of the global batch: in training its statistics are those over all ranks, also empty ones."""
+    """nn.BatchNorm1d, 2d or 3d of the global batch: training uses statistics over all ranks, including ranks without samples."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"BatchNorm takes [B, C, ...], got {list(input.shape)}.")
+            raise ValueError(f"BatchNorm expects [B, C, ...], got {list(input.shape)}.")
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -67,7 +67,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def update_running(self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Moves the running statistics by momentum, or keeps their plain mean when momentum is None, as torch does."""
+        """Updates the running statistics by momentum, or as a cumulative mean if momentum is None, as in torch."""
         weight = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -88,9 +88,9 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 
 def convert_batchnorm(module: nn.Module) -> nn.Module:
-    """The module with GlobalBatchNorm in place of every BatchNorm in it; parameters, buffers and names stay.
+    """Replaces every BatchNorm in the module by GlobalBatchNorm; keeps parameters, buffers and names.
 
-    Raises ValueError for a kind of BatchNorm that it does not know.
+    Raises ValueError for an unsupported type of BatchNorm.
     """
     from timm.layers import BatchNormAct2d
 
@@ -105,10 +105,10 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
     if type(module) not in kinds:
         known = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"sync_batchnorm on CPUs knows {known}; this model has a {type(module).__name__}. Leave sync_batchnorm out."
+            f"sync_batchnorm on CPUs supports {known}; this model has a {type(module).__name__}. Remove sync_batchnorm."
         )
     converted = kinds[type(module)](
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
     )
-    converted.__dict__.update(module.__dict__)  # parameters, buffers, submodules and hooks, the very same
+    converted.__dict__.update(module.__dict__)  # share parameters, buffers, submodules and hooks
     return converted

@@ -11,7 +11,7 @@ from pipeline.common.randomness import address
 from pipeline.data.from_settings import input_channels, load_data
 from pipeline.data.image_dataset import ImageDataset, check_dataset_name
 from pipeline.distributed import fsdp
-from pipeline.distributed.accelerator import fit_to_machine, is_to_be_sharded, with_channels_last
+from pipeline.distributed.accelerator import fit_to_machine, will_be_sharded, with_channels_last
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders.build import make_loader
 from pipeline.loaders.stream_loader import AnyLoader
@@ -125,7 +125,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     for loader in loaders.values():
         loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
     ema, skeleton = create_ema(model, config), None
-    if is_to_be_sharded(accelerator):
+    if will_be_sharded(accelerator):
         skeleton = fsdp.skeleton_of(model)
         for whole in [model] if ema is None else [model, ema.module]:
             fsdp.shard(whole, accelerator.device)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from pipeline.distributed.accelerator import meet_in_layers
+from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.settings.batch_size import first_batch_size
 from pipeline.settings.config import Config
@@ -101,7 +101,7 @@ def out_of_memory_advice(
     used = min(config.images_at_once or used, used)
     first_line = str(error).strip().splitlines()[0]
     model.zero_grad(set_to_none=True)
-    if meet_in_layers(config, accelerator):
+    if synchronizes_in_layers(config, accelerator):
         what = f"Try --micro_batch_size {math.ceil(used / 2)}"
     elif size := largest_micro_batch(model, preprocessing, math.ceil(used / 2), 0, accelerator):
         what = f"The passes of {size} images would fit: go on with --micro_batch_size {size}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.common.randomness import address
-from pipeline.distributed.accelerator import meet_in_layers
+from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.distributed.fsdp import whole
 from pipeline.loaders.shares import IGNORED, largest_share, share_of
 from pipeline.optim.ema import update_ema
@@ -101,7 +101,7 @@ def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> lis
     """
     size = config.images_at_once or len(share.images)
     parts = list(zip(share.images.split(size), share.labels.split(size)))
-    if meet_in_layers(config, accelerator):
+    if synchronizes_in_layers(config, accelerator):
         largest = largest_share(share.count, accelerator.num_processes)
         start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
         filling = 0 if config.sync_batchnorm else 1

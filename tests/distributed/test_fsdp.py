@@ -159,7 +159,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(what, run_training, monkeypat
     settings, environment = REFUSED[what]
     for name, value in {**SHARDED, **environment}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"A sharded model .* does not go with {what}"):
+    with pytest.raises(ValueError, match=f"A sharded model .* does not support {what}"):
         run_training(**settings)
 
 

@@ -146,7 +146,7 @@ def sharpness_facts(sam_sync: bool) -> str:
 
 def work(folder: Path) -> None:
     """What each of the processes does; it leaves the runs and what each rank found."""
-    from pipeline.distributed.shared_failure import part
+    from pipeline.distributed.shared_failure import end_process_group
 
     for name, settings in RUNS.items():
         run_of(folder, name, settings)
@@ -155,7 +155,7 @@ def work(folder: Path) -> None:
     facts: dict[str, Any] = {where: overflow_facts(where, settings) for where, settings in OVERFLOWS.items()}
     facts |= {"together": sharpness_facts(True), "each its own": sharpness_facts(False)}
     (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
-    part()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")
