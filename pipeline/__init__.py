@@ -1,7 +1,7 @@
 """An image-classification trainer on Hugging Face Accelerate.
 
-`import pipeline` makes timm know our models (`simple_mlp`, `small_convnet*`, `<name>_small_stem`), so that timm alone rebuilds a
-saved folder. timm takes seconds to import: where nobody has yet, they are registered as soon as somebody does.
+`import pipeline` registers the models of this project (`simple_mlp`, `small_convnet*`, `<name>_small_stem`) with timm, so that
+timm can load a saved folder. timm takes seconds to import. If it is not imported yet, an import hook registers them when it is.
 """
 
 import sys
@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 
 
 class _TimmLoader(SourceFileLoader):
-    """Loads timm, then our models."""
+    """Loads timm, then registers the models."""
 
     def exec_module(self, module: ModuleType) -> None:
         hides_wandb = "wandb" not in sys.modules
-        if hides_wandb:  # timm would import it (0.4 s) for a logger that we do not use
+        if hides_wandb:  # timm would import it (0.4 s) for a logger that is not used here
             sys.modules["wandb"] = cast(ModuleType, None)
         try:
             super().exec_module(module)
@@ -30,7 +30,7 @@ class _TimmLoader(SourceFileLoader):
 
 
 class _TimmFinder:
-    """Finds timm where Python would, and has our models loaded after it."""
+    """Finds timm as Python does, and registers the models after it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
