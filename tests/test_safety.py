@@ -15,8 +15,8 @@ FORBIDDEN_CALLS = {
     "os.system", "os.popen", "accelerator.save_state", "accelerator.load_state",
 }  # fmt: skip
 ALLOWED = {
-    "parsing.py": {"yaml.load"},  # with a loader that is a SafeLoader, see below
-    "run_records.py": {"yaml.load"},  # with the same
+    "parser.py": {"yaml.load"},  # with a loader that is a SafeLoader, see below
+    "read_runs.py": {"yaml.load"},  # with the same
     "benchmark": {"accelerator.save_state"},  # measured there, in a folder that goes
 }
 KINDS = {".safetensors", ".json", ".jsonl", ".yaml", ".md"}
