@@ -1,20 +1,27 @@
 """What tests share: small runs in this process, real processes, a clean slate for Accelerate."""
 
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import Fork, ForkServer
 
 ROOT = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that run a test file as their program
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; pytest-xdist uses the other cores
+ON_THE_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for processes of tests
+AT_THE_START = {**os.environ, **ON_THE_CPU}
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, as all it starts would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,61 +70,83 @@ def flags(**settings: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in {**SMALL_RUN, **settings}.items()]
 
 
-def start_process(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
-    """Starts a Python program, in the project's folder unless told otherwise, with one thread, on the CPU."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", **environment}
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer(AT_THE_START)
+
+
+def pytest_sessionfinish() -> None:
+    if fork_server.cache_info().currsize:
+        fork_server().close()
+
+
+def start_process(
+    *arguments: str, cwd: Path = ROOT, fresh: bool = False, **environment: str
+) -> "Fork | subprocess.Popen[str]":
+    """Starts `python ARGUMENTS` with one thread, on the CPU: in a fork, or in a fresh interpreter if that may differ."""
+    env = {**os.environ, **ON_THE_CPU, **environment}
+    if not fresh and sys.platform == "linux" and fork_server().can_run_with(env):
+        return fork_server().start(list(arguments), cwd, env)
     command = [sys.executable, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run_process(
-    *arguments: str, timeout: float = 120, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess:
-    """Runs a Python program to its end."""
-    process = start_process(*arguments, cwd=cwd, **environment)
+def end_of(process: "Fork | subprocess.Popen[str]", timeout: float) -> subprocess.CompletedProcess[str]:
+    """Waits for a process to end; kills one that takes longer and fails."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        raise AssertionError(f"{arguments} took more than {timeout} s.\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        process.kill_group() if isinstance(process, Fork) else process.kill()
+        out, err = process.communicate(timeout=30)
+        raise AssertionError(f"{process.args} took more than {timeout} s.\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def run_process(
+    *arguments: str, timeout: float = 120, cwd: Path = ROOT, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` to its end."""
+    return end_of(start_process(*arguments, cwd=cwd, fresh=fresh, **environment), timeout)
+
+
+def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment of a process on a machine where the launcher keeps the store."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {name: str(value) for name, value in {**ranks, **agent}.items()}
+
+
+@contextlib.contextmanager
+def launchers_store() -> Iterator[int]:
+    """Keeps a store in which processes find each other while the block lasts; its port, which nobody else has."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
+    del store
 
 
 def torchrun(
-    num_processes: int, *arguments: str, program: str = "train.py", timeout: float = 180
-) -> subprocess.CompletedProcess:
-    """Runs train.py, or another program, in several gloo processes on a free port."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(num_processes),
-        "--master_port",
-        str(free_port()),
-    ]
-    return run_process(*launcher, program, *arguments, timeout=timeout, PYTHONPATH=PYTHONPATH)
+    number: int, *arguments: str, program: str = "train.py", timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Runs train.py, or another program, in several gloo processes, as torchrun does; their outputs by rank."""
+    with launchers_store() as port:
+        environments = [rank_environment(rank, number, port) | {"PYTHONPATH": PYTHONPATH} for rank in range(number)]
+        processes = [start_process(program, *arguments, **environment) for environment in environments]
+        ended = [end_of(process, timeout) for process in processes]
+    status = next((one.returncode for one in ended if one.returncode), 0)
+    out, err = "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
+    return subprocess.CompletedProcess([program, *arguments], status, out, err)
 
 
 def in_processes(number: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[int]:
     """Forks so many processes that find each other over gloo, as a launcher would, each to do the work; for a program that
     has imported torch, with one thread, and used nothing of it. Returns their exit statuses.
     """
-    port = str(free_port())
+    reading, writing = os.pipe()  # for the port: the store's thread begins after the forks
 
     def work_as(rank: int) -> None:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment,
-        )  # fmt: skip
+        os.environ.update(rank_environment(rank, number, int(os.read(reading, 5))) | environment)
         if number == 1:
             del os.environ["RANK"], os.environ["WORLD_SIZE"]
         work(*arguments)
@@ -126,9 +155,23 @@ def in_processes(number: int, work: Callable[..., None], *arguments: Any, **envi
     processes = [fork.Process(target=work_as, args=(rank,)) for rank in range(number)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    os.close(reading)
+    with launchers_store() as port, open(writing, "wb") as ports:
+        ports.write(f"{port:5}".encode() * number)
+        ports.flush()
+        wait_for(lambda: not any(process.is_alive() for process in processes), timeout=200)
     return [process.exitcode or 0 for process in processes]
+
+
+def wait_for(
+    condition: Callable[[], Any], timeout: float = 60, process: "Fork | subprocess.Popen[str] | None" = None
+) -> None:
+    """Returns once the condition holds. Fails after so many seconds, or if the process ends before."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"waited for {timeout} s"
+        time.sleep(0.01)
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

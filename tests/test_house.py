@@ -124,7 +124,7 @@ def test_the_first_command_of_the_readme_trains_and_ends_in_a_table(tmp_path):
     """Without its installation, in an empty folder, and cut short."""
     first = re.findall(r"^python3 -m venv .* (train.py)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert first == ["train.py"]
-    done = run_process(str(ROOT / "train.py"), "--epochs=1", "--max_train_samples=64", cwd=tmp_path)
+    done = run_process(str(ROOT / "train.py"), "--epochs=1", "--max_train_samples=64", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout and "resnet18_small_stem" in done.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,13 @@ from conftest import (
     PYTHONPATH,
     ROOT,
     flags,
-    free_port,
     in_processes,
     lines_of,
     run_process,
     same_weights,
     start_process,
     timeless,
+    wait_for,
 )
 
 SETTINGS: dict[str, Any] = {
@@ -32,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "ema_decay": 0.3,
 }
 KILLED_STEP = 7  # of ten; the last checkpoint before is that of step 6
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node"]
 
 
 NOT_THERE = "path/to/set is not on this machine."
@@ -41,16 +41,16 @@ NOT_THERE = "path/to/set is not on this machine."
 def train_and_die(folder: str, name: str, victim: int) -> None:
     """Trains, but the victim kills itself at KILLED_STEP."""
     from pipeline.settings.config import Config
-    from pipeline.training import step
+    from pipeline.training import loop
 
-    train_step = step.train_step
+    train_step = loop.train_step
 
     def fatal_step(state: Any, share: Any, config: Config, accelerator: Any) -> Any:
         if state.step == KILLED_STEP and accelerator.process_index == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(state, share, config, accelerator)
 
-    step.train_step = fatal_step
+    loop.train_step = fatal_step
     run_main(folder, name)
 
 
@@ -68,29 +68,29 @@ def run_main(folder: str, name: str) -> None:
 
 def train_without_data(folder: str, name: str) -> None:
     """Trains, but rank 1 does not find its data."""
-    from pipeline.training import build
+    from pipeline.data import from_settings
 
     def load(*arguments: Any, **settings: Any) -> Any:
         raise ValueError(NOT_THERE)
 
     if os.environ["RANK"] == "1":
-        build.load_image_dataset = load
+        from_settings.load_image_dataset = load
     run_main(folder, name)
 
 
 def train_on_a_bad_image(folder: str, name: str) -> None:
     """Trains, but rank 1 cannot read an image of its sixth batch."""
     from pipeline.images.decode import BadImage
-    from pipeline.training import step
+    from pipeline.training import loop
 
-    train_step = step.train_step
+    train_step = loop.train_step
 
     def failing_step(state: Any, share: Any, config: Any, accelerator: Any) -> Any:
         if state.step == 5 and accelerator.process_index == 1:
             raise BadImage(NOT_THERE)
         return train_step(state, share, config, accelerator)
 
-    step.train_step = failing_step
+    loop.train_step = failing_step
     run_main(folder, name)
 
 
@@ -178,9 +178,9 @@ def test_two_machines_train_as_one(forked, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_node.yaml"]
     launcher += ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
     program = ["--mixed_precision=no", "train.py", *flags(output_dir=tmp_path, **SETTINGS)]
-    agents = [start_process(*launcher, "--machine_rank=0", *program)]
-    wait_for_port(port, agents[0])  # it also checks that nobody else has it
-    agents.append(start_process(*launcher, "--machine_rank=1", *program))
+    agents = [start_process(*launcher, "--machine_rank=0", *program, fresh=True)]
+    wait_for(lambda: is_open(port), process=agents[0])
+    agents.append(start_process(*launcher, "--machine_rank=1", *program, fresh=True))
     said = []
     for agent in agents:
         out, err = agent.communicate(timeout=400)
@@ -191,26 +191,26 @@ def test_two_machines_train_as_one(forked, tmp_path):
 
 
 def test_a_killed_process_is_restarted_and_ends_as_if_nothing_had_been(forked, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
-    done = run_process(
-        *launcher, f"--master_port={free_port()}", __file__, str(tmp_path), PYTHONPATH=PYTHONPATH, timeout=400
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    done = run_process(*launcher, __file__, str(tmp_path), fresh=True, PYTHONPATH=PYTHONPATH, timeout=400)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "restarted-0.txt").read_text()
     assert "Going on from" in said and "step 6." in said
     assert_same_end(tmp_path / "restarted", forked / "whole")
 
 
-def wait_for_port(port: int, process: subprocess.Popen) -> None:
-    """Returns once somebody listens there."""
-    import socket
+def free_port() -> int:
+    """A port that stays free: it is below those that the system assigns, and other test processes begin elsewhere."""
+    for port in range(10_000 + os.getpid() % 20_000, 32_000):
+        if not is_open(port):
+            return port
+    raise AssertionError("no free port")
 
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+
+def is_open(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monkeypatch):

@@ -5,7 +5,6 @@ import gc
 import io
 import itertools
 import json
-import os
 import re
 import resource
 import shutil
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_RUN, flags, lines_of, run_process, timeless, torchrun, weights_of
+from conftest import PYTHONPATH, SMALL_RUN, flags, lines_of, run_process, timeless, torchrun, weights_of
 from PIL import Image
 from stand_in_hub import set_hub
 
@@ -441,11 +440,7 @@ def test_a_set_ten_times_larger_takes_no_more_memory(tmp_path):
                     Image.fromarray(rng.integers(0, 256, (256, 256), np.uint8)).save(stream, "BMP")
                     images.append(stream.getvalue())
                 writer.write_table(pa.table({"image": images, "label": [0, 1] * 5}, schema))
-        done = run_process(
-            __file__,
-            str(folder),
-            PYTHONPATH=os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent))),
-        )
+        done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH)
         assert done.returncode == 0, done.stderr
         samples, peak = map(int, done.stdout.split())
         assert samples == round(round(count * 0.8) * 0.9)

@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, flags, lines_of, same_weights, timeless
+from conftest import ROOT, flags, lines_of, same_weights, timeless, wait_for
 
 from pipeline.common.stopping import TrainingFailed
 from pipeline.run_folder import checkpoint_writer
@@ -65,14 +64,18 @@ def assert_same(run_dir, whole):
 
 @pytest.mark.parametrize("retry_seconds", [0.0, 60.0])
 def test_a_full_disk_costs_warnings_until_there_is_room(
-    run_training, whole, monkeypatch, capsys, room_afterwards, retry_seconds
+    run_training, whole, monkeypatch, capsys, tmp_path, room_afterwards, retry_seconds
 ):
+    def fill_disk_once_step_3_is_saved():
+        wait_for((tmp_path / "run" / "checkpoints" / "step-00000003").exists)  # a thread writes it
+        fill_disk()
+
     monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", retry_seconds)
-    with at_steps({3: fill_disk, 7: make_room}):
+    with at_steps({3: fill_disk_once_step_3_is_saved, 7: make_room}):
         _, run_dir = run_training(**EVERY_STEP)
     assert_same(run_dir, whole)
     told = capsys.readouterr().err
-    assert told.count("could not be written") >= 3 and "Step 2 is saved." in told
+    assert told.count("could not be written") >= 3 and "Step 3 is saved." in told
     assert "metrics.jsonl cannot be written" in told and "kept in memory" in told
 
 
@@ -123,8 +126,7 @@ def test_a_run_outlives_the_loss_of_its_folder(run_training, whole, tmp_path, ca
 
 def test_the_loss_of_the_best_checkpoint_is_told(run_training, tmp_path):
     def lose():
-        while not (tmp_path / "run" / "checkpoints" / "step-00000005").exists():  # the thread is writing it
-            time.sleep(0.01)
+        wait_for((tmp_path / "run" / "checkpoints" / "step-00000005").exists)  # a thread writes it
         shutil.rmtree(tmp_path / "run" / "checkpoints")
 
     with at_steps({5: lose}), pytest.raises(

@@ -19,7 +19,7 @@ from pipeline.data.image_dataset import load_image_dataset
 from pipeline.loaders.build import make_loader
 from pipeline.models.small_models import SimpleMLP
 from pipeline.settings.config import Config
-from pipeline.training import loop
+from pipeline.training import step
 from pipeline.training.metrics import add_batch
 from pipeline.training.plan import classes_text
 
@@ -70,7 +70,7 @@ def test_a_step_looks_for_no_package_and_asks_for_no_stack(run_training, monkeyp
         ask = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, ask=ask, **kwargs: asked.append(args) or ask(*args, **kwargs))
     counts = [len(asked)]
-    monkeypatch.setattr(loop, "add_batch", lambda *args: counts.append(len(asked)) or add_batch(*args))
+    monkeypatch.setattr(step, "add_batch", lambda *args: counts.append(len(asked)) or add_batch(*args))
     summary, _ = run_training(clip_grad_norm=1.0, ema_decay=0.9, sam_rho=0.05, micro_batch_size=8, epochs=1)
     first_step, last_step = counts[1], counts[-1]
     assert summary["steps"] == 5 and len(counts) == 11
@@ -267,7 +267,7 @@ def test_what_is_wrong_is_told_before_any_data_is_loaded(run_training, monkeypat
     def load(*args, **kwargs):
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr("pipeline.training.build.load_image_dataset", load)
+    monkeypatch.setattr("pipeline.data.from_settings.load_image_dataset", load)
     with pytest.raises(ValueError, match=words):
         run_training(**settings)
     assert list(tmp_path.iterdir()) == []
