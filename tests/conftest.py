@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,48 @@ def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[
         return train(config), config.run_dir
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, Path]]:
+    """Trains with SMALL_RUN's settings and the given ones, once in a session; returns summary.json and the run's folder."""
+    runs: dict[str, Path] = {}
+
+    def run(**settings: Any) -> tuple[str, Path]:
+        from accelerate.state import AcceleratorState
+
+        from pipeline.settings.config import Config
+        from pipeline.training.loop import train
+
+        key = json.dumps(settings, sort_keys=True)
+        if key not in runs:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            folder = tmp_path_factory.mktemp("finished")
+            config = Config(**{"output_dir": str(folder), **SMALL_RUN, **settings})
+            train(config)
+            runs[key] = config.run_dir
+        return (runs[key] / "summary.json").read_text(), runs[key]
+
+    return run
+
+
+@pytest.fixture
+def finished_run(
+    tmp_path: Path, fresh_accelerate: None, finished_runs: Callable[..., tuple[str, Path]]
+) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """As run_training, for tests of what is done with a finished run: a copy of one that the whole session shares."""
+
+    def copy(**settings: Any) -> tuple[dict[str, Any], Path]:
+        from accelerate.state import AcceleratorState
+
+        summary, folder = finished_runs(**settings)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        shutil.copytree(folder, tmp_path / folder.name)
+        config = tmp_path / folder.name / "config.yaml"
+        config.write_text(config.read_text().replace(str(folder.parent), str(tmp_path)))
+        return json.loads(summary), tmp_path / folder.name
+
+    return copy
 
 
 def flags(**settings: Any) -> list[str]:

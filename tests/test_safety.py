@@ -91,10 +91,10 @@ def test_a_run_leaves_tensors_and_text_only_and_no_secret(tmp_path):
         assert secret.encode() not in told, name
 
 
-def test_a_checkpoint_names_no_file_outside_its_folder(run_training, tmp_path):
+def test_a_checkpoint_names_no_file_outside_its_folder(finished_run, tmp_path):
     from pipeline.run_folder.checkpoint import BadCheckpoint, own_sha256, read_facts
 
-    _, run_dir = run_training()
+    _, run_dir = finished_run()
     newest, *_ = sorted((run_dir / "checkpoints").iterdir())
     facts = json.loads((newest / "state.json").read_text())
     del facts["sha256"]

@@ -10,14 +10,13 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import SMALL_RUN, flags, lines_of, run_process, start_process, timeless, torchrun, weights_of
+from conftest import SMALL_RUN, flags, lines_of, run_process, start_process, timeless, torchrun, wait_for, weights_of
 
 # 80 images in batches of 37: the ranks' shares are uneven and the last batch is short
 UNEVEN = {"batch_size": 37, "drop_last": False, "log_every": 1, "epochs": 2}
@@ -227,9 +226,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks, where):
 def wait_for_lines(run_dir: Path, count: int, process: Any) -> None:
     """Returns once metrics.jsonl has so many lines."""
     path = run_dir / "metrics.jsonl"
-    while not path.is_file() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: path.is_file() and path.read_bytes().count(b"\n") >= count, process=process)
 
 
 def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:

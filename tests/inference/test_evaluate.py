@@ -54,8 +54,8 @@ def figures(told):
         {"ema_decay": 0.5, "label_smoothing": 0.1, "gradient_checkpointing": False, "seed": 3},
     ],
 )
-def test_a_runs_own_test_figures_come_out_to_the_last_digit(run_training, capsys, settings):
-    summary, run_dir = run_training(**settings)
+def test_a_runs_own_test_figures_come_out_to_the_last_digit(finished_run, capsys, settings):
+    summary, run_dir = finished_run(**settings)
     told = evaluated(capsys, run_dir)
     assert figures(told) == figures(summary["test"])
     assert (told["dataset"], told["split"], told["mixed_precision"]) == ("digits", "test", summary["mixed_precision"])
@@ -83,8 +83,8 @@ def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, ph
     assert evaluated(capsys, run_dir, "--split", "train")["num_samples"] == 13
 
 
-def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(run_training, capsys):
-    summary, run_dir = run_training()
+def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(finished_run, capsys):
+    summary, run_dir = finished_run()
     told = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
     assert figures(told) == figures(summary["test"])
     told = evaluated(capsys, f"local-dir:{run_dir / 'model'}", "--dataset", "digits", "--batch_size", "50")
@@ -103,8 +103,8 @@ def reordered(folder, target, names):
     return target
 
 
-def test_classes_in_another_order_are_matched_by_name(run_training, tmp_path, capsys):
-    summary, run_dir = run_training(epochs=4)
+def test_classes_in_another_order_are_matched_by_name(finished_run, tmp_path, capsys):
+    summary, run_dir = finished_run(epochs=4)
     names = list("3017294856")
     folder = reordered(run_dir / "model", tmp_path / "other", names)
     told = evaluated(capsys, folder, "--dataset", "digits", "--batch_size", "16")
@@ -112,8 +112,8 @@ def test_classes_in_another_order_are_matched_by_name(run_training, tmp_path, ca
     assert told["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
 
 
-def test_other_names_are_matched_by_number_with_a_warning(run_training, tmp_path, capsys):
-    summary, run_dir = run_training()
+def test_other_names_are_matched_by_number_with_a_warning(finished_run, tmp_path, capsys):
+    summary, run_dir = finished_run()
     config = json.loads((run_dir / "model" / "config.json").read_text())
     config["label_names"][4] = "four"
     (run_dir / "model" / "config.json").write_text(json.dumps(config))
@@ -121,16 +121,16 @@ def test_other_names_are_matched_by_number_with_a_warning(run_training, tmp_path
     assert "class 4 is 'four' and '4'" in capsys.readouterr().err
 
 
-def test_another_number_of_classes_ends_in_one_line(run_training, photos, capsys):
-    _, run_dir = run_training()
+def test_another_number_of_classes_ends_in_one_line(finished_run, photos, capsys):
+    _, run_dir = finished_run()
     capsys.readouterr()
     assert evaluate.main([str(run_dir), "--dataset", str(photos)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "10 classes" in error and "has 3 (bird, cat, dog)" in error
 
 
-def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(run_training):
-    _, run_dir = run_training()
+def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(finished_run):
+    _, run_dir = finished_run()
     model = load_saved_model(str(run_dir)).model
     images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -142,14 +142,14 @@ def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(run_tr
         assert torch.equal(Answers(model, order, flip=True)(images), answers.flip(1))
 
 
-def test_flip_is_in_the_commands_figures(run_training, capsys):
-    summary, run_dir = run_training()
+def test_flip_is_in_the_commands_figures(finished_run, capsys):
+    summary, run_dir = finished_run()
     told = evaluated(capsys, run_dir, "--tta", "flip")
     assert told["tta"] == "flip" and told["loss"] != summary["test"]["loss"]
 
 
-def test_two_processes_find_what_one_does(run_training, capsys):
-    summary, run_dir = run_training()
+def test_two_processes_find_what_one_does(finished_run, capsys):
+    summary, run_dir = finished_run()
     alone = evaluated(capsys, run_dir)
     done = torchrun(2, "pipeline.evaluate", str(run_dir), "--json", program="-m")
     assert done.returncode == 0, done.stderr
@@ -159,8 +159,8 @@ def test_two_processes_find_what_one_does(run_training, capsys):
         assert told[key] == pytest.approx(alone[key], rel=1e-6)
 
 
-def test_the_report_shows_the_figures(run_training, capsys):
-    summary, run_dir = run_training()
+def test_the_report_shows_the_figures(finished_run, capsys):
+    summary, run_dir = finished_run()
     capsys.readouterr()
     assert evaluate.main([str(run_dir)]) == 0
     out = capsys.readouterr().out
@@ -204,10 +204,10 @@ def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_traini
         ([], ["RUN|MODEL"]),
     ],
 )
-def test_wrong_arguments_end_in_one_line_and_status_2(run_training, capsys, arguments, words):
+def test_wrong_arguments_end_in_one_line_and_status_2(finished_run, capsys, arguments, words):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    _, run_dir = run_training()
+    _, run_dir = finished_run()
     capsys.readouterr()
     try:
         status = evaluate.main([word.replace("RUN", str(run_dir)) for word in arguments])
@@ -219,8 +219,8 @@ def test_wrong_arguments_end_in_one_line_and_status_2(run_training, capsys, argu
         assert word in err
 
 
-def test_a_run_that_has_not_ended_is_told_from_a_folder_that_is_none(run_training, capsys, tmp_path):
-    _, run_dir = run_training()
+def test_a_run_that_has_not_ended_is_told_from_a_folder_that_is_none(finished_run, capsys, tmp_path):
+    _, run_dir = finished_run()
     shutil.rmtree(run_dir / "model")
     assert evaluate.main([str(run_dir)]) == 2
     assert "has not ended" in capsys.readouterr().err
@@ -236,7 +236,7 @@ def test_help_imports_no_torch(command):
         "try:\n    command.main(['--help'])\nexcept SystemExit as exit:\n    assert exit.code == 0\n"
         "assert not {'torch', 'numpy', 'timm'} & sys.modules.keys()"
     )
-    done = run_process("-c", program)
+    done = run_process("-c", program, fresh=True)
     assert done.returncode == 0 and f"python -m pipeline.{command}" in done.stdout, done.stderr
 
 

@@ -41,8 +41,8 @@ def logits_of(name, folder):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.* is deprecated")
 @pytest.mark.parametrize("name", ["timm", "onnx", "torchscript", "torch_export"])
-def test_an_export_gives_the_models_logits_for_any_batch_size(run_training, capsys, name):
-    _, run_dir = run_training()
+def test_an_export_gives_the_models_logits_for_any_batch_size(finished_run, capsys, name):
+    _, run_dir = finished_run()
     out, _ = exported(capsys, run_dir, "--format", name)
     folder = run_dir / "export" / name
     assert str(folder) in out and "32 images" in out
@@ -65,8 +65,8 @@ def test_the_command_offers_every_format():
     assert export.FORMAT_NAMES == tuple(export_formats.FORMATS)
 
 
-def test_the_timm_folder_is_the_runs_own(run_training, capsys):
-    _, run_dir = run_training()
+def test_the_timm_folder_is_the_runs_own(finished_run, capsys):
+    _, run_dir = finished_run()
     exported(capsys, run_dir, "--format", "timm")
     for name in ("config.json", "model.safetensors", "README.md"):
         assert (run_dir / "export" / "timm" / name).read_bytes() == (run_dir / "model" / name).read_bytes()
@@ -99,8 +99,8 @@ def test_convolutions_and_attention_can_be_exported(tmp_path, capsys, model_name
 
 
 @pytest.mark.parametrize("name", ["timm", "torchscript"])
-def test_an_export_that_differs_is_removed_and_ends_with_status_1(run_training, capsys, monkeypatch, name):
-    _, run_dir = run_training()
+def test_an_export_that_differs_is_removed_and_ends_with_status_1(finished_run, capsys, monkeypatch, name):
+    _, run_dir = finished_run()
     kind = export_formats.FORMATS[name]
 
     def read(folder):
@@ -114,8 +114,8 @@ def test_an_export_that_differs_is_removed_and_ends_with_status_1(run_training, 
 
 
 @pytest.mark.parametrize("wrong", [lambda images: images[:, 0, 0] / 0, lambda images: 1 / 0])
-def test_nan_and_a_converter_that_fails_are_failures_too(run_training, capsys, monkeypatch, wrong):
-    _, run_dir = run_training()
+def test_nan_and_a_converter_that_fails_are_failures_too(finished_run, capsys, monkeypatch, wrong):
+    _, run_dir = finished_run()
     kind = export_formats.FORMATS["torchscript"]
     monkeypatch.setitem(
         export_formats.FORMATS, "torchscript", export_formats.Format(kind.write, lambda folder: wrong, 1e-5)
@@ -124,8 +124,8 @@ def test_nan_and_a_converter_that_fails_are_failures_too(run_training, capsys, m
     assert err.startswith("error: ") and "Nothing was left." in err and list((run_dir / "export").iterdir()) == []
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(run_training, capsys, monkeypatch):
-    _, run_dir = run_training()
+def test_a_missing_package_is_named_with_the_command_that_installs_it(finished_run, capsys, monkeypatch):
+    _, run_dir = finished_run()
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if "onnxr" in name else found(name, *more)
@@ -134,8 +134,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(run_traini
     assert err == "error: --format onnx needs onnxruntime: pip install onnx onnxruntime onnxscript\n"
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_is(run_training, capsys, tmp_path):
-    _, run_dir = run_training()
+def test_an_earlier_export_is_replaced_and_nothing_else_is(finished_run, capsys, tmp_path):
+    _, run_dir = finished_run()
     output = tmp_path / "out"
     exported(capsys, run_dir, "--format", "torchscript", "--output", output)
     exported(capsys, run_dir, "--format", "timm", "--output", output)
@@ -160,9 +160,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(run_training, capsys,
         (["RUN", "--format", "onxx"], "Did you mean 'onnx'"),
     ],
 )
-def test_wrong_arguments_end_in_one_line_and_status_2(run_training, capsys, monkeypatch, arguments, words):
+def test_wrong_arguments_end_in_one_line_and_status_2(finished_run, capsys, monkeypatch, arguments, words):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    _, run_dir = run_training()
+    _, run_dir = finished_run()
     AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     try:
@@ -179,9 +179,9 @@ def hub_environment(address, tmp_path):
     return {**home, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def test_a_model_that_is_pushed_comes_back_from_the_hub(run_training, tmp_path, capsys):
+def test_a_model_that_is_pushed_comes_back_from_the_hub(finished_run, tmp_path, capsys):
     """Uploaded by one process, its weights through LFS; downloaded by another, for predict."""
-    _, run_dir = run_training()
+    _, run_dir = finished_run()
     Image.effect_noise((8, 8), 90).save(tmp_path / "noise.png")
     with stand_in_hub() as (address, hub):
         environment = hub_environment(address, tmp_path)
@@ -220,8 +220,8 @@ def hub_here(monkeypatch, tmp_path):
     return point
 
 
-def test_a_hub_that_refuses_ends_with_status_1_and_the_token_stays_unsaid(run_training, hub_here, capsys):
-    _, run_dir = run_training()
+def test_a_hub_that_refuses_ends_with_status_1_and_the_token_stays_unsaid(finished_run, hub_here, capsys):
+    _, run_dir = finished_run()
     with stand_in_hub(refuses=True) as (address, hub):
         hub_here(address)
         out, err = exported(capsys, run_dir, "--push_to_hub", "me/digits", "--private", status=1)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -22,17 +23,30 @@ from pipeline.training.build import assemble
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope="module")
+def photo_set(tmp_path_factory):
     """A folder of two classes of ten photos, grey and coloured, no two of one size."""
+    folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (folder / name).mkdir()
         for index in range(10):
             shape = (20 + index, 41 - index) if index == 5 else (20 + index, 41 - index, 3)
             pixels = draw.integers(0, 100, shape) + 100 * number
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.png")
-    return tmp_path / "photos"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(photo_set, tmp_path):
+    """A copy that may be changed."""
+    return shutil.copytree(photo_set, tmp_path / "photos")
+
+
+@pytest.fixture
+def photo_run(photo_set, finished_run):
+    """The folder of a run on the photos."""
+    return finished_run(dataset=str(photo_set), **PHOTO_RUN)[1]
 
 
 PHOTO_RUN = {"image_size": 16, "num_workers": 0, "batch_size": 4, "max_train_samples": None, "epochs": 4}
@@ -59,8 +73,8 @@ def predicted(capsys, *arguments, status=0):
     "settings",
     [{}, {"image_size": 13}, {"image_size": 6, "model_name": "simple_mlp"}, {"dataset": "photos", **PHOTO_RUN}],
 )
-def test_images_become_the_input_that_validation_sees_bit_for_bit(run_training, photos, settings):
-    _, run_dir = run_training(**settings | ({"dataset": str(photos)} if "dataset" in settings else {}))
+def test_images_become_the_input_that_validation_sees_bit_for_bit(finished_run, photo_set, settings):
+    _, run_dir = finished_run(**settings | ({"dataset": str(photo_set)} if "dataset" in settings else {}))
     parts = assemble(from_yaml(run_dir / "config.yaml"), Accelerator())
     saved = load_saved_model(str(run_dir))
     assert saved.preprocessing == parts.preprocessing
@@ -71,8 +85,8 @@ def test_images_become_the_input_that_validation_sees_bit_for_bit(run_training, 
     assert torch.equal(prediction.to_input(read, saved.preprocessing, CPU), expected)
 
 
-def test_a_runs_test_images_get_the_predictions_of_its_evaluation(run_training, tmp_path, capsys):
-    summary, run_dir = run_training(epochs=3)
+def test_a_runs_test_images_get_the_predictions_of_its_evaluation(finished_run, tmp_path, capsys):
+    summary, run_dir = finished_run(epochs=3)
     labels = write_test_images(run_dir, tmp_path / "test")
     lines, err = predicted(capsys, run_dir, tmp_path / "test")
     assert [line["image"] for line in lines] == sorted(map(str, (tmp_path / "test").iterdir())) and not err
@@ -87,26 +101,24 @@ def test_a_runs_test_images_get_the_predictions_of_its_evaluation(run_training, 
     assert loss == pytest.approx(summary["test"]["loss"], rel=1e-5)
 
 
-def test_batches_do_not_change_what_is_said(run_training, photos, capsys):
-    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
-    whole, _ = predicted(capsys, run_dir, photos)
-    parts, _ = predicted(capsys, run_dir, photos, "--batch_size", "3")
+def test_batches_do_not_change_what_is_said(photo_run, photos, capsys):
+    whole, _ = predicted(capsys, photo_run, photos)
+    parts, _ = predicted(capsys, photo_run, photos, "--batch_size", "3")
     assert len(whole) == 20 and [line["image"] for line in whole] == [line["image"] for line in parts]
     for first, second in zip(whole, parts):
         assert first["label"] == second["label"] and first["label"] in ("cat", "dog")
         assert first["probability"] == pytest.approx(second["probability"], rel=1e-5)
 
 
-def test_the_formats_tell_the_same_and_top_k_is_at_most_the_classes(run_training, photos, capsys, tmp_path):
-    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
-    lines, _ = predicted(capsys, run_dir, photos, "--top_k", "9")
+def test_the_formats_tell_the_same_and_top_k_is_at_most_the_classes(photo_run, photos, capsys, tmp_path):
+    lines, _ = predicted(capsys, photo_run, photos, "--top_k", "9")
     assert all(len(line["top"]) == 2 for line in lines)
     assert all(line["top"][0] == {"label": line["label"], "probability": line["probability"],
                                   "class": ["cat", "dog"].index(line["label"])} for line in lines)  # fmt: skip
     assert all(sum(top["probability"] for top in line["top"]) == pytest.approx(1) for line in lines)
-    assert predict.main([str(run_dir), str(photos), "--format", "csv", "--output", str(tmp_path / "a.csv")]) == 0
+    assert predict.main([str(photo_run), str(photos), "--format", "csv", "--output", str(tmp_path / "a.csv")]) == 0
     rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
-    assert predict.main([str(run_dir), str(photos), "--top_k", "1"]) == 0
+    assert predict.main([str(photo_run), str(photos), "--top_k", "1"]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     for line, row, cells in zip(lines, rows, table, strict=True):
         assert (line["image"], line["label"]) == (row["image"], row["label_1"])
@@ -124,19 +136,18 @@ def test_a_long_label_is_cut_in_the_table_only():
     assert names[1] in predict.csv_lines(["a.png"], names, 2)[1]("a.png", ranked)
 
 
-def test_bad_files_are_named_and_the_rest_go_on(run_training, photos, capsys):
-    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+def test_bad_files_are_named_and_the_rest_go_on(photo_run, photos, capsys):
     (photos / "cat" / "3.png").write_bytes((photos / "cat" / "3.png").read_bytes()[:50])
     (photos / "cat" / "4.png").write_bytes(b"")
-    lines, err = predicted(capsys, run_dir, "gone.png", photos, photos / "*.jpg", "--batch_size", "2", status=1)
+    lines, err = predicted(capsys, photo_run, "gone.png", photos, photos / "*.jpg", "--batch_size", "2", status=1)
     assert len(lines) == 18 and not {"3.png", "4.png"} & {line["image"].split("cat/")[-1] for line in lines}
     for name in (photos / "cat" / "3.png", photos / "cat" / "4.png", "gone.png", photos / "*.jpg"):
         assert sum(f"error: {name}: " in line for line in err.splitlines()) == 1, name
     assert err.splitlines()[-1] == "18 images done, 4 could not be read."
 
 
-def test_only_bad_files_leave_an_empty_output_and_status_1(run_training, tmp_path, capsys):
-    _, run_dir = run_training()
+def test_only_bad_files_leave_an_empty_output_and_status_1(finished_run, tmp_path, capsys):
+    _, run_dir = finished_run()
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert predicted(capsys, run_dir, tmp_path / "bad.png", status=1)[0] == []
 
@@ -158,18 +169,16 @@ def test_places_are_files_folders_patterns_and_a_list(photos):
     assert prediction.find_images([str(photos / "a[1].png")])[0] == [str(photos / "a[1].png")]
 
 
-def test_a_list_comes_in_on_standard_input(run_training, photos, capsys, monkeypatch):
-    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+def test_a_list_comes_in_on_standard_input(photo_run, photos, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos / 'dog' / '1.png'}\n{photos / 'cat' / '2.png'}\n"))
-    lines, _ = predicted(capsys, run_dir, "-", "--device", "cpu")
+    lines, _ = predicted(capsys, photo_run, "-", "--device", "cpu")
     assert [line["image"] for line in lines] == [str(photos / "dog" / "1.png"), str(photos / "cat" / "2.png")]
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(run_training, photos):
-    _, run_dir = run_training(dataset=str(photos), **PHOTO_RUN)
+def test_a_reader_that_has_enough_ends_it_quietly(photo_run, photos):
     program = (
         "import subprocess, sys\n"
-        f"first = subprocess.Popen([sys.executable, '-m', 'pipeline.predict', {str(run_dir)!r}, {str(photos)!r}], "
+        f"first = subprocess.Popen([sys.executable, '-m', 'pipeline.predict', {str(photo_run)!r}, {str(photos)!r}], "
         "stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
         "first.stdout.close()\n"
         "assert first.stderr.read() == b'' and first.wait() == 0"

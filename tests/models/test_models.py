@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_process
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -103,31 +103,27 @@ def test_a_model_trains_and_comes_back_bit_for_bit(tmp_path, name, image_size, i
 
 
 def test_timm_alone_rebuilds_a_saved_folder_after_import_pipeline(tmp_path):
-    """Whatever is imported first, in processes that know nothing else of ours."""
+    """Whatever is imported first after torch, in processes that know nothing else of ours."""
     expected = {}
     for name in ("resnet18", "simple_mlp"):
         model, _ = create_model(name, num_classes=3, image_size=16)
         save(model, tmp_path / name, 16)
         expected[name] = logits(model, images_of(16)).tolist()
-    program = (
-        "import json, torch; x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))\n"
-        "build = lambda name: timm.create_model(f'local-dir:{name}', pretrained=True).eval()\n"
-        "print(json.dumps({name: build(name)(x).tolist() for name in ('resnet18', 'simple_mlp')}))"
-    )
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{imports}; {program}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
-        )
-        for imports in (
-            "import pipeline, timm",
-            "import timm, pipeline",
-            "import pipeline.models.small_models, timm",
-            "import pipeline.models.small_stems, timm",
-        )
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [json.loads(output or "null") for output in outputs] == [expected] * 4
+    ways = ["import pipeline, timm", "import timm, pipeline"]
+    ways += [f"import pipeline.models.{name}, timm" for name in ("small_models", "small_stems")]
+    program = f"""
+import json, os, torch
+for imports in {ways}:  # each in a fork
+    if os.fork() == 0:
+        exec(imports)
+        x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        models = {{name: timm.create_model(f"local-dir:{{name}}", pretrained=True).eval() for name in {list(expected)}}}
+        print(json.dumps({{name: model(x).tolist() for name, model in models.items()}}), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = run_process("-c", program, cwd=tmp_path, fresh=True, PYTHONPATH=str(ROOT))
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [expected] * 4, done.stderr
 
 
 def test_import_pipeline_imports_neither_timm_nor_torch():

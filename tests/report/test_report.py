@@ -487,11 +487,11 @@ def test_what_cannot_be_reported_on_is_one_line_and_status_2(arguments, message,
 
 
 def test_a_real_run_shows_its_most_confident_mistakes_and_replaces_the_earlier_report(
-    run_training, tmp_path, monkeypatch
+    finished_run, tmp_path, monkeypatch
 ):
     from pipeline.inference.mistakes import most_confident_mistakes
 
-    summary, run_dir = run_training()
+    summary, run_dir = finished_run()
     mistakes, total = most_confident_mistakes(run_dir, 1000)
     test = summary["test"]
     assert total == len(mistakes) == test["num_samples"] - round(test["accuracy"] * test["num_samples"]) > 3

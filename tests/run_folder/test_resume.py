@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import lines_of, same_weights, timeless, weights_of
+from conftest import lines_of, same_weights, timeless, wait_for, weights_of
 
 from pipeline.run_folder import lock
 from pipeline.run_folder.checkpoint import checkpoints, save_checkpoint
@@ -204,8 +204,7 @@ def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, quick_beats)
 
     far = threading.Thread(target=beat_far_away)
     far.start()
-    while not (tmp_path / ".lock").exists():
-        time.sleep(0.01)
+    wait_for((tmp_path / ".lock").exists)
     with pytest.raises(ValueError, match="in use by process 12 on far-away"):
         RunLock(tmp_path)
     ended.set()
@@ -213,28 +212,31 @@ def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, quick_beats)
     RunLock(tmp_path).release()  # no heartbeat any more
 
 
-def take_and_hold(run_dir, seconds):
+def take_and_hold(run_dir, other_has_failed):
     try:
         RunLock(run_dir)
     except ValueError:
         os._exit(2)
-    time.sleep(seconds)
-    os._exit(0)
+    os._exit(not other_has_failed.wait(timeout=60))
 
 
-@pytest.mark.parametrize("seconds_apart", [0.0, 0.5])
-def test_without_locks_of_the_file_system_one_of_two_gets_the_folder(tmp_path, quick_beats, monkeypatch, seconds_apart):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_without_locks_of_the_file_system_one_of_two_gets_the_folder(tmp_path, quick_beats, monkeypatch, at_once):
     def no_locks(file, operation):
         raise OSError(lock.NO_LOCKS[0], "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
     context = multiprocessing.get_context("fork")
-    takers = [context.Process(target=take_and_hold, args=(tmp_path, 2.0)) for _ in range(2)]
+    other_has_failed = context.Event()
+    takers = [context.Process(target=take_and_hold, args=(tmp_path, other_has_failed)) for _ in range(2)]
     for taker in takers:
         taker.start()
-        time.sleep(seconds_apart)
+        if not at_once:
+            wait_for(lambda: lock.read(tmp_path / ".lock").get("beats", 0) > 3)  # the first has taken it
+    wait_for(lambda: any(taker.exitcode is not None for taker in takers))
+    other_has_failed.set()
     for taker in takers:
-        taker.join()
+        taker.join(timeout=60)
     assert sorted(taker.exitcode for taker in takers) == [0, 2]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_process
 
 from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, Config, ignored_settings, to_yaml
 from pipeline.settings.parser import limits_in_words, make_parser, parse_config, read_config
@@ -134,9 +134,7 @@ def test_the_saved_settings_read_back_the_same(tmp_path):
 
 
 def test_what_print_config_prints_reads_back_as_the_defaults(tmp_path):
-    command = [sys.executable, "train.py", "--print_config"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    (tmp_path / "printed.yaml").write_text(printed)
+    (tmp_path / "printed.yaml").write_text(run_process("train.py", "--print_config").stdout)
     assert read_config(["--config", str(tmp_path / "printed.yaml")]) == Config()
 
 
