@@ -1,6 +1,7 @@
 """How the process is set up for its machine."""
 
 import os
+import subprocess
 import sys
 
 import pytest
