@@ -239,3 +239,36 @@ def same_weights(first: Path, second: Path) -> bool:
     ours, theirs = weights_of(first), weights_of(second)
     assert ours.keys() == theirs.keys() and ours
     return all(bool((ours[name] == theirs[name]).all()) for name in ours)
+
+
+def assert_identical(ours: Path, theirs: Path) -> None:
+    """Two runs logged the same and ended with the same weights, to the last bit."""
+    assert timeless(lines_of(ours)) == timeless(lines_of(theirs)) and len(lines_of(ours)) > 4
+    assert same_weights(ours, theirs)
+
+
+def assert_close_figures(ours: Path, theirs: Path, rel: float = 1e-6) -> None:
+    """Two runs logged the same lines; numbers that are not whole may differ by rounding."""
+    our_lines, their_lines = timeless(lines_of(ours)), timeless(lines_of(theirs))
+    assert len(our_lines) == len(their_lines) > 4
+    for our, their in zip(our_lines, their_lines):
+        assert our.keys() == their.keys()
+        for key, value in our.items():
+            assert value == (pytest.approx(their[key], rel=rel) if isinstance(value, float) else their[key]), key
+
+
+def assert_close_weights(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-6) -> None:
+    assert ours.keys() == theirs.keys() and ours
+    for name, value in ours.items():
+        assert value.allclose(theirs[name], rtol=1e-5, atol=atol), name
+
+
+def cut_back(whole: Path, part: Path, step: int) -> None:
+    """Makes part the folder that a process leaves which was killed some time after the checkpoint of that step."""
+    (part / "checkpoints").mkdir(parents=True)
+    config = (whole / "config.yaml").read_text()
+    (part / "config.yaml").write_text(config.replace(f"run_name: {whole.name}", f"run_name: {part.name}"))
+    (part / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"torn')
+    for folder in (whole / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) <= step:
+            (part / "checkpoints" / folder.name).symlink_to(folder, target_is_directory=True)

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PYTHONPATH, SMALL_RUN, in_processes, lines_of, run_process, timeless, weights_of
+from conftest import (
+    PYTHONPATH,
+    SMALL_RUN,
+    assert_close_figures,
+    assert_close_weights,
+    in_processes,
+    run_process,
+    weights_of,
+)
 
 # 80 training images in batches of 39, 39 and 2: of the last, with four processes three have nothing. 20 validate, 359 test.
 UNEVEN = {"batch_size": 39, "drop_last": False, "log_every": 1, "augment": "light", "lr": 0.02}
@@ -133,19 +141,11 @@ def test_processes_workers_and_micro_batches_change_no_figure(folder, plain, nam
     number, model, _ = CELLS[name]
     summary = json.loads((folder / name / "summary.json").read_text())
     assert summary["num_processes"] == number and summary["status"] == "completed"
-    ours, theirs = timeless(lines_of(folder / name)), timeless(lines_of(plain[model]))
-    assert len(ours) == len(theirs) >= 5
-    for our, their in zip(ours, theirs):
-        assert our.keys() == their.keys()
-        for key, value in our.items():
-            assert value == (pytest.approx(their[key], rel=1e-6) if isinstance(value, float) else their[key]), key
+    assert_close_figures(folder / name, plain[model])
     plain_summary = json.loads((plain[model] / "summary.json").read_text())
     assert summary["test"]["confusion_matrix"] == plain_summary["test"]["confusion_matrix"]
     assert sum(map(sum, summary["test"]["confusion_matrix"])) == summary["test"]["num_samples"] == 359
-    our_weights, their_weights = weights_of(folder / name), weights_of(plain[model])
-    assert our_weights.keys() == their_weights.keys() and our_weights
-    for key, value in our_weights.items():
-        assert torch.allclose(value, their_weights[key], rtol=1e-5, atol=1e-6), key
+    assert_close_weights(weights_of(folder / name), weights_of(plain[model]))
 
 
 def test_batchnorm_over_two_processes_is_that_of_the_whole_batch(folder):

@@ -15,13 +15,11 @@ import yaml
 from conftest import (
     PYTHONPATH,
     ROOT,
+    assert_identical,
     flags,
     in_processes,
-    lines_of,
     run_process,
-    same_weights,
     start_process,
-    timeless,
     wait_for,
 )
 
@@ -168,8 +166,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked)
 def assert_same_end(run_dir: Path, whole: Path) -> None:
     """Two processes ended with the same figures and weights, to the last bit."""
     assert json.loads((run_dir / "summary.json").read_text())["num_processes"] == 2
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole))
-    assert same_weights(run_dir, whole)
+    assert_identical(run_dir, whole)
 
 
 def test_two_machines_train_as_one(forked, tmp_path):

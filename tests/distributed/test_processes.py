@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shlex
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +15,20 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import SMALL_RUN, flags, lines_of, run_process, start_process, timeless, torchrun, wait_for, weights_of
+from conftest import (
+    SMALL_RUN,
+    assert_close_figures,
+    assert_close_weights,
+    assert_identical,
+    cut_back,
+    flags,
+    lines_of,
+    run_process,
+    start_process,
+    torchrun,
+    wait_for,
+    weights_of,
+)
 
 # 80 images in batches of 37: the ranks' shares are uneven and the last batch is short
 UNEVEN = {"batch_size": 37, "drop_last": False, "log_every": 1, "epochs": 2}
@@ -163,11 +175,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for name, settings in RUNS.items():
         run_of(one, name, settings)
-    shutil.copytree(run_of(one, "resumed", RESUMED), two / "resumed")
-    (two / "resumed" / "summary.json").unlink()
-    for checkpoint in (two / "resumed" / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > RESUMED_STEP:
-            shutil.rmtree(checkpoint)
+    cut_back(run_of(one, "resumed", RESUMED), two / "resumed", RESUMED_STEP)
     ended = torchrun(2, str(two), program=__file__)
     assert ended.returncode == 0, ended.stderr
     return one, two
@@ -178,25 +186,13 @@ def ranks(runs: tuple[Path, Path]) -> list[dict[str, Any]]:
     return [json.loads((runs[1] / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def assert_same_run(one: Path, two: Path) -> None:
-    """The same figures to 1e-6 and the same weights to rounding."""
-    ours, theirs = timeless(lines_of(one)), timeless(lines_of(two))
-    assert len(ours) == len(theirs) == 11
-    for our, their in zip(ours, theirs):
-        assert our.keys() == their.keys()
-        for key, value in our.items():
-            assert value == (pytest.approx(their[key], rel=1e-6) if isinstance(value, float) else their[key]), key
-    our_weights, their_weights = weights_of(one), weights_of(two)
-    assert our_weights.keys() == their_weights.keys() and our_weights
-    for name, value in our_weights.items():
-        assert torch.allclose(value, their_weights[name], rtol=1e-5, atol=1e-6), name
-
-
 @pytest.mark.parametrize("name", [*RUNS, "resumed"])
 def test_two_processes_train_as_one(runs, name):
     one, two = runs
     assert json.loads((two / name / "summary.json").read_text())["num_processes"] == 2
-    assert_same_run(one / name, two / name)
+    assert len(lines_of(two / name)) == 11
+    assert_close_figures(one / name, two / name)
+    assert_close_weights(weights_of(one / name), weights_of(two / name))
 
 
 def test_the_average_of_the_weights_is_told_of_beside_them(runs):
@@ -259,9 +255,7 @@ def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
     assert ended.returncode == 0 and "Going on from" in ended.stdout, ended.stderr
     out, err = whole.communicate(timeout=60)
     assert whole.returncode == 0, err
-    assert timeless(lines_of(stopped)) == timeless(lines_of(tmp_path / "whole"))
-    ours, theirs = weights_of(stopped), weights_of(tmp_path / "whole")
-    assert ours and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert_identical(stopped, tmp_path / "whole")
 
 
 def test_a_second_signal_ends_the_program_at_once(tmp_path):

@@ -20,7 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PYTHONPATH, SMALL_RUN, flags, lines_of, run_process, timeless, torchrun, weights_of
+from conftest import (
+    PYTHONPATH,
+    SMALL_RUN,
+    assert_close_figures,
+    assert_identical,
+    cut_back,
+    flags,
+    lines_of,
+    run_process,
+    torchrun,
+)
 from PIL import Image
 from stand_in_hub import set_hub
 
@@ -253,39 +263,22 @@ def whole_run(sets, tmp_path_factory) -> Path:
     return config.run_dir
 
 
-def cut_back(run_dir: Path, to: Path, step: int) -> None:
-    """A copy of the run as a kill after that step would have left it."""
-    shutil.copytree(run_dir, to)
-    (to / "summary.json").unlink()
-    for checkpoint in (to / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-
-
 def test_workers_change_no_bit(sets, whole_run, run_training):
     _, run_dir = run_training(**{**STREAM, "num_workers": 2}, dataset=str(sets["parquet"]))
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole_run))
-    ours, theirs = weights_of(run_dir), weights_of(whole_run)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_identical(run_dir, whole_run)
 
 
 def test_going_on_within_an_epoch_changes_no_bit(sets, whole_run, run_training, tmp_path):
     cut_back(whole_run, tmp_path / "run", step=3)
     _, run_dir = run_training(**STREAM, dataset=str(sets["parquet"]))
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole_run))
-    ours, theirs = weights_of(run_dir), weights_of(whole_run)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_identical(run_dir, whole_run)
 
 
 def test_two_processes_train_as_one(sets, whole_run, tmp_path):
     settings = flags(**{**STREAM, "num_workers": 2}, dataset=sets["parquet"], output_dir=tmp_path)
     ended = torchrun(2, *settings)
     assert ended.returncode == 0, ended.stderr
-    ours, theirs = timeless(lines_of(tmp_path / "run")), timeless(lines_of(whole_run))
-    assert len(ours) == len(theirs) > 10
-    for our, their in zip(ours, theirs):
-        for key, value in their.items():
-            assert our[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+    assert_close_figures(tmp_path / "run", whole_run)
 
 
 def test_a_shard_that_is_lost_ends_the_run_and_it_goes_on_when_the_shard_is_back(
@@ -314,7 +307,7 @@ def test_a_shard_that_is_lost_ends_the_run_and_it_goes_on_when_the_shard_is_back
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
     (tmp_path / "aside").rename(lost)
     run_training(**STREAM, dataset=str(folder))
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole_run))
+    assert_identical(run_dir, whole_run)
 
 
 def test_a_shard_that_comes_back_in_time_is_read(tmp_path, monkeypatch):

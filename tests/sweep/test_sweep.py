@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL_RUN, flags, lines_of, run_process, same_weights, start_process, timeless, wait_for
+from conftest import ROOT, SMALL_RUN, assert_identical, flags, lines_of, run_process, start_process, wait_for
 
 from pipeline.settings.parser import read_config
 from pipeline.sweep.__main__ import main
@@ -407,8 +407,7 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch)
     assert "Going on from" in (folder / "logs" / "trial-0001.log").read_text()
     whole = tmp_path / "whole"
     assert run_process("train.py", *flags(epochs=40, run_name="whole", output_dir=tmp_path)).returncode == 0
-    assert timeless(lines_of(whole)) == timeless(lines_of(folder / "trial-0001"))
-    assert same_weights(whole, folder / "trial-0001")
+    assert_identical(folder / "trial-0001", whole)
     best = max(line["accuracy"] for line in lines_of(whole) if line["split"] == "val")
     assert trials_of(folder)[0]["value"] == best
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, flags, lines_of, same_weights, timeless, wait_for
+from conftest import ROOT, assert_identical, flags, wait_for
 
 from pipeline.common.stopping import TrainingFailed
 from pipeline.run_folder import checkpoint_writer
@@ -58,10 +58,6 @@ def whole(run_training):
     return run_dir
 
 
-def assert_same(run_dir, whole):
-    assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
-
-
 @pytest.mark.parametrize("retry_seconds", [0.0, 60.0])
 def test_a_full_disk_costs_warnings_until_there_is_room(
     run_training, whole, monkeypatch, capsys, tmp_path, room_afterwards, retry_seconds
@@ -73,7 +69,7 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
     monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", retry_seconds)
     with at_steps({3: fill_disk_once_step_3_is_saved, 7: make_room}):
         _, run_dir = run_training(**EVERY_STEP)
-    assert_same(run_dir, whole)
+    assert_identical(run_dir, whole)
     told = capsys.readouterr().err
     assert told.count("could not be written") >= 3 and "Step 3 is saved." in told
     assert "metrics.jsonl cannot be written" in told and "kept in memory" in told
@@ -89,7 +85,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_saved_is_gone_o
     make_room()
     run_training(**EVERY_STEP)
     assert "step-00000003: epoch 1, step 3" in capsys.readouterr().out
-    assert_same(tmp_path / "run", whole)
+    assert_identical(tmp_path / "run", whole)
 
 
 def test_the_best_checkpoint_is_kept_in_memory_while_it_cannot_be_written(run_training, monkeypatch, room_afterwards):
@@ -99,7 +95,7 @@ def test_the_best_checkpoint_is_kept_in_memory_while_it_cannot_be_written(run_tr
     with at_steps({3: fill_disk, 12: make_room}):
         summary, run_dir = run_training(**settings)
     assert summary["best"]["epoch"] == 1
-    assert_same(run_dir, whole)
+    assert_identical(run_dir, whole)
 
 
 @pytest.mark.parametrize("bring_back", ["moved back", "made anew, empty"])
@@ -120,7 +116,7 @@ def test_a_run_outlives_the_loss_of_its_folder(run_training, whole, tmp_path, ca
     with at_steps({6: lose, 8: find}):
         run_training(**EVERY_STEP)
     assert "No such file or directory" in capsys.readouterr().err
-    assert_same(run_dir, whole)
+    assert_identical(run_dir, whole)
     assert {"config.yaml", "summary.json", "model", "checkpoints"} <= set(os.listdir(run_dir))
 
 
@@ -169,7 +165,7 @@ def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_sam
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "worker process" in summary["reason"]
     _, run_dir = run_training(**settings)
-    assert_same(run_dir, whole)
+    assert_identical(run_dir, whole)
 
 
 def test_what_the_writer_cannot_know_is_not_taken_for_a_full_disk(run_training, monkeypatch):

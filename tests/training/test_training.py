@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import lines_of, same_weights, timeless
+from conftest import assert_identical, lines_of, same_weights
 
 from pipeline.common.stopping import TrainingFailed
 from pipeline.data.image_dataset import load_image_dataset
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(run_training):
     _, first = run_training(run_name="first")
     _, second = run_training(run_name="second")
     _, other = run_training(run_name="other", seed=1)
-    assert timeless(lines_of(first)) == timeless(lines_of(second)) and same_weights(first, second)
+    assert_identical(first, second)
     assert not same_weights(first, other)
 
 
@@ -151,7 +151,7 @@ def test_micro_batches_give_the_same_losses(run_training, micro_batch_size):
 def test_loaders_and_workers_give_the_same_run(run_training, num_workers):
     _, device = run_training(run_name="device", loader="device")
     _, workers = run_training(run_name="workers", loader="workers", num_workers=num_workers)
-    assert timeless(lines_of(device)) == timeless(lines_of(workers)) and same_weights(device, workers)
+    assert_identical(workers, device)
 
 
 def test_a_setting_without_effect_is_told_at_the_start(run_training, capsys):
