@@ -17,31 +17,31 @@ LAYOUTS = (
     "Expected: FOLDER/train/CLASS/*.jpg (with val/ and test/ beside train/), FOLDER/CLASS/*.jpg, images and a CSV file with "
     "a column of file names and one of labels, or Parquet or Arrow files."
 )
-RUN_FILES = ("summary.json", "metrics.jsonl", "checkpoints")  # one of them is in every run's folder, beside config.yaml
-MOST_LOOKED_AT = 100  # entries of a folder, to see whether runs lie in it
+RUN_FILES = ("summary.json", "metrics.jsonl", "checkpoints")  # every run folder has one of them, beside config.yaml
+MOST_LOOKED_AT = 100  # entries of a folder that are checked for runs
 
 
 @dataclasses.dataclass
 class ClassFolders:
-    """The image files of a folder by split and class folder, as they were found.
+    """The image files of a folder by split and class folder.
 
-    roots: the split's folder; files: for each split the class names, sorted, and their image paths.
+    roots: the folder of each split. files: the sorted class names of each split, with their image paths.
     """
 
     folder: Path
     roots: dict[str, Path]
     files: dict[str, dict[str, list[str]]]
-    inner: dict[str, list[str]]  # for each folder that was listed the names of those in it
+    inner: dict[str, list[str]]  # the names of the subfolders of each listed folder
     notes: list[str]
 
 
 def read_class_folders(folder: Path, for_training: bool = True) -> Reading:
-    """The splits under our names, the class names (sorted folder names) and notes for the user.
+    """The splits (train, val, test), the class names (sorted folder names) and notes for the user.
 
-    With split folders (train/, val/, test/) inside, each holds class folders; else the folder's own subfolders are the
-    classes of one split. for_training: the classes are those of train; else those of all splits, of which there need not be
-    train. Raises ValueError where there is no image, and for_training where a training class is empty, there are fewer than
-    two classes, or val or test has a class that train does not have.
+    If the folder contains split folders (train/, val/, test/), each of them contains class folders. Otherwise the subfolders are
+    the classes of a single split. for_training: the classes are those of train; otherwise those of all splits, and train may be
+    missing. Raises ValueError if there is no image; for training also if a training class is empty, there are fewer than two
+    classes, or val or test has a class that train lacks.
     """
     found = find_class_folders(folder)
     if for_training and "train" in found.files:
@@ -51,7 +51,7 @@ def read_class_folders(folder: Path, for_training: bool = True) -> Reading:
 
 
 def find_class_folders(folder: Path) -> ClassFolders:
-    """What the folder holds. Raises ValueError where there are no images in class folders, or splits cannot be told."""
+    """Finds splits, classes and images. Raises ValueError if class folders have no images or the splits are ambiguous."""
     folder = Path(os.path.abspath(folder))
     children, notes = class_candidates(folder)
     names = split_folders(folder, children)
@@ -67,7 +67,7 @@ def find_class_folders(folder: Path) -> ClassFolders:
 
 
 def class_candidates(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the folders in it that may hold images, and notes on those that do not because a run wrote them."""
+    """The names of the subfolders that may contain images, and notes on those that are output of this program or W&B."""
     children = FolderWalk(folder).subfolders()
     outputs = [name for name in children if is_output(folder / name)]
     notes = [f"Not used, because this program or W&B wrote them: {', '.join(outputs)}."] if outputs else []
@@ -75,7 +75,7 @@ def class_candidates(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def is_output(folder: Path, depth: int = 2) -> bool:
-    """Whether it is, or holds down to this depth, a run, a report or W&B's files; a folder that begins with images is not."""
+    """Whether the folder is, or contains down to this depth, a run, a report or W&B files. Stops at the first image."""
     if (folder / "config.yaml").is_file() and any((folder / name).exists() for name in RUN_FILES):
         return True
     if (folder / "results.csv").is_file() and (folder / "report.md").is_file():
@@ -93,7 +93,7 @@ def is_output(folder: Path, depth: int = 2) -> bool:
 
 
 def split_folders(folder: Path, children: list[str]) -> dict[str, str]:
-    """Our split names to the folders' names. A folder called train that holds no folders is a class, not a split."""
+    """Maps train, val and test to folder names. A folder named train without subfolders is a class, not a split."""
 
     def holds_folders(name: str) -> bool:
         return bool(FolderWalk(folder / name).subfolders())
@@ -106,7 +106,7 @@ def split_folders(folder: Path, children: list[str]) -> dict[str, str]:
 
 
 def list_classes(folder: Path, names: dict[str, str], children: list[str], notes: list[str]) -> ClassFolders:
-    """Lists the images of each split, or of the folder as one split where there are no names of split folders."""
+    """Lists the images of each split, or of the folder as one split if `names` is empty."""
     left_out = LeftOut()
     roots = {split: unwrapped(folder / name) for split, name in names.items()} if names else {"train": folder}
     files, inner, notes = {}, {}, list(notes)
@@ -126,16 +126,16 @@ def list_classes(folder: Path, names: dict[str, str], children: list[str], notes
 
 
 def unwrapped(root: Path) -> Path:
-    """The folder inside a split's folder that bears its name and holds the classes, as in seg_train/seg_train; or itself."""
+    """The only subfolder of a split folder if it has the same role, as in seg_train/seg_train; otherwise the split folder."""
     inner = FolderWalk(root).subfolders()
     return root / inner[0] if len(inner) == 1 and role_within(inner[0]) == role_within(root.name) else root
 
 
 def splits_of_siblings(found: ClassFolders) -> dict[str, str]:
-    """Our split names to class folders that are splits by their names and hold class folders; empty if they are classes.
+    """Maps train, val and test to sibling folders whose names mean splits and that contain class folders; empty for classes.
 
-    Raises ValueError where they hold folders of the same names, as splits do, but have other names; and where they have
-    names of splits but hold images without class folders.
+    Raises ValueError if siblings contain folders of the same names, as splits do, but have other names; and if their names mean
+    splits but they contain images without class folders.
     """
     used = {name: paths for name, paths in found.files["train"].items() if paths}
     roles = {name: role_within(name) for name in used}
@@ -147,8 +147,8 @@ def splits_of_siblings(found: ClassFolders) -> dict[str, str]:
     flat = [name for name, role in roles.items() if role]
     if len({roles[name] for name in flat}) > 1:
         raise ValueError(
-            f"The folders {first_of(flat)} of {found.folder} are splits by their names, but hold images without class "
-            f"folders, and no table beside them gives labels. {LAYOUTS}"
+            f"The folders {first_of(flat)} of {found.folder} have names of splits, but contain images without class "
+            f"folders, and no table beside them has labels. {LAYOUTS}"
         )
     if len(used) < 2 or are_flat:
         return {}
@@ -160,12 +160,12 @@ def splits_of_siblings(found: ClassFolders) -> dict[str, str]:
     names, first = first_of(list(used)), next(iter(used))
     if all(map(split_role, common)):
         raise ValueError(
-            f"The class folders {names} of {found.folder} hold splits ({first_of(common)}). Put the classes inside the splits: "
+            f"The class folders {names} of {found.folder} contain splits ({first_of(common)}). Move the classes into the splits: "
             f"{common[0]}/{first} instead of {first}/{common[0]}."
         )
     raise ValueError(
-        f"The folders {names} of {found.folder} hold folders of the same names ({first_of(common)}), as splits do. If they are "
-        f"splits, name them so ({ACCEPTED_NAMES}). If they are classes, move them into a folder train."
+        f"The folders {names} of {found.folder} contain folders of the same names ({first_of(common)}), as splits do. If they "
+        f"are splits, rename them ({ACCEPTED_NAMES}). If they are classes, move them into a folder train."
     )
 
 
@@ -174,15 +174,15 @@ def holds_directly(folder: Path, paths: list[str]) -> bool:
 
 
 def check_classes(found: ClassFolders) -> None:
-    """Raises ValueError for a training class without images, fewer than two classes, or a class that train does not have."""
+    """Raises ValueError for a training class without images, fewer than two classes, or a class that train lacks."""
     if "train" not in found.files:
-        return  # image_dataset says so
+        return  # image_dataset raises the error
     train, root = found.files["train"], found.roots["train"]
     empty = [name for name, paths in train.items() if not paths]
     if empty:
         raise ValueError(f"No image in the class folders {first_of(empty)} of {root}. Fill or remove them.")
     if len(train) < 2:
-        raise ValueError(f"{root} has one class folder only, {first_of(list(train))}.{classes_below(found)} {LAYOUTS}")
+        raise ValueError(f"{root} has only one class folder, {first_of(list(train))}.{classes_below(found)} {LAYOUTS}")
     for split, classes in found.files.items():
         unknown = sorted(name for name in set(classes) - set(train) if classes[name])
         if unknown:
@@ -193,7 +193,7 @@ def check_classes(found: ClassFolders) -> None:
 
 
 def classes_below(found: ClassFolders) -> str:
-    """Of a single class folder the folder below it that holds several with images, as advice; else nothing."""
+    """Advice if the classes are below a single class folder; otherwise an empty string."""
     root = found.roots["train"]
     (name,) = found.files["train"]
     folder = root / name
@@ -208,11 +208,11 @@ def classes_below(found: ClassFolders) -> str:
 
 def loose_images(found: ClassFolders) -> str:
     loose = len(FolderWalk(found.folder).images_beside())
-    return f" {loose:,} images lie in {found.folder} itself." if loose else ""
+    return f" {loose:,} images are in {found.folder} itself." if loose else ""
 
 
 def to_reading(found: ClassFolders, class_names: list[str]) -> Reading:
-    """Splits of the files in class folders, the class names and the notes."""
+    """The splits of the files in class folders, the class names and the notes."""
     numbers = {name: number for number, name in enumerate(class_names)}
     splits = {}
     for split, classes in found.files.items():
@@ -224,7 +224,7 @@ def to_reading(found: ClassFolders, class_names: list[str]) -> Reading:
 
 
 def split_of_files(name: str, paths: list[str], labels: np.ndarray) -> Split:
-    """A split whose images are files. labels: int64 [N]."""
+    """A split of image files. labels: int64 [N]."""
     import pyarrow as pa
 
     column = pa.array(paths, pa.large_string())

@@ -1,4 +1,4 @@
-"""A folder of image files becomes splits: labels come from a table beside the images, or from the names of class folders."""
+"""Reads a folder of image files: labels come from a table beside the images, or from the names of class folders."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from pipeline.data.label_tables import (
 from pipeline.data.splits import Reading, Split, find_splits
 from pipeline.images.files import FolderWalk, LeftOut, first_of
 
-Rows = dict[str, list[tuple[str, str, str]]]  # by split: an image's path, its label, and the words for its row
+Rows = dict[str, list[tuple[str, str, str]]]  # by split: path of the image, label, and a description of the row
 
 
 @dataclasses.dataclass
 class Tables:
-    """The tables of a folder that name its images, and those images. files: for each table the column that names them."""
+    """The label tables of a folder and its images. files: the column of file names of each table."""
 
     folder: Path
     index: FileIndex
@@ -42,24 +42,24 @@ class Tables:
 
     @property
     def main(self) -> LabelTable:
-        """The training split's table, or the only one."""
+        """The table of the training split, or the only one."""
         return next((table for table in self.tables if table.role == "train"), self.tables[0])
 
 
 def read_image_folder(folder: Path, label_column: str | None, for_training: bool = True) -> Reading:
-    """The splits under our names, the class names and notes for the user.
+    """The splits (train, val, test), the class names and notes for the user.
 
-    A table with a column that names the images and one that is a label decides, unless the class folders say the same.
-    label_column: its column of labels, which must then be in a table. Raises ValueError for what cannot be read, or leaves a
-    doubt between table and folders.
+    A table with a column of file names and a column of labels takes precedence, unless the class folders have the same labels.
+    label_column: the column of labels, which a table must have. Raises ValueError for unreadable files, and if table and
+    folders give ambiguous labels.
     """
     folder = Path(os.path.abspath(folder))
     found = find_tables(folder)
     if found is None:
         if label_column is not None:
             raise ValueError(
-                f"--label_column {label_column} has no effect on {folder}: its folders name the classes, and no table (CSV, "
-                "JSON Lines) names its images. Remove it."
+                f"--label_column {label_column} has no effect on {folder}: its folder names are the classes, and no table (CSV, "
+                "JSON Lines) contains its file names. Remove it."
             )
         return read_class_folders(folder, for_training)
     if label_column is not None:
@@ -74,7 +74,7 @@ def read_image_folder(folder: Path, label_column: str | None, for_training: bool
             return read_tables(found, candidates[0], for_training)
         several = f"several columns that may be the label ({choice}). Choose one with --label_column."
         raise ValueError(
-            f"{found.main.path} names the images, but has {several if candidates else f'no column of labels. {error}'}"
+            f"{found.main.path} contains the file names, but has {several if candidates else f'no label column. {error}'}"
         ) from error
     if is_confirmed(found):
         return reading
@@ -92,7 +92,7 @@ def read_image_folder(folder: Path, label_column: str | None, for_training: bool
 
 
 def find_tables(folder: Path) -> Tables | None:
-    """The tables that name images of the folder; None where there are none. Raises ValueError where two would be in doubt."""
+    """The tables with file names of the folder's images; None if there are none. Raises ValueError if two are ambiguous."""
     tables = [read_table(path, folder) for path in tables_in(folder)]
     if not tables:
         return None
@@ -110,7 +110,7 @@ def find_tables(folder: Path) -> Tables | None:
     for role in {table.role for table in labelled}:
         same = [str(table.path) for table in labelled if table.role == role]
         if len(same) > 1:
-            raise ValueError(f"The tables {' and '.join(same)} both name images and labels. Keep one in the set.")
+            raise ValueError(f"The tables {' and '.join(same)} both have file names and labels. Keep only one in the folder.")
     if not usable:
         return None
     kept = [table for table in usable if table in labelled or table.role not in {other.role for other in labelled}]
@@ -122,19 +122,19 @@ def find_tables(folder: Path) -> Tables | None:
 
 
 def check_label_column(found: Tables, column: str) -> str:
-    """Raises ValueError for a column that the table lacks, or that does not divide the images into classes."""
+    """Raises ValueError if the table lacks the column, or if its values cannot be classes."""
     table = found.main
     if column not in table.columns:
         raise ValueError(f"{table.path} has no column {column!r}. Its columns: {', '.join(table.columns)}.")
     distinct = set(table.columns[column])
     if len(distinct) == len(table) or len(distinct) < 2:
-        kind = "another value for each image" if len(distinct) > 1 else "one value only"
+        kind = "a different value for each image" if len(distinct) > 1 else "only one value"
         raise ValueError(f"Column {column} of {table.path} has {kind}, so it cannot be the label. Choose another one.")
     return column
 
 
 def is_confirmed(found: Tables) -> bool:
-    """Whether a column of the table says what the class folders say: one value for each folder's name, and the reverse."""
+    """Whether a column of the table agrees with the class folders: a one-to-one mapping of its values to folder names."""
     table = found.main
     numbers = [found.index.find(value, table) for value in table.columns[found.files[table.path]]]
     folders = [os.path.dirname(found.index.paths[places[0]]) if places else "" for places in numbers]
@@ -147,7 +147,7 @@ def is_confirmed(found: Tables) -> bool:
 
 
 def read_tables(found: Tables, column: str, for_training: bool) -> Reading:
-    """The images that the tables name, with the column as their labels."""
+    """The images of the tables, with the column as labels."""
     rows: Rows = {}
     notes = list(found.notes)
     seen: dict[str, str] = {}
@@ -159,7 +159,7 @@ def read_tables(found: Tables, column: str, for_training: bool) -> Reading:
             continue
         own, missing = rows_of(table, column, found, seen)
         if missing:
-            notes.append(f"{len(missing):,} rows of {table.path.name} name images that are not there: {first_of(missing)}.")
+            notes.append(f"{len(missing):,} rows of {table.path.name} refer to missing images: {first_of(missing)}.")
         for split, more in own.items():
             rows.setdefault(split, []).extend(more)
     if "train" not in rows and len(rows) == 1 and all(table.role is None for table in found.tables):
@@ -175,14 +175,14 @@ def read_tables(found: Tables, column: str, for_training: bool) -> Reading:
 
 
 def sorted_names(labels: set[str]) -> list[str]:
-    """The labels in the order of their numbers if all are whole numbers, else of their letters."""
+    """Sorts labels numerically if all are whole numbers, otherwise alphabetically."""
     return sorted(labels, key=int if all(re.fullmatch(r"-?\d+", label) for label in labels) else None)
 
 
 def rows_of(table: LabelTable, column: str, found: Tables, seen: dict[str, str]) -> tuple[Rows, list[str]]:
-    """The table's images by split, and the values that name none. seen: the labels of images so far, which it adds to.
+    """The images of the table by split, and the file names without an image. seen: the labels of all images so far; updated.
 
-    Raises ValueError, naming the row, for a missing label, a value that may mean several images, and an image with two labels.
+    Raises ValueError, with the row, for a missing label, an ambiguous file name, and an image with two labels.
     """
     rows: Rows = {}
     missing = []
@@ -197,7 +197,7 @@ def rows_of(table: LabelTable, column: str, found: Tables, seen: dict[str, str])
         path = found.index.paths[numbers[0]]
         if len(numbers) > 1:
             others = ", ".join(found.index.relative[other] for other in numbers[:3])
-            raise ValueError(f"{where}: {value!r} may be any of {others}. Write the path in the table.")
+            raise ValueError(f"{where}: {value!r} may mean any of {others}. Write the path in the table.")
         if label.lower() in MISSING:
             count = sum(other.lower() in MISSING for other in labels)
             raise ValueError(
@@ -207,8 +207,8 @@ def rows_of(table: LabelTable, column: str, found: Tables, seen: dict[str, str])
         label = label_text(label)
         if seen.setdefault(path, label) != label:
             raise ValueError(
-                f"{where} gives {value!r} a second label ({seen[path]} and {label}). Only one label for "
-                "an image is supported, neither multi-label sets nor boxes."
+                f"{where} gives {value!r} a second label ({seen[path]} and {label}). Only one label per "
+                "image is supported, not multi-label datasets or boxes."
             )
         rows.setdefault(split, []).append((path, label, where))
     for split, own in rows.items():
@@ -217,7 +217,7 @@ def rows_of(table: LabelTable, column: str, found: Tables, seen: dict[str, str])
 
 
 def splits_of_rows(table: LabelTable, places: list[list[int]], index: FileIndex) -> list[str]:
-    """The split of each row: the table's, that of a column of split names, or that of the folder of its image; else train."""
+    """The split of each row: from the table, from a column of split names, or from the folder of the image; else train."""
     if table.role is not None:
         return [table.role] * len(table)
     for values in table.columns.values():
@@ -235,7 +235,7 @@ def splits_of_rows(table: LabelTable, places: list[list[int]], index: FileIndex)
 
 
 def to_split(name: str, rows: list[tuple[str, str, str]], class_names: list[str]) -> Split:
-    """Raises ValueError, naming the row, for a label that no image of the training split has."""
+    """The split of these rows. Raises ValueError, with the row, for a label that no training image has."""
     numbers = {class_name: number for number, class_name in enumerate(class_names)}
     for _, label, where in rows:
         if label not in numbers:

@@ -16,7 +16,7 @@ from pipeline.data.splits import role_within, split_role
 from pipeline.images.files import KNOWN, is_folder, visible_entries
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
-METADATA = ("metadata.csv", "metadata.jsonl")  # as Hugging Face names them
+METADATA = ("metadata.csv", "metadata.jsonl")  # the names of Hugging Face
 PREFERRED_FILES = ("file_name", "filename", "file", "image", "image_id", "filepath", "path", "img", "id")
 PREFERRED_LABELS = (
     "label", "labels", "class", "target", "category", "class_name", "label_name", "class_id", "label_id", "diagnosis",
@@ -28,7 +28,7 @@ SAMPLE_ROWS = 200
 
 @dataclasses.dataclass
 class LabelTable:
-    """The rows of a table. columns: for each name its values as text. role: train, val, test, or None if its name has none."""
+    """A table. columns: the values of each column as text. role: train, val, test, or None if the file name has none."""
 
     path: Path
     columns: dict[str, list[str]]
@@ -39,9 +39,9 @@ class LabelTable:
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The CSV and JSON Lines files in the folder and in those of its folders that may hold some: splits, labels, annotations.
+    """The CSV and JSON Lines files in the folder and in its subfolders for splits, labels or annotations.
 
-    In other folders only metadata.csv and metadata.jsonl count.
+    In other subfolders, only metadata.csv and metadata.jsonl are used.
     """
     found = [Path(entry.path) for entry in visible_entries(folder) if entry.name.lower().endswith(ENDINGS)]
     for entry in visible_entries(folder):
@@ -56,13 +56,13 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def read_table(path: Path, root: Path) -> LabelTable:
-    """Raises ValueError where the file cannot be read as a table."""
+    """Reads a table. Raises ValueError if the file is not a valid table."""
     role = role_within(path.stem) or (split_role(path.parent.name) if path.parent != root else None)
     try:
         text = decoded(path.read_bytes())
         columns = rows_of_json(text) if path.suffix.lower() in (".jsonl", ".ndjson") else rows_of_csv(text, path.suffix)
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"Cannot read the table {path}: {error}. Repair it, or move it out of the set.") from error
+        raise ValueError(f"Cannot read the table {path}: {error}. Repair it, or move it out of the folder.") from error
     return LabelTable(path, columns, role)
 
 
@@ -76,7 +76,7 @@ def decoded(content: bytes) -> str:
 
 
 def rows_of_csv(text: str, suffix: str) -> dict[str, list[str]]:
-    """The columns by name; of a table without a header the names are column_1 and so on."""
+    """The columns by name. Without a header, the names are column_1, column_2, ..."""
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
     rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
@@ -106,7 +106,7 @@ def as_text(value: object) -> str:
 
 
 class FileIndex:
-    """Finds the image that a table's value names, among the images below a folder."""
+    """Finds the image for a file name in a table, among the images below a folder."""
 
     def __init__(self, root: Path, paths: list[str]):
         self.root, self.paths = root, paths
@@ -119,10 +119,11 @@ class FileIndex:
                 self.places.setdefault(key, []).append(number)
 
     def find(self, value: str, table: LabelTable) -> list[int]:
-        """The images that the value may mean; several if it is ambiguous.
+        """The numbers of the images that match the value; several if it is ambiguous.
 
-        It is a path, with or without its ending, relative to the table, to images/ or to any other folder. Of an absolute
-        path, which may be that of another machine, the last parts count. Images in a split's folder belong to that split.
+        The value is a path, with or without its ending, relative to the table, to images/ or to any other folder. Of an absolute
+        path, which may come from another machine, the last parts are matched. A table of a split only matches images that are
+        not in the folder of another split.
         """
         value = value.replace("\\", "/").removeprefix("./")
         found = self.ending_with(value)
@@ -153,13 +154,13 @@ class FileIndex:
         return "" if folder == "." else f"{folder}/"
 
     def role(self, number: int) -> str | None:
-        """The split of an image by the folder of the set that it lies in."""
+        """The split of an image according to its top-level folder, or None."""
         first, slash, _ = self.relative[number].partition("/")
         return role_within(first) if slash else None
 
 
 def file_column(table: LabelTable, index: FileIndex) -> str | None:
-    """The column whose values name images: most of a sample do, and hardly any twice. None where there is none."""
+    """The column of file names: in a sample, most of its distinct values match images and few repeat. None if there is none."""
     best: tuple[int, int, str] | None = None
     rows = np.unique(np.linspace(0, max(len(table) - 1, 0), SAMPLE_ROWS).astype(int)).tolist() if len(table) else []
     for name, values in table.columns.items():
@@ -172,9 +173,9 @@ def file_column(table: LabelTable, index: FileIndex) -> str | None:
 
 
 def label_candidates(table: LabelTable, files: str) -> list[str]:
-    """The columns that may be labels, those that are called so first.
+    """The columns that may be labels, those with a name of PREFERRED_LABELS first.
 
-    Left out are file names, splits, measurements, and columns with the same value in each row or another one in each.
+    Excludes file names, splits, fractions, and columns whose values are all equal or all different.
     """
     candidates = []
     for name, values in table.columns.items():
@@ -195,5 +196,5 @@ def is_fraction(value: str) -> bool:
 
 
 def label_text(value: str) -> str:
-    """A label as the name of its class: 1.0 is 1."""
+    """The class name of a label: 1.0 becomes 1."""
     return re.sub(r"\.0+$", "", value) if re.fullmatch(r"[-+]?\d+\.0+", value) else value

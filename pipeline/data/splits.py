@@ -28,7 +28,7 @@ ACCEPTED_NAMES = (
 
 
 def split_role(name: str) -> str | None:
-    """train, val or test for a name that means it, such as Train, training_set, test-images or valset; else None."""
+    """train, val or test for a name with that meaning, such as Train, training_set, test-images or valset; else None."""
     word = re.sub(r"[^a-z]", "", name.lower()) if not re.search(r"\d", name) else ""
     while True:
         role = next((ours for ours, theirs in SPLIT_NAMES.items() if word in theirs), None)
@@ -39,7 +39,7 @@ def split_role(name: str) -> str | None:
 
 
 def role_within(name: str) -> str | None:
-    """The role of the only word in the name that has one, such as seg_train or train2017; else None."""
+    """Like split_role, but also for names with one such word among others, such as seg_train or train2017."""
     roles = {split_role(word) for word in re.findall(r"[a-z]+", name.lower())} - {None}
     return split_role(name) or (roles.pop() if len(roles) == 1 else None)
 

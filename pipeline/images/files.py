@@ -1,4 +1,4 @@
-"""Image files below a folder: which files count as images, in which order they are listed, and what is left out."""
+"""Lists the image files below a folder: which files are images, their order, and what is not used."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ EXTENSIONS = (
     ".apng", ".avif", ".jp2", ".j2k", ".jpf", ".jpx", ".dib", ".tga", ".mpo", ".qoi",
 )  # fmt: skip
 KNOWN = frozenset(EXTENSIONS)
-# Formats of Pillow with a signature at their start; others would accept arbitrary bytes, or cannot be decoded.
+# Formats of Pillow that start with a signature. The others accept arbitrary bytes or cannot be decoded.
 SIGNED_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "TIFF", "WEBP")
-# Endings of other files: these are not opened to find out what they are.
+# Endings of files that are never opened to check whether they are images.
 OTHER = frozenset(
     "txt md rst csv tsv json jsonl ndjson yaml yml toml xml html htm css js py ipynb log ini cfg zip gz bz2 xz tar tgz 7z rar "
     "parquet arrow feather npy npz mat h5 hdf5 pkl pickle pt pth safetensors onnx pdf doc docx xls xlsx mp4 avi mov mkv webm "
     "mp3 wav svg eps db sqlite lock part tmp bak".split()
 )
-SILENT_NAMES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))  # systems leave them, as they do hidden files
+SILENT_NAMES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini"))  # of operating systems; ignored without a note
 JUNK_FOLDERS = frozenset(
     ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "#recycle", "#snapshot", "@recycle",
      "@recently-snapshot", "__pycache__")
 )  # fmt: skip
-MAX_FAILURES = 32  # files of one unknown ending that Pillow does not recognize before the ending counts as no image
-MAX_NAMED = 6  # kinds or paths in a note
+MAX_FAILURES = 32  # unrecognized files of an unknown ending, after which files with this ending are not opened
+MAX_NAMED = 6  # names listed in a note
 
 
 class LeftOut:
-    """What a listing does not use: files by ending, folders that systems make, and links that lead back into the set."""
+    """What a listing does not use: files by ending, system folders, and links to folders that are listed anyway."""
 
     def __init__(self) -> None:
         self.files: Counter[str] = Counter()
         self.junk: list[str] = []
         self.links: list[str] = []
-        self.recognized: Counter[str] = Counter()  # files by unknown ending that Pillow recognized when they were opened
+        self.recognized: Counter[str] = Counter()  # images with an unknown ending that Pillow recognized
         self.failures: Counter[str] = Counter()
 
     def notes(self) -> list[str]:
-        """A sentence for each kind of thing that is left out."""
+        """One message for each kind of unused entry."""
         notes = []
         if self.files:
             ranked = sorted(self.files.items(), key=lambda kind: (-kind[1], kind[0]))
             kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in ranked]
             notes.append(f"Not used, because they are not images: {first_of(kinds)}.")
         if self.junk:
-            notes.append(f"Skipped folders that the system made: {first_of(self.junk)}.")
+            notes.append(f"Skipped system folders: {first_of(self.junk)}.")
         if self.links:
-            notes.append(f"Links to folders of the set itself are not followed: {first_of(self.links)}.")
+            notes.append(f"Skipped links to folders of the dataset itself: {first_of(self.links)}.")
         return notes
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The names, or the first few of many and the number of the others."""
+    """The names as a list; of many names, the first few and the number of the others."""
     more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
 
 
 class FolderWalk:
-    """Lists images below a root. Hidden files and folders are ignored; each folder is read once, whatever links lead to it.
+    """Lists images below a root. Ignores hidden files and folders, and reads each folder once, even if links point to it.
 
-    A link is not followed if it leads to a folder around it, or to one that the listing of the root reaches anyway.
+    Does not follow a link to a parent folder, or to a folder that the listing of the root includes anyway.
     """
 
     def __init__(self, root: str | Path, left_out: LeftOut | None = None):
         self.root, self.left_out = os.fspath(root), left_out or LeftOut()
         self.real_root = os.path.realpath(root)
         self.linked: set[str] = set()  # real paths of followed links
-        self.folders: dict[str, list[str]] = {}  # for each folder that was listed the names of those in it
+        self.folders: dict[str, list[str]] = {}  # the names of the subfolders of each listed folder
 
     def subfolders(self) -> list[str]:
         """The names of the folders in the root, sorted. Raises ValueError if it cannot be read."""
@@ -86,7 +86,7 @@ class FolderWalk:
         return self.images_in(folder, os.path.realpath(folder))
 
     def images_in(self, folder: str, real: str) -> list[str]:
-        """real: the folder's path without links."""
+        """Like images, for a folder. real: its path without links."""
         paths: list[str] = []
         self.folders[folder] = []
         for entry in visible_entries(folder):
@@ -105,7 +105,7 @@ class FolderWalk:
         return [entry.path for entry in entries if is_image(entry.path, self.left_out)]
 
     def enter(self, entry: os.DirEntry[str], parent: str) -> str | None:
-        """The path of a folder without links; None if it is left out. parent: that of the folder that holds it."""
+        """The path of a folder without links; None if it is not used. parent: the path of its parent without links."""
         if entry.name.lower() in JUNK_FOLDERS:
             self.left_out.junk.append(entry.path)
             return None
@@ -122,7 +122,7 @@ class FolderWalk:
         return real
 
     def leads_back(self, target: str, parent: str) -> bool:
-        """Whether a link's target lies around the link, or below the root, where it is listed anyway."""
+        """Whether the target of a link is a parent of the link, or is below the root, where it is listed anyway."""
         if is_within(parent, target) or is_within(self.real_root, target):
             return True
         below = os.path.relpath(target, self.real_root).split(os.sep)
@@ -142,9 +142,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(path: str, left_out: LeftOut) -> bool:
-    """Whether a file is an image: by its ending or, where that is unknown, by what Pillow makes of its first bytes.
+    """Whether a file is an image, by its ending or, if that is unknown, by its first bytes.
 
-    What is none is counted in left_out, except for files that systems leave and .txt.
+    Counts other files in left_out, except for SILENT_NAMES and .txt.
     """
     name = path.rpartition(os.sep)[2]
     _, dot, ending = name.rpartition(".")
@@ -164,7 +164,7 @@ def is_image(path: str, left_out: LeftOut) -> bool:
 
 
 def is_recognized(path: str) -> bool:
-    """Whether Pillow recognizes the file as an image; its pixels are not decoded."""
+    """Whether Pillow recognizes the file as an image. Does not decode its pixels."""
     from PIL import Image
 
     try:
@@ -176,7 +176,7 @@ def is_recognized(path: str) -> bool:
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:
-    """Those of SIGNED_FORMATS that this build of Pillow reads."""
+    """The SIGNED_FORMATS that this build of Pillow supports."""
     from PIL import Image
 
     Image.init()

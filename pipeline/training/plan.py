@@ -55,7 +55,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
 
 
 def classes_text(data: ImageDataset) -> str:
-    """Each class with its images in train, val and test; of many classes the first and the last few."""
+    """Each class with its number of images in train, val and test; of many classes, the first and last few."""
     names, splits = data.class_names, (data.train, data.val, data.test)
     counts = np.stack([np.bincount(split.labels, minlength=len(names)) for split in splits], axis=1).tolist()
     texts = [f"{name} {' '.join(f'{count:,}' for count in own)}" for name, own in zip(names, counts)]

@@ -128,20 +128,20 @@ def test_classes_with_subfolders_of_the_same_names_inside_train_are_classes(tmp_
 @pytest.mark.parametrize("names", [("train", "test"), ("train", "val", "test"), ("train_images", "test_images", "x")])
 def test_split_folders_without_class_folders_are_refused(tmp_path, names):
     write_classes(tmp_path, {name: 10 for name in names})
-    with pytest.raises(ValueError, match="splits by their names, but hold images without class folders"):
+    with pytest.raises(ValueError, match="names of splits, but contain images without class folders"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["flowers", "data/flowers", "flowers/train"])
 def test_a_single_class_is_refused_with_the_folder_below_that_has_several(tmp_path, below):
     write_classes(tmp_path / below, {"daisy": 10, "rose": 10})
-    with pytest.raises(ValueError, match=f"one class folder only.*{below}.*daisy, rose.*use --dataset"):
+    with pytest.raises(ValueError, match=f"only one class folder.*{below}.*daisy, rose.*use --dataset"):
         load(tmp_path)
 
 
 def test_a_single_class_is_refused(tmp_path):
     write_classes(tmp_path, {"photos": 10})
-    with pytest.raises(ValueError, match="one class folder only, photos"):
+    with pytest.raises(ValueError, match="only one class folder, photos"):
         load(tmp_path)
     write_classes(tmp_path / "x" / "train" / "flowers", {"daisy": 10, "rose": 10})
     with pytest.raises(ValueError, match="daisy, rose.*move them up into"):
@@ -150,7 +150,7 @@ def test_a_single_class_is_refused(tmp_path):
 
 def test_loose_images_are_counted_where_there_are_no_classes(tmp_path):
     write(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="1 images lie in"):
+    with pytest.raises(ValueError, match="1 images are in"):
         load(tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_label_column_decides_among_several(tmp_path):
     with pytest.raises(ValueError, match=r"several columns that may be the label \(color, shape\)"):
         load(tmp_path)
     assert len(load(tmp_path, label_column="shape").class_names) == 3
-    for column, words in (("size", "no column 'size'. Its columns: file, color"), ("file", "another value for each image")):
+    for column, words in (("size", "no column 'size'. Its columns: file, color"), ("file", "a different value for each image")):
         with pytest.raises(ValueError, match=words):
             load(tmp_path, label_column=column)
 
@@ -267,7 +267,7 @@ def test_whole_numbers_written_as_fractions_are_in_order(tmp_path):
     [
         (["7.png,"], "Row 21 of .*labels.csv has no label .1 such"),
         (["7.png,fish"], "Row 21 .* gives '7.png' a second label .cat and fish.*multi-label"),
-        (["twice.png,cat"], "Row 21 .*'twice.png' may be any of images/a/twice.png, images/b/twice.png"),
+        (["twice.png,cat"], "Row 21 .*'twice.png' may mean any of images/a/twice.png, images/b/twice.png"),
     ],
 )
 def test_rows_that_cannot_be_meant_are_named(tmp_path, rows, words):
@@ -285,7 +285,7 @@ def test_rows_without_an_image_and_images_without_a_row_are_counted(tmp_path):
     write_table(tmp_path / "labels.csv", "file,label", rows)
     loaded = load(tmp_path)
     assert sum(counts(loaded)) == 20
-    assert noted(loaded, "2 rows of labels.csv name images that are not there: im90.png, im91.png")
+    assert noted(loaded, "2 rows of labels.csv refer to missing images: im90.png, im91.png")
     assert noted(loaded, "5 images have no row")
 
 
@@ -359,7 +359,7 @@ def test_folders_of_the_system_are_skipped_with_a_note(tmp_path):
 
 
 def test_each_folder_is_read_once(tmp_path):
-    """Links to the folder itself, its parent and another class are left out; links to outside are followed, once."""
+    """Links to the folder itself, its parent and another class are skipped; links to other folders are followed once."""
     write_classes(tmp_path / "set", {"a": 10, "b": 10})
     write_classes(tmp_path / "outside", {"more": 5})
     (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set")
@@ -372,7 +372,7 @@ def test_each_folder_is_read_once(tmp_path):
     loaded = load(tmp_path / "set")
     assert loaded.class_names == ["a", "b"] and sum(counts(loaded)) == 25
     assert len([name for name, label in labelled(loaded).items() if label == "a"]) == 15
-    assert noted(loaded, "Links to folders of the set itself are not followed")
+    assert noted(loaded, "Skipped links to folders of the dataset itself")
 
 
 def test_a_class_that_is_a_link_to_outside_or_to_a_hidden_folder_is_read(tmp_path):
