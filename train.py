@@ -9,9 +9,9 @@ from pipeline.settings.parser import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit status: 0 done, 1 failed in training, 2 wrong before it, 128 + n stopped by signal n."""
+    """Trains and returns the exit status: 0 completed, 1 failed in training, 2 failed before it, 128 + n stopped by signal n."""
     config = parse_config(argv)
-    # after the settings: a misspelt one costs no import of torch
+    # imported after parsing, so that a misspelt setting is reported without importing torch
     from pipeline.common.stopping import Interrupted, TrainingFailed
     from pipeline.distributed.shared_failure import end_process_group
     from pipeline.training.loop import train
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted as interruption:
         status = 128 + interruption.signal_number
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:  # before a run installs its signal handlers
         return 130
     end_process_group()
     return status

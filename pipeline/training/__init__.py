@@ -1,1 +1,1 @@
-"""A training run: built from settings, trained step by step, evaluated, logged and finished. It imports every room below."""
+"""A training run: built from the settings, trained step by step, evaluated, logged and finished. Imports all lower rooms."""

@@ -1,4 +1,4 @@
-"""From settings to the things of a run: checks, dataset, preprocessing, loaders, model."""
+"""Builds the parts of a run from its settings: dataset, preprocessing, loaders, model, optimizer."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
 
 
 def check_settings(config: Config) -> None:
-    """Everything that can be known wrong before data is loaded or a device taken. Raises ValueError."""
+    """Checks what can be checked before data is loaded or a device is used. Raises ValueError."""
     check_scheduler_name(config.scheduler)
     check_optimizer_name(config.optimizer)
     check_dataset_name(config.dataset)
@@ -38,11 +38,12 @@ def check_settings(config: Config) -> None:
 
 
 def warnings_of(config: Config) -> list[str]:
+    """A sentence for each setting that has no effect."""
     return ignored_settings(config) + ignored_optimizer_settings(config)
 
 
 def choose_image_size(config: Config, dataset: ImageDataset) -> int:
-    """image_size, else the set's own when its images are small and the model is not pretrained, else the model's."""
+    """image_size; if null, the dataset's size if it is small and the model is not pretrained, else the model's default."""
     if config.image_size is not None:
         return config.image_size
     if dataset.image_size is not None and not config.pretrained:
@@ -51,7 +52,7 @@ def choose_image_size(config: Config, dataset: ImageDataset) -> int:
 
 
 def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[nn.Module, LoadReport | None]:
-    """The model with initial weights that depend on the seed only, on the CPU."""
+    """The model on the CPU and, if weights were loaded, the report about them. Initial weights depend on the seed only."""
     torch.manual_seed(address(config.seed, INITIAL_WEIGHTS))
     return create_model(
         config.model_name,
@@ -67,7 +68,7 @@ def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[
 
 
 def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
-    """How images become input: as the published weights want it when pretrained, else by the set's own statistics."""
+    """The preprocessing: normalised as the published weights require if pretrained, else by the dataset's mean and std."""
     theirs: InputSettings = input_settings(model)
     channels = input_channels(config, dataset)
     mean, std = (theirs.mean, theirs.std) if config.pretrained else (dataset.mean, dataset.std)
@@ -85,10 +86,10 @@ def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, m
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is put together from.
+    """The parts of a run.
 
-    config: the settings with batch_size and channels_last filled in; loaders: of the train, val and test splits, for this
-    rank; skeleton: the model without weights if it is sharded.
+    config: the settings with batch_size, channels_last and micro_batch_size filled in; loaders: this rank's loaders of the
+    train, val and test splits; skeleton: the model without weights if the model is sharded, else None.
     """
 
     config: Config
@@ -103,12 +104,12 @@ class Parts:
 
 
 def assemble(config: Config, accelerator: Accelerator) -> Parts:
-    """Loads the data and builds model, optimizer and loaders. Raises ValueError for what does not fit together."""
+    """Loads the data and builds loaders, model and optimizer. Raises ValueError for parts that do not fit together."""
     dataset = load_data(config, accelerator)
     if config.batch_size is None:
         config = dataclasses.replace(config, batch_size=fitting_batch_size(len(dataset.train)))
     image_size = choose_image_size(config, dataset)
-    with accelerator.local_main_process_first():  # pretrained weights are fetched once
+    with accelerator.local_main_process_first():  # pretrained weights are downloaded once per machine
         model, load_report = make_model(config, dataset, image_size)
     config = with_channels_last(config, model, accelerator)
     model = fit_to_machine(model, config, accelerator)
@@ -134,7 +135,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
 
 
 def load_images(parts: Parts, accelerator: Accelerator) -> None:
-    """Decodes what stays on the device; the first process of each machine does it, the others find it in the cache.
+    """Decodes the images that stay on the device, on the first process of each machine; the others read its cache.
 
     Raises BadImage.
     """

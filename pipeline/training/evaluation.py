@@ -1,4 +1,4 @@
-"""Evaluation: exact sums and counts over a split, whatever the number of processes."""
+"""Evaluation: exact sums and counts over a split, for any number of processes."""
 
 import torch
 from accelerate import Accelerator
@@ -16,15 +16,15 @@ def evaluate(
 ) -> tuple[dict[str, float | int], Tensor]:
     """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
 
-    Every rank calls it, with the unwrapped model. calibration: bins from metrics.zero_calibration, to which this rank's
-    samples are added in place.
+    Every rank must call it, with the unwrapped model. calibration: bins from metrics.zero_calibration; this rank's samples
+    are added to them in place.
     """
     sums = zero_sums(accelerator.device)
     confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
     was_training = model.training
     model.eval()
     num_batches, sharded = 0, is_sharded(model)
-    # FSDP2 could not train any more with weights that it gathered in inference mode
+    # FSDP2 cannot train with weights that it gathered in inference mode
     with torch.no_grad() if sharded else torch.inference_mode():
         for images, labels in loader.eval_epoch():
             with accelerator.autocast():
@@ -34,8 +34,8 @@ def evaluate(
             add_confusion(confusion, logits, labels)
             if calibration is not None:
                 add_calibration(calibration, logits, labels)
-        if sharded:  # every rank is needed for every pass of any
-            assert isinstance(loader, Loader), "a stream is refused before"
+        if sharded:  # every rank takes part in each forward pass of any rank
+            assert isinstance(loader, Loader), "a stream of a sharded model is refused earlier"
             for _ in range(loader.most_eval_batches() - num_batches):
                 model(loader.blank_image())
     model.train(was_training)

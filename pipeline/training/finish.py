@@ -1,4 +1,4 @@
-"""How a run ends: the best weights tested once and kept as a timm folder, summary.json, the closing table."""
+"""The end of a run: tests the best weights once, saves them as a timm folder, writes summary.json, prints the closing table."""
 
 import math
 import resource
@@ -22,11 +22,11 @@ from pipeline.training.model_card import model_card
 from pipeline.training.run import Run
 from pipeline.training.state import TrainState
 
-WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file of the weights that were validated
+WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file with the weights of this validation
 
 
 def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, Any]:
-    """Tests the best weights, writes model/ and summary.json, and returns the summary. Every rank calls it."""
+    """Tests the best weights, writes model/ and summary.json, and returns the summary. Every rank must call it."""
     accelerator = run.accelerator
     run.finish_saving()
     best = run.best_checkpoint(state)
@@ -37,8 +37,8 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
         weights = read_tensors(best, WEIGHTS[best_kind(entry, run.config)])
     except BadCheckpoint as error:
         raise TrainingFailed(
-            f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Bring it back and go on; or start anew "
-            f"from the weights of the last epoch with --init_from {checkpoint_path(run.config.run_dir, state.step)}."
+            f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Restore it and resume, or "
+            f"{run.new_run(checkpoint_path(run.config.run_dir, state.step))}, the weights of the last epoch."
         ) from error
     load_weights(model, weights)
     test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
@@ -68,9 +68,9 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
 
 
 def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
-    """Ends a run before its time and says how to go on.
+    """Ends a run early, writes summary.json and prints the command that resumes it.
 
-    status: interrupted, when every rank calls it and the state is saved first; or failed, when a single rank may call it.
+    status: "interrupted" (every rank must call it; the state is saved first) or "failed" (a single rank may call it).
     """
     if status == "interrupted":
         if run.submitted != state.step:
@@ -88,11 +88,11 @@ def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
     if run.writer is not None:
         step = run.writer.last_saved
         saved = f"Saved at step {step}" if step >= 0 else "Nothing was saved yet"
-        console.say(f"\n{saved}. {run.how_to_go_on()}")
+        console.say(f"\n{saved}. {run.resume_command()}")
 
 
 def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
-    """How the run ended; the object of summary.json but for the test figures."""
+    """The object of summary.json, without the test figures."""
     best = best_epoch(state.history, run.config)
     entry = None if best is None else state.history[best]
     kind = "val" if entry is None else best_kind(entry, run.config)
@@ -113,7 +113,7 @@ def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
 
 
 def peak_memory_bytes(accelerator: Accelerator) -> int:
-    """The most GPU memory that tensors took on rank 0's device, or the process's peak resident size on a CPU."""
+    """The peak of allocated GPU memory on this rank's device; on a CPU the peak resident size of the process. In bytes."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -121,7 +121,7 @@ def peak_memory_bytes(accelerator: Accelerator) -> int:
 
 
 def closing_table(summary: dict[str, Any], config: Config) -> str:
-    """What was reached and where it lies."""
+    """The table printed at the end of a run: test figures, best epoch, time, and where the files are."""
     best, test, run_dir = summary["best"], summary["test"], config.run_dir
     margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
     return "\n" + console.table(

@@ -1,7 +1,6 @@
-"""The loop: train a model for some epochs, evaluate after each, and leave a folder that people can use.
+"""The training loop: trains for `epochs` epochs, evaluates after each, and leaves a run folder.
 
-One step is one optimizer update on one global batch. Processes, micro-batches and the batch-size schedule only decide how
-that batch is cut up.
+A step is one optimizer update on one global batch. Processes and micro-batches only split that batch.
 """
 
 from typing import Any
@@ -36,10 +35,10 @@ from pipeline.training.step import Share, train_step
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Trains as the settings say and returns the run's summary, which is also in its summary.json.
+    """Trains a model and returns the run's summary, which is also written to its summary.json.
 
-    Raises ValueError for what is wrong before the first step, TrainingFailed for what goes wrong after it, and Interrupted
-    when a signal stopped the run; whatever was saved is whole then, and summary.json tells how it ended.
+    Raises ValueError for an error before the first step, TrainingFailed for one after it, and Interrupted when a signal
+    stopped the run. Saved checkpoints are complete in all three cases.
     """
     check_settings(config)
     accelerator = make_accelerator(config)
@@ -48,13 +47,13 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
-    """train, for each of the processes."""
+    """train, as every process runs it."""
     if accelerator.is_main_process:
         for sentence in warnings_of(config):
             console.warn(sentence)
     summary = ended_summary(config)
     if summary is not None:
-        text = f"{config.run_dir} has ended ({summary['status']}); nothing was changed."
+        text = f"{config.run_dir} has ended ({summary['status']}). Nothing was changed."
         console.say(text, accelerator.is_main_process)
         return summary
     parts = assemble(config, accelerator)
@@ -73,7 +72,7 @@ def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
 
 
 def train_in(run: Run, parts: Parts) -> dict[str, Any]:
-    """Trains from where the run stands to its end and returns the summary; however it ends, its folder tells."""
+    """Trains from the run's newest checkpoint, or from the start, to its end and returns the summary."""
     accelerator = run.accelerator
     model, optimizer = prepared(parts.model, parts.optimizer, accelerator)
     bad_step = torch.tensor(-1, device=accelerator.device)
@@ -90,11 +89,15 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
         raise TrainingFailed(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:
         if is_out_of_memory(error):
-            advice = out_of_memory_advice(error, state.bare_model, parts.preprocessing, run.config, accelerator)
+            model = state.bare_model
+            advice = out_of_memory_advice(error, model, parts.preprocessing, run.config, accelerator, run.new_run())
         elif is_lost_worker(error):
-            advice = "A worker process that reads images was killed, as systems do that run out of memory. Lower --num_workers."
+            advice = (
+                "A worker process that reads images was killed, probably because the system ran out of memory. "
+                f"Lower --num_workers. {run.resume_command()}"
+            )
         elif isinstance(error, OSError):  # a full disk, at the end for example
-            raise TrainingFailed(f"{error}. {run.how_to_go_on()}") from error
+            raise TrainingFailed(f"{error}. {run.resume_command()}") from error
         else:
             raise
         stop(state, run, "failed", advice)
@@ -102,7 +105,7 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
 
 
 def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
-    """Trains and evaluates, epoch after epoch; returns how it ended: completed or early_stopped."""
+    """Trains and evaluates epoch by epoch; returns the status: completed or early_stopped."""
     config, accelerator = run.config, run.accelerator
     while state.epoch < config.epochs:
         if should_stop_early(state.history, config):
@@ -117,7 +120,7 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
 
 
 def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any]:
-    """Trains from where the state stands to the end of its epoch; returns the epoch's figures over all ranks."""
+    """Trains to the end of the current epoch; returns the epoch's figures over all ranks."""
     config = run.config
     batch_size = batch_size_at(state.epoch, config)
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
@@ -137,7 +140,7 @@ def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any
 
 
 def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
-    """Takes the epoch into the history, tells of it, saves. figures_of: train, val and, with a moving average, val_ema."""
+    """Adds the epoch to the history, logs it and saves a checkpoint. figures_of: train, val and, with ema_decay, val_ema."""
     run.read_clock(state)
     earlier = state.history[-1] if state.history else {"samples": 0, "train_seconds": 0.0}
     state.epoch += 1
@@ -168,7 +171,7 @@ def prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
-    """Leaves only the classifier to train, running statistics included, or lets everything train again."""
+    """Freezes everything but the classifier, BatchNorm's running statistics included, or unfreezes it."""
     heads = classifier_names(model)
     for name, module in model.named_modules():
         if not name.startswith(heads):

@@ -1,4 +1,4 @@
-"""Loss, correct and count: summed on the device, divided once at the end."""
+"""Metrics: sums and counts added up on the device and divided once at the end."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ NUM_BINS = 15  # of calibration, as in arXiv 1706.04599
 
 
 def zero_sums(device: torch.device) -> Tensor:
-    """Sums of loss, correct, correct within five, and samples; float64 [4] (float32 where the device has no float64)."""
+    """Sums of loss, top-1 correct, top-5 correct, and samples; float64 [4] (float32 on devices without float64)."""
     return torch.zeros(4, dtype=sum_dtype(device), device=device)
 
 
@@ -31,7 +31,7 @@ def add_batch(sums: Tensor, logits: Tensor, labels: Tensor, loss_sum: Tensor) ->
 
 
 def figures(sums: Tensor) -> dict[str, float | int]:
-    """loss, accuracy and top5_accuracy (fractions) over num_samples; zeros for no samples, an epoch of skipped steps only."""
+    """loss, accuracy and top5_accuracy (fractions) over num_samples; zeros without samples (every step was skipped)."""
     loss, correct, top5, num_samples = sums.tolist()
     count = num_samples or 1
     return {
@@ -44,26 +44,26 @@ def figures(sums: Tensor) -> dict[str, float | int]:
 
 @torch.no_grad()
 def add_confusion(confusion: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Adds a batch to the confusion matrix in place; int64 [num_classes, num_classes], true class by predicted class."""
+    """Adds a batch in place to the confusion matrix, int64 [num_classes, num_classes], true class by predicted class."""
     num_classes = confusion.shape[0]
     cells = labels * num_classes + logits.argmax(dim=1)
     confusion += torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def per_class_accuracy(confusion: Tensor) -> list[float | None]:
-    """The fraction of each class's samples that were classified right; None for a class without samples."""
+    """The fraction of each class's samples that were classified correctly; None for a class without samples."""
     totals = confusion.sum(dim=1).tolist()
     return [right / total if total else None for right, total in zip(confusion.diagonal().tolist(), totals)]
 
 
 def zero_calibration(device: torch.device) -> Tensor:
-    """For each bin of confidence its samples, those of them that are right, and their confidences added up; [3, NUM_BINS]."""
+    """Per confidence bin the number of samples, of correct ones, and the sum of confidences; [3, NUM_BINS]."""
     return torch.zeros(3, NUM_BINS, dtype=sum_dtype(device), device=device)
 
 
 @torch.no_grad()
 def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Adds a batch to the bins in place. The confidence is the largest probability; bin m holds those in (m/15, (m+1)/15]."""
+    """Adds a batch to the bins in place. Confidence is the largest probability; bin m counts those in (m/15, (m+1)/15]."""
     confidence, predicted = logits.to(bins.dtype).softmax(dim=1).max(dim=1)
     places = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
     bins.index_add_(
@@ -74,7 +74,7 @@ def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor) -> None:
 def calibration_error(bins: Tensor) -> float:
     """The expected calibration error (ECE) over 15 bins of equal width, https://arxiv.org/abs/1706.04599, equation 3.
 
-    The mean over the samples of |accuracy - mean confidence| of a sample's bin: a fraction, 0 for no samples.
+    The mean of |accuracy - mean confidence| over the bins, weighted by their samples: a fraction, 0 without samples.
     """
     counts, correct, confidences = bins
     return float((correct - confidences).abs().sum() / counts.sum().clamp(min=1))

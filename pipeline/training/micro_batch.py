@@ -1,4 +1,4 @@
-"""How many images fit into a device's memory at once, found by trying."""
+"""Finds by trial how many images fit into a device's memory at once."""
 
 import dataclasses
 import math
@@ -13,7 +13,8 @@ from pipeline.images.preprocessing import Preprocessing
 from pipeline.settings.batch_size import first_batch_size
 from pipeline.settings.config import Config
 
-MOMENTS = 2  # tensors of an optimizer's state for each parameter, at most
+MOMENTS = 2  # most state tensors per parameter of any optimizer
+MEMORY_SETTINGS = "--gradient_checkpointing true and --mixed_precision bf16"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,9 +29,9 @@ def most_images(config: Config, num_processes: int) -> int:
 def passes_fit(
     model: nn.Module, images_shape: tuple[int, int, int, int], reserve: int, accelerator: Accelerator
 ) -> bool:
-    """Whether a forward and a backward pass over that many images fit beside `reserve` bytes that are still to be taken.
+    """Whether a forward and a backward pass over a batch of this shape fit besides `reserve` bytes that are needed later.
 
-    images_shape: [B, C, S, S]. Weights and buffers are left as they were, gradients are dropped.
+    images_shape: [B, C, S, S]. Weights and buffers are unchanged afterwards; gradients are dropped.
     """
     device = accelerator.device
     before = [buffer.clone() for buffer in model.buffers()]
@@ -56,7 +57,7 @@ def passes_fit(
 def largest_micro_batch(
     model: nn.Module, preprocessing: Preprocessing, most: int, reserve: int, accelerator: Accelerator
 ) -> int:
-    """`most` images, halved until their passes fit; 0 when not even one image's do. Of this process alone."""
+    """`most`, halved until a batch of that many images fits; 0 if a single image does not. For this process only."""
     size, side = most, preprocessing.image_size
     while not passes_fit(model, (size, preprocessing.channels, side, side), reserve, accelerator):
         if size == 1:
@@ -68,10 +69,10 @@ def largest_micro_batch(
 def with_micro_batch_size(
     config: Config, model: nn.Module, preprocessing: Preprocessing, accelerator: Accelerator
 ) -> Config:
-    """The settings with micro_batch_size auto filled in: the largest that fits every process. Every rank calls it.
+    """The settings with micro_batch_size auto replaced by the largest that fits on every process. Every rank must call it.
 
-    Room is left for what comes later: the optimizer's state, SAM's copy of the weights, DDP's buckets. Raises ValueError
-    when one image is too much.
+    Reserves memory for what is allocated later: the optimizer's state, SAM's copy of the weights, DDP's buckets. Raises
+    ValueError if a single image does not fit.
     """
     if config.micro_batch_size != "auto":
         return config
@@ -84,7 +85,7 @@ def with_micro_batch_size(
     if size == 0:
         raise ValueError(
             f"Model {config.model_name} does not fit into the memory of {accelerator.device} with a single image. "
-            "Use a smaller model or image_size, --gradient_checkpointing true, or --mixed_precision bf16."
+            f"Use a smaller model or image_size; {MEMORY_SETTINGS} also save memory."
         )
     return dataclasses.replace(config, micro_batch_size=None if size == most else size)
 
@@ -95,19 +96,22 @@ def out_of_memory_advice(
     preprocessing: Preprocessing,
     config: Config,
     accelerator: Accelerator,
+    new_run: str,
 ) -> str:
-    """What to do after training ran out of memory, with a micro_batch_size that would fit."""
+    """What to do after training ran out of memory, with the micro_batch_size that fits, which may change in a resumed run.
+
+    new_run: how to start a new run, for the settings that may not change, as Run.new_run returns it.
+    """
     used = most_images(config, accelerator.num_processes)
     used = min(config.images_at_once or used, used)
     first_line = str(error).strip().splitlines()[0]
     model.zero_grad(set_to_none=True)
     if synchronizes_in_layers(config, accelerator):
-        what = f"Try --micro_batch_size {math.ceil(used / 2)}"
+        what = f"Resume with --micro_batch_size {math.ceil(used / 2)}"
     elif size := largest_micro_batch(model, preprocessing, math.ceil(used / 2), 0, accelerator):
-        what = f"The passes of {size} images would fit: go on with --micro_batch_size {size}"
+        what = f"{size} images fit: resume with --micro_batch_size {size}"
     else:
-        what = "Not even one image's passes would fit: use a smaller model or image_size"
+        what = "A single image does not fit: start a new run with a smaller model or image_size"
     return (
-        f"Out of memory with {used} images at once ({first_line}). {what}; --gradient_checkpointing true and "
-        "--mixed_precision bf16 save memory too."
+        f"Out of memory with {used} images at once ({first_line}). {what}. {MEMORY_SETTINGS} also save memory: {new_run}."
     )

@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, what it was trained on and how, what it reached, how to load it."""
+"""The model card of a saved model: its data, settings and figures, and how to load it."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from pipeline.common import console
 from pipeline.settings.config import DEFAULTS, FIELDS, Config
 from pipeline.training.build import Parts
 
-# Where a run lay and who watched it is not part of what the model is.
-NOT_TOLD = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}
+# settings of the run's folder and logs, which say nothing about the model
+OMITTED = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}
 
 
 def model_card(config: Config, parts: Parts, summary: dict[str, Any]) -> str:
     """The README.md of a model folder, with the front matter that the Hub reads."""
     data, shape, test = parts.dataset, parts.preprocessing, summary["test"]
-    changed = [name for name in FIELDS if name not in NOT_TOLD and getattr(config, name) != getattr(DEFAULTS, name)]
+    changed = [name for name in FIELDS if name not in OMITTED and getattr(config, name) != getattr(DEFAULTS, name)]
     settings = "\n".join(f"- {name}: {getattr(config, name)}" for name in changed) or "- the defaults"
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     classes = ", ".join(map(str, data.class_names[:100])) + (", ..." if len(data.class_names) > 100 else "")
@@ -35,8 +35,8 @@ An image classifier with {len(data.class_names)} classes and {summary["num_param
 {figures_row("validation", summary["best"])}
 {figures_row("test", test)}
 
-The weights are those of epoch {summary["best"]["epoch"]} of {summary["epochs"]}, the best by validation {config.monitor}; \
-the test split was evaluated once, with them.
+The weights are those of epoch {summary["best"]["epoch"]} of {summary["epochs"]}, the best by validation {config.monitor}. \
+The test split was evaluated once, with these weights.
 
 ## Data
 
@@ -50,9 +50,9 @@ Classes: {classes}.
 
 Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summary["num_processes"]} process(es), with {versions}.
 
-## Using it
+## Usage
 
-With the project that trained it, on images, folders or a list, with the preprocessing above:
+With the project that trained it, for images, folders or a list of files, with the preprocessing above:
 
 ```sh
 python -m pipeline.predict local-dir:PATH_OF_THIS_FOLDER IMAGE...
@@ -62,13 +62,13 @@ With timm alone:
 
 ```python
 import timm
-import pipeline  # of the project that trained it; only for simple_mlp, small_convnet* and names that end in _small_stem
+import pipeline  # of the project that trained it; required for simple_mlp, small_convnet* and *_small_stem only
 
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-config.json carries the label names (`label_names`) and the preprocessing (`pretrained_cfg`).
+config.json contains the label names (`label_names`) and the preprocessing (`pretrained_cfg`).
 """
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run, as a person reads it before it starts and --dry_run prints it."""
+"""The plan of a run, printed before it starts and by --dry_run."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ FIRST_CLASSES, LAST_CLASSES = 8, 3  # that the plan names
 
 
 def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
-    """Sizes, model, optimizer groups, device, precision and folder; with dry_run every epoch's batch and learning rate too."""
+    """Dataset, model, optimizer, batch, device and folder; with dry_run also the parameter groups and a line per epoch."""
     data, shape = parts.dataset, parts.preprocessing
     facts = system_facts(accelerator)
     sizes = ", ".join(
@@ -65,7 +65,7 @@ def classes_text(data: ImageDataset) -> str:
 
 
 def loader_text(parts: Parts) -> str:
-    """The kind of the training loader and, when decoded images stay on the device, the memory that they take there."""
+    """The kind of the training loader and, if decoded images stay on the device, the memory that they need there."""
     resident = sum(
         loader.resident_bytes for loader in {id(loader): loader for loader in parts.loaders.values()}.values()
     )
@@ -78,7 +78,7 @@ def architecture(model: Any) -> str:
 
 
 def groups_text(parts: Parts) -> str:
-    """The optimizer's groups: how many tensors and numbers, with which learning-rate factor and weight decay."""
+    """A line per parameter group: number of tensors and parameters, learning-rate factor, weight decay."""
     lines = [f"{'parameter group':<24} {'tensors':>8} {'parameters':>12} {'lr factor':>10} {'weight decay':>13}"]
     for group in parts.optimizer.param_groups:
         numel = sum(parameter.numel() for parameter in group["params"])
@@ -89,10 +89,11 @@ def groups_text(parts: Parts) -> str:
 
 
 def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
-    """A line for each epoch: batch size, steps, learning rate of its first and last step as far as they are known now, and
-    the micro-batches of a step on the process that has most of them.
+    """A line per epoch: batch size, steps, learning rates of the first and last step, and micro-batches per step.
+
+    The learning rates ignore plateaus, which are not known in advance. The micro-batches are those of the process with most.
     """
-    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'lr at its start':>16} {'and end':>10} {'micro-batches':>14}"]
+    lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'first lr':>16} {'last lr':>10} {'micro-batches':>14}"]
     for epoch in range(config.epochs):
         batch_size = batch_size_at(epoch, config)
         steps = steps_per_epoch(num_samples, batch_size, config.drop_last)
@@ -101,5 +102,5 @@ def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
         passes = -(-most // (config.images_at_once or most))
         lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g} {passes:>14}")
     if config.scheduler == "plateau":
-        lines.append("(a plateau of the monitored value lowers the rate further)")
+        lines.append("(each plateau of the monitored value lowers the learning rate further)")
     return "\n".join(lines)

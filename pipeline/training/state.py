@@ -1,4 +1,4 @@
-"""TrainState: where a run stands, and its way into a checkpoint and back."""
+"""TrainState: the state of a run, saved to and loaded from checkpoints."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,17 @@ from pipeline.optim.schedule import History
 from pipeline.run_folder.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
 
 COUNTED = ("epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds")
-TOLD = ("history", "logged", "last_loss")
+RECORDED = ("history", "logged", "last_loss")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: exactly what a checkpoint holds, besides the fp16 scaler that Accelerate keeps.
+    """The state of a run: what a checkpoint contains, except for the fp16 scaler, which Accelerate holds.
 
-    model, optimizer: as Accelerate prepared them; ema: the moving average of the weights, if there is one. sums: this rank's
-    metrics.zero_sums of the epoch under way. epoch: finished ones; batch: finished ones of the epoch under way; step, samples
-    and skipped_steps (by fp16's scaler): over the whole run. logged: what of the sums, over all ranks, training lines have
-    told already; last_loss: the loss they told last.
+    model, optimizer: as Accelerate prepared them. ema: the moving average of the weights, or None. sums: this rank's
+    metrics.zero_sums of the current epoch. epoch: finished epochs; batch: finished batches of the current epoch. step, samples,
+    skipped_steps (by the fp16 scaler): counts over the whole run. logged: the part of the sums, over all ranks, that has been
+    logged; last_loss: the last logged loss. seconds, train_seconds: over the whole run.
     """
 
     model: nn.Module
@@ -47,16 +47,16 @@ class TrainState:
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without the DDP around it. Accelerate's unwrap_model looks for another package on the disk first."""
+        """The model without its DDP wrapper. Accelerate's unwrap_model looks for other packages on the disk at each call."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def place(self, epoch: int) -> dict[str, Any]:
-        """What every line of metrics.jsonl tells besides its split; epoch: the one it is about, from 1."""
+        """The keys that every line of metrics.jsonl has besides its split. epoch: the epoch of the line, counted from 1."""
         return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
 
 
 def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
-    """Makes BatchNorm's running statistics the mean over all ranks. Every rank calls it, before evaluating and saving."""
+    """Averages BatchNorm's running statistics over all ranks. Every rank must call it, before evaluating and saving."""
     if accelerator.num_processes > 1:
         averaged = [] if state.ema is None else list(state.ema.module.buffers())
         for buffer in [*state.bare_model.buffers(), *averaged]:
@@ -65,13 +65,13 @@ def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
 
 
 def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """The tensors by file and the facts that save_checkpoint writes. Every rank calls it."""
+    """The tensors by file and the facts that save_checkpoint writes. Every rank must call it."""
     average_buffers(state, accelerator)
     model = state.bare_model
     tensors = {"model": model.state_dict(), "optimizer": state_tensors(state.optimizer.optimizer, model)}
     if state.ema is not None:
         tensors["ema"] = state.ema.module.state_dict()
-    facts = {name: getattr(state, name) for name in (*COUNTED, *TOLD)}
+    facts = {name: getattr(state, name) for name in (*COUNTED, *RECORDED)}
     if accelerator.scaler is not None:
         facts["scaler"] = accelerator.scaler.state_dict()
     tensors = {name: gathered(part, keep=accelerator.is_main_process) for name, part in tensors.items()}
@@ -79,15 +79,15 @@ def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str
 
 
 def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """Puts the state where the checkpoint stands, and returns the checkpoint's facts. Raises BadCheckpoint.
+    """Loads a checkpoint into the state and returns the checkpoint's facts. Every rank must call it.
 
-    Every rank calls it; nothing is changed before everything was read and found to fit.
+    Raises BadCheckpoint if a file is missing or does not fit; weights and counters are unchanged then.
     """
     facts = read_facts(folder)
     model = state.bare_model
     weights, moments = read_tensors(folder, "model"), read_tensors(folder, "optimizer")
     try:
-        values = {name: facts[name] for name in (*COUNTED, *TOLD)}
+        values = {name: facts[name] for name in (*COUNTED, *RECORDED)}
         sums = torch.tensor(facts["sums"] if accelerator.is_main_process else [0.0] * 4, dtype=torch.float64)
         check_shapes(model, weights)
         average = read_tensors(folder, "ema") if state.ema is not None else None

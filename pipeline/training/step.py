@@ -1,4 +1,4 @@
-"""One step: an optimizer update on one global batch, however it is split into ranks' shares and micro-batches."""
+"""A training step: one optimizer update on one global batch, which ranks and micro-batches only split."""
 
 import contextlib
 import math
@@ -28,8 +28,8 @@ DROPOUT = 4  # purpose in the addresses of randomness
 class Share:
     """A rank's share of a global batch.
 
-    images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch; epochs: the
-    part of an epoch that they are.
+    images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch; epochs: count
+    over the samples of an epoch.
     """
 
     images: Tensor
@@ -39,9 +39,10 @@ class Share:
 
 
 def train_step(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> Tensor | None:
-    """One optimizer update on one global batch; all of it, or under fp16 nothing but a smaller loss scale.
+    """Makes one optimizer update on one global batch. The fp16 scaler may skip it, which changes only the
+    loss scale and the counters.
 
-    Returns the gradient's L2 norm before clipping, float []; None when clip_grad_norm is null.
+    Returns the gradient's L2 norm before clipping, float []; None if clip_grad_norm is null.
     """
     model, norm = state.bare_model, None
     before = None if accelerator.scaler is None else fp16_memory(state, model)
@@ -55,7 +56,7 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
         sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
         norm = whole(accelerator.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
-    # Accelerate's wrapper looks for packages on the disk in every step; it is the one that knows the scaler
+    # Accelerate's wrapper handles the fp16 scaler; without one it only looks for packages on the disk, in every step
     optimizer = state.optimizer.optimizer if accelerator.scaler is None else state.optimizer
     optimizer.step()
     optimizer.zero_grad()
@@ -72,19 +73,19 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
 def accumulate_gradient(
     state: TrainState, share: Share, config: Config, accelerator: Accelerator, sync: bool, sums: Tensor | None
 ) -> Tensor:
-    """Adds the gradient of the global batch's mean loss, micro-batch by micro-batch; returns this rank's loss sum, float [].
+    """Accumulates the gradient of the global batch's mean loss over micro-batches; returns this rank's loss sum, float [].
 
-    sync: whether the gradient is averaged over ranks; sums: the metrics to add to.
+    sync: whether to average the gradient over ranks. sums: metrics that the batch is added to, or None.
     """
     seed_generators(accelerator.device, address(config.seed, DROPOUT, state.step, accelerator.process_index))
-    weight = accelerator.num_processes / share.count  # makes DDP's mean over ranks the mean over the batch's samples
+    weight = accelerator.num_processes / share.count  # turns DDP's mean over ranks into the mean over the batch's samples
     total = torch.zeros((), device=share.images.device)
     parts = micro_batches(share, config, accelerator)
     for number, (images, labels) in enumerate(parts, 1):
         with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
             loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
-            # checkpointed layers run again in the backward pass, and would count the batch's statistics twice
+            # checkpointed layers run again in the backward pass and would update BatchNorm's statistics twice
             with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
                 accelerator.backward(loss_sum * weight)
         if sums is not None:
@@ -94,10 +95,10 @@ def accumulate_gradient(
 
 
 def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
-    """The share's images and labels in parts of at most micro_batch_size.
+    """The share's images and labels, split into parts of at most micro_batch_size.
 
-    With sync_batchnorm or a sharded model the ranks meet in every layer, and each has as many parts as the largest share:
-    the others are empty, or where statistics do not count them, one sample whose label is IGNORED.
+    With sync_batchnorm or a sharded model the ranks communicate in every layer, so each rank returns as many parts as the
+    largest share has. The added parts are empty with sync_batchnorm; otherwise they are one sample with the label IGNORED.
     """
     size = config.images_at_once or len(share.images)
     parts = list(zip(share.images.split(size), share.labels.split(size)))
@@ -113,10 +114,10 @@ def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> lis
 
 
 def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:
-    """Puts the gradient at SAM's perturbed weights in place of that at the weights.
+    """Replaces the gradient at the weights by the gradient at SAM's perturbed weights.
 
-    Under fp16 an overflow of a rank's first gradient makes its perturbed weights NaN (inf times a radius of 0), and so the
-    second gradient of all ranks: the scaler skips the step on each of them, and no rank has to wait to find out.
+    Under fp16 an overflow in one rank's first gradient makes its perturbed weights NaN (inf times a radius of 0), and
+    therefore the second gradient of all ranks. So the scaler skips the step on every rank without another exchange.
     """
     model = state.bare_model
     norm = sharpness_norm(model, config.sam_adaptive)
@@ -126,7 +127,7 @@ def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerato
 
 @contextlib.contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """On the way out the model's buffers are what they were on the way in."""
+    """Restores the model's buffers on exit."""
     before = [buffer.clone() for buffer in model.buffers()]
     yield
     for buffer, earlier in zip(model.buffers(), before):
@@ -134,12 +135,12 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def fp16_memory(state: TrainState, model: nn.Module) -> list[Tensor]:
-    """Copies of what a forward pass changes: the epoch's sums and the model's buffers."""
+    """Copies of the tensors that a forward pass changes: the epoch's sums and the model's buffers."""
     return [tensor.clone() for tensor in (state.sums, *model.buffers())]
 
 
 def restore(state: TrainState, model: nn.Module, before: list[Tensor]) -> None:
-    """Makes a skipped step one that never was; it is only counted."""
+    """Undoes the side effects of a skipped step and counts it. before: from fp16_memory."""
     for tensor, earlier in zip((state.sums, *model.buffers()), before):
         tensor.copy_(earlier)
     state.skipped_steps += 1
@@ -154,16 +155,16 @@ def loss_sum_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tenso
 
 
 def hard_labels(labels: Tensor) -> Tensor:
-    """The larger part of each mixed label; int64 [B]."""
+    """The class with the largest share of each label; int64 [B], IGNORED for a label of zeros."""
     if labels.ndim == 1:
         return labels
     return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, IGNORED)
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
-    """Seeds the generators that a model on the device draws from: the CPU's and the device's own.
+    """Seeds the generators that a model on the device uses: the CPU's and the device's own.
 
-    torch.manual_seed asks every backend in turn, and each that is not in use keeps a trace of its caller: 0.2 to 0.5 ms.
+    torch.manual_seed seeds every backend, and records a stack trace for each that is not initialised: 0.2 to 0.5 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Tracking: metrics.jsonl always; Weights & Biases, TensorBoard and the rest through Accelerate's trackers."""
+"""Tracking: metrics.jsonl always; Weights & Biases, TensorBoard and others through Accelerate's trackers."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import Config
 
-WANDB_START_SECONDS = 30  # how long an unreachable W&B may hold up the start
+WANDB_START_SECONDS = 30  # how long the start waits for an unreachable W&B
 
 
 def tracker_names(config: Config) -> list[str]:
-    """The trackers that log_with asks for, and wandb under `wandb agent`.
+    """The trackers of log_with, and wandb under `wandb agent`.
 
-    Raises ValueError for a name that Accelerate does not know or whose package is not installed.
+    Raises ValueError for an unknown name or a tracker whose package is not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -38,10 +38,10 @@ def tracker_names(config: Config) -> list[str]:
 
 
 class Tracker:
-    """A run's metrics.jsonl and its outside trackers. Made and called on rank 0 only.
+    """A run's metrics.jsonl and its external trackers. Created and called on rank 0 only.
 
-    num_bytes: how much of metrics.jsonl belongs to the state that the run goes on from; the rest is cut off.
-    run_ids: the outside trackers' ids of the run that goes on; empty for a new one.
+    num_bytes: size of metrics.jsonl at the checkpoint that the run resumes from; the rest of the file is cut off.
+    run_ids: the external trackers' ids of the resumed run; empty for a new one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Tracker:
     ):
         self.run_ids = dict(run_ids or {})
         self.lines = LineFile(metrics_path(config.run_dir), num_bytes)
-        self.outside: dict[str, Any] = {}
+        self.external: dict[str, Any] = {}
         for name in tracker_names(config):
             self.attempt(name, "start", lambda: self.start(name, config, facts))
 
@@ -61,7 +61,7 @@ class Tracker:
         if name == "wandb":
             tracker = kind(config.project, **self.wandb_options(config))
         else:
-            # outside W&B a setting is a number, a text or a truth value
+            # trackers other than W&B accept numbers, strings and booleans only
             settings = {
                 key: value if isinstance(value, (int, float, str, bool)) else str(value)
                 for key, value in settings.items()
@@ -69,10 +69,10 @@ class Tracker:
             folder = {"logging_dir": str(config.run_dir)} if kind.requires_logging_directory else {}
             tracker = kind(name if folder else config.project, **folder)
         tracker.start()
-        if name == "wandb":  # a sweep has set its own already and locked them
+        if name == "wandb":  # a sweep has set and locked its own already
             settings = {key: value for key, value in settings.items() if key not in tracker.run.config}
         tracker.store_init_configuration(settings)
-        self.outside[name] = tracker
+        self.external[name] = tracker
         if name == "wandb":
             self.run_ids["wandb"] = tracker.run.id
 
@@ -85,30 +85,30 @@ class Tracker:
         return {**options, "settings": wandb.Settings(init_timeout=WANDB_START_SECONDS)}
 
     def attempt(self, name: str, verb: str, action: Callable[[], Any]) -> None:
-        """Does something with an outside tracker; when it fails, the tracker is let go with a warning and training goes on."""
+        """Calls action; if it fails, warns and disables the external tracker `name`, and training continues."""
         try:
             action()
-        except Exception as error:  # an outside service may raise anything, and none of it is worth a run
-            self.outside.pop(name, None)
+        except Exception as error:  # an external service may raise anything, and must not end a run
+            self.external.pop(name, None)
             warnings.warn(
-                f"{name} could not {verb} and is left out from here on; metrics.jsonl has everything. {error}",
+                f"{name} could not {verb} and is disabled for the rest of the run; metrics.jsonl has everything. {error}",
                 stacklevel=2,
             )
 
     def log(self, split: str, place: dict[str, Any], values: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl, and its numbers to the outside trackers under the names split/key.
+        """Appends a line to metrics.jsonl and logs its numbers to the external trackers as split/key.
 
         place: epoch, step, samples and seconds.
         """
         self.lines.append(json.dumps({"split": split, **place, **values}))
-        prefix = f"{split}_epoch" if values.get("event") == "epoch" else split  # an epoch's mean is not a step's loss
-        numbers = {outside_name(prefix, key): value for key, value in values.items() if isinstance(value, (int, float))}
+        prefix = f"{split}_epoch" if values.get("event") == "epoch" else split  # keeps an epoch's mean apart from a step's loss
+        numbers = {external_name(prefix, key): value for key, value in values.items() if isinstance(value, (int, float))}
         numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
-        for name, tracker in list(self.outside.items()):
+        for name, tracker in list(self.external.items()):
             self.attempt(name, "log", lambda: tracker.log(numbers, step=place["step"]))
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Ends the outside trackers; W&B gets the final figures, where it can sort runs by them."""
+        """Ends the external trackers. W&B gets the final figures in its run summary, where it can sort runs by them."""
         self.lines.close()
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
         for part in ("best", "test"):
@@ -117,15 +117,15 @@ class Tracker:
                 for key, value in (summary.get(part) or {}).items()
                 if isinstance(value, (int, float))
             }
-        for name, tracker in list(self.outside.items()):
+        for name, tracker in list(self.external.items()):
             end = partial(end_wandb, tracker.run, summary, figures) if name == "wandb" else tracker.finish
             self.attempt(name, "finish", end)
 
 
 def end_wandb(run: Any, summary: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Ends a W&B run: as failed when it failed, to be queued again when a batch system takes the machine back.
+    """Ends a W&B run: as failed if it failed, and as preempted, which queues it again, after SIGUSR1 of a batch system.
 
-    One that was stopped otherwise, by a sweep's early termination for example, has finished: a search counts what it reached.
+    A run stopped otherwise, for example by a sweep's early termination, is finished: the search uses its figures.
     """
     preempted = summary.get("reason") == "SIGUSR1"
     run.summary.update(figures)
@@ -134,6 +134,6 @@ def end_wandb(run: Any, summary: dict[str, Any], figures: dict[str, Any]) -> Non
     run.finish(exit_code=1 if preempted or summary["status"] == "failed" else 0)
 
 
-def outside_name(split: str, key: str) -> str:
-    """split/key, but scaler/scale and scaler/skipped_steps for what is of the fp16 scaler and of no split."""
+def external_name(split: str, key: str) -> str:
+    """split/key; scaler/scale and scaler/skipped_steps for the figures of the fp16 scaler, which belong to no split."""
     return {"scaler_scale": "scaler/scale", "skipped_steps": "scaler/skipped_steps"}.get(key, f"{split}/{key}")

@@ -192,7 +192,7 @@ def test_a_killed_process_is_restarted_and_ends_as_if_nothing_had_been(forked, t
     done = run_process(*launcher, __file__, str(tmp_path), fresh=True, PYTHONPATH=PYTHONPATH, timeout=400)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "restarted-0.txt").read_text()
-    assert "Going on from" in said and "step 6." in said
+    assert "Resuming from" in said and "step 6." in said
     assert_same_end(tmp_path / "restarted", forked / "whole")
 
 

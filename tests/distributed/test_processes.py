@@ -235,9 +235,9 @@ def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
     assert process.returncode == 128 + signal_number, err
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("interrupted", signal.Signals(signal_number).name)
-    (line,) = [line for line in out.splitlines() if "To go on: python " in line]
+    (line,) = [line for line in out.splitlines() if "To resume: python " in line]
     assert f"Saved at step {summary['steps']}." in line
-    return shlex.split(line.partition("To go on: python ")[2])
+    return shlex.split(line.partition("To resume: python ")[2])
 
 
 LONG_RUN = {"epochs": 30, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
@@ -252,7 +252,7 @@ def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
     assert interrupt(stopped, signal.SIGTERM, *arguments) == arguments
     assert interrupt(stopped, signal.SIGUSR1, *arguments) == arguments
     ended = run_process(*arguments)
-    assert ended.returncode == 0 and "Going on from" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and "Resuming from" in ended.stdout, ended.stderr
     out, err = whole.communicate(timeout=60)
     assert whole.returncode == 0, err
     assert_identical(stopped, tmp_path / "whole")

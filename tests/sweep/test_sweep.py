@@ -404,7 +404,7 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
-    assert "Going on from" in (folder / "logs" / "trial-0001.log").read_text()
+    assert "Resuming from" in (folder / "logs" / "trial-0001.log").read_text()
     whole = tmp_path / "whole"
     assert run_process("train.py", *flags(epochs=40, run_name="whole", output_dir=tmp_path)).returncode == 0
     assert_identical(folder / "trial-0001", whole)

@@ -69,7 +69,7 @@ def test_train_py_takes_what_the_agent_writes_and_goes_on_when_its_trial_is_queu
 
     with wandb_server(decide) as server:
         said = sweep_with(server, tmp_path)
-    assert stops and "Going on from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
+    assert stops and "Resuming from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
     config = from_yaml(run_dir / "config.yaml")
     assert ODD["batch_size_schedule"] == {"1": 32}  # JSON has no other keys
     for name, value in {**settings, "batch_size_schedule": {1: 32}}.items():

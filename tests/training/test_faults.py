@@ -79,7 +79,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_saved_is_gone_o
     run_training, whole, capsys, tmp_path, room_afterwards
 ):
     with at_steps({4: fill_disk}), pytest.raises(
-        TrainingFailed, match="Make room there first. To go on: python train.py"
+        TrainingFailed, match="Make room there first. To resume: python train.py"
     ):
         run_training(**EVERY_STEP)
     make_room()
@@ -149,7 +149,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         ["unshare", "-rm", "sh", "-c", full], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert "No space left on device" in ended.stderr and "To go on: python train.py --config" in ended.stderr
+    assert "No space left on device" in ended.stderr and "To resume: python train.py --config" in ended.stderr
 
 
 def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_same(run_training, tmp_path):
@@ -160,7 +160,8 @@ def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_sam
     settings = {**EVERY_STEP, "loader": "workers", "num_workers": 2, "epochs": 3}
     _, whole = run_training(run_name="whole", **settings)
     others = {child.pid for child in multiprocessing.active_children()}  # workers of runs that nobody has collected yet
-    with at_steps({7: kill_a_worker}), pytest.raises(TrainingFailed, match="worker process .* was killed.*num_workers"):
+    message = "worker process .* was killed.*num_workers.*To resume: "
+    with at_steps({7: kill_a_worker}), pytest.raises(TrainingFailed, match=message):
         run_training(**settings)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "worker process" in summary["reason"]

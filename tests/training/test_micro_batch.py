@@ -46,7 +46,8 @@ def test_running_out_of_memory_ends_with_the_micro_batch_that_fits_and_the_run_g
 ):
     _, whole = run_training(run_name="whole", batch_size_schedule={1: 24}, micro_batch_size=6)
     small_memory(16)
-    with pytest.raises(TrainingFailed, match=r"with 24 images at once \(CUDA out .*GiB.\). .*--micro_batch_size 12; "):
+    message = r"with 24 images at once \(CUDA out .*GiB.\). .*resume with --micro_batch_size 12\. .*new run"
+    with pytest.raises(TrainingFailed, match=message):
         run_training(batch_size_schedule={1: 24})
     _, run_dir = run_training(batch_size_schedule={1: 24}, micro_batch_size=12)
     assert_close_figures(run_dir, whole, rel=1e-5)
