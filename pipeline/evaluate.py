@@ -1,8 +1,8 @@
-"""`python -m pipeline.evaluate RUN|MODEL`: what a saved model reaches on its own test split or on another set.
+"""`python -m pipeline.evaluate RUN|MODEL`: evaluates a saved model on the test split of its run or on another dataset.
 
-Loss, top-1 and top-5 accuracy, accuracy by class, the confusion matrix, images per second, and the expected calibration
-error over 15 bins of equal width (arXiv 1706.04599). `--tta flip` averages the probabilities of each image and its mirror
-image.
+Reports loss, top-1 and top-5 accuracy, accuracy by class, the confusion matrix, images per second, and the expected
+calibration error over 15 bins of equal width (arXiv 1706.04599). `--tta flip` averages the probabilities of each image and
+its mirror image.
 """
 
 import json
@@ -14,30 +14,30 @@ from typing import Any
 from pipeline.common import console
 from pipeline.settings.command_line import CommandParser, at_least, exit_status, one_of
 
-MOST_CLASSES_SHOWN = 20  # of the confusion matrix; of more, the pairs that are most often confused
+MOST_CLASSES_SHOWN = 20  # in the confusion matrix; with more classes the most confused pairs are shown
 MOST_PAIRS_SHOWN = 10
 
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.evaluate", description=__doc__)
-    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model's name")
-    parser.add_argument("--dataset", help="as train.py's; without it a run's own set, with its splits and settings")
+    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model name")
+    parser.add_argument("--dataset", help="dataset as in train.py; default: the run's dataset with its splits")
     parser.add_argument("--split", type=one_of("train", "val", "test"), default="test", help="train, val or test")
-    parser.add_argument("--label_column", help="of --dataset, as train.py's")
-    parser.add_argument("--hub_config", help="of --dataset, as train.py's")
-    text = "none or flip: the mean of the probabilities of an image and its mirror image"
+    parser.add_argument("--label_column", help="for --dataset, as in train.py")
+    parser.add_argument("--hub_config", help="for --dataset, as in train.py")
+    text = "test-time augmentation: none, or flip (mean probabilities of each image and its mirror image)"
     parser.add_argument("--tta", type=one_of("none", "flip"), default="none", help=text)
-    parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; else those of the run, or 64")
-    parser.add_argument("--num_workers", type=at_least(0), help="decoding processes per process; else by the cores")
-    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; default: as in the run, else 64")
+    parser.add_argument("--num_workers", type=at_least(0), help="decoding processes per process; default: by cores")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="auto, cpu, cuda or mps")
     precisions = one_of("no", "fp16", "bf16")
-    parser.add_argument("--mixed_precision", type=precisions, help="no, fp16 or bf16; else what the run was tested in")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--mixed_precision", type=precisions, help="no, fp16 or bf16; default: as in the run's test")
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
     return parser
 
 
 def report(result: dict[str, Any]) -> str:
-    """The figures as a person reads them."""
+    """The figures as text for the terminal."""
     margin = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / result["num_samples"])
     rows = [
         ("model", result["model"]),
@@ -56,10 +56,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 def confusion_table(names: list[str], result: dict[str, Any]) -> str:
-    """A line for each true class: its accuracy, then how often it was taken for each class, by number."""
+    """A line per true class: its accuracy, then how often each class was predicted, by class number."""
     label = max(len(f"{number} {name}") for number, name in enumerate(names))
     cell = max(len(str(count)) for row in result["confusion_matrix"] for count in (*row, len(names)))
-    lines = [f"{'true class':<{label}} {'accuracy':>9}  taken for class"]
+    lines = [f"{'true class':<{label}} {'accuracy':>9}  predicted class"]
     lines.append(f"{'':<{label}} {'':>9}  {' '.join(f'{number:>{cell}}' for number in range(len(names)))}")
     for number, (name, row) in enumerate(zip(names, result["confusion_matrix"])):
         accuracy = console.percent(result["per_class_accuracy"][name])
@@ -68,25 +68,25 @@ def confusion_table(names: list[str], result: dict[str, Any]) -> str:
 
 
 def confused_pairs(names: list[str], result: dict[str, Any]) -> str:
-    """The classes that were recognised least often, and the pairs that were most often confused."""
+    """The classes of the lowest accuracy and the pairs of classes that were confused most often."""
     known = {name: value for name, value in result["per_class_accuracy"].items() if value is not None}
     worst = sorted(known, key=lambda name: known[name])[:MOST_PAIRS_SHOWN]
     matrix = result["confusion_matrix"]
     pairs = [
-        (count, true, taken)
+        (count, true, predicted)
         for true, row in enumerate(matrix)
-        for taken, count in enumerate(row)
-        if count and true != taken
+        for predicted, count in enumerate(row)
+        if count and true != predicted
     ]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS_SHOWN]
     lines = ["lowest accuracy by class", *(f"{console.percent(known[name]):>9}  {name}" for name in worst)]
     lines += ["", "most often confused"]
-    lines += [f"{count:>9}  {names[true]} taken for {names[taken]}" for count, true, taken in pairs]
+    lines += [f"{count:>9}  {names[true]} predicted as {names[predicted]}" for count, true, predicted in pairs]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates and prints; returns the exit status: 0 done, 1 an image that cannot be read, 2 wrong input."""
+    """Evaluates and prints; returns the exit status: 0 completed, 1 an image that cannot be read, 2 invalid input."""
     args = make_parser().read(argv)
 
     def run() -> int:

@@ -1,7 +1,7 @@
-"""`python -m pipeline.export RUN`: a run's model as a timm folder, ONNX, TorchScript or torch.export, checked and described.
+"""`python -m pipeline.export RUN`: exports a run's model as a timm folder, ONNX, TorchScript or torch.export, and checks it.
 
-The exported model must give the model's own logits on real images, in batches of one and of many, or the export fails
-and leaves nothing. preprocessing.json beside it says how to prepare an image and what the outputs mean.
+The logits of the exported model must equal the model's on real images, in batches of one and of many; otherwise the export
+fails and writes nothing. preprocessing.json describes how to prepare an image and what the outputs mean.
 """
 
 import argparse
@@ -17,24 +17,24 @@ FORMAT_NAMES = ("timm", "onnx", "torchscript", "torch_export")
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.export", description=__doc__)
-    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model's name")
+    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model name")
     text = "timm, onnx, torchscript or torch_export"
     parser.add_argument("--format", type=one_of(*FORMAT_NAMES), default="timm", help=text)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to make; else RUN/export/FORMAT")
-    text = "images, folders or quoted patterns to check on; else those of the run's test split"
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; default: RUN/export/FORMAT")
+    text = "images, folders or quoted patterns for the check; default: images of the run's test split"
     parser.add_argument("--images", metavar="PATH", nargs="+", default=[], help=text)
     text = "upload the timm folder to the Hugging Face Hub, with the token of HF_TOKEN"
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help=text)
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: make a private repository")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: create a private repository")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports, checks, describes and uploads. Raises ValueError before anything is made, CommandFailed after."""
+    """Exports, checks and uploads. Raises ValueError for invalid input, CommandFailed if the export or the upload fails."""
     if args.push_to_hub is not None and args.format != "timm":
-        raise ValueError(f"--push_to_hub uploads the timm folder, not --format {args.format}. Leave --format out.")
+        raise ValueError(f"--push_to_hub uploads the timm folder, not --format {args.format}. Remove --format.")
     if args.private and args.push_to_hub is None:
-        raise ValueError("--private goes with --push_to_hub.")
+        raise ValueError("--private requires --push_to_hub.")
     from pipeline.inference.export_formats import (
         check_exportable,
         check_packages,
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output
     if output is None:
         if saved.run_dir is None:
-            raise ValueError(f"{args.model} is no run. Say with --output where the export goes.")
+            raise ValueError(f"{args.model} is not a run. Pass the folder to write with --output.")
         output = saved.run_dir / "export" / args.format
     check_replaceable(output)
     facts = export(saved, args.format, images_for_check(saved, args.images), output)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exports; returns the exit status: 0 done, 1 an export that failed its check or an upload, 2 wrong input."""
+    """Exports; returns the exit status: 0 completed, 1 the export or the upload failed, 2 invalid input."""
     args = make_parser().read(argv)
     return exit_status(lambda: run(args))
 

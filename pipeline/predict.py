@@ -1,4 +1,4 @@
-"""`python -m pipeline.predict RUN|MODEL PATH...`: what a saved model sees in images, with its own preprocessing."""
+"""`python -m pipeline.predict RUN|MODEL PATH...`: predicts the classes of images with a saved model and its preprocessing."""
 
 import argparse
 import contextlib
@@ -15,16 +15,16 @@ from pipeline.common.files import written_aside
 from pipeline.settings.command_line import CommandParser, at_least, check_output, exit_status, one_of
 
 if TYPE_CHECKING:
-    from pipeline.inference.prediction import Answer
+    from pipeline.inference.prediction import Prediction
 
-LONGEST_NAME = 32  # in a table; ImageNet's go up to 131 letters
+LONGEST_NAME = 32  # in a table; ImageNet's names have up to 131 letters
 
 # a label, its class number and its probability; the most probable first
 Ranked = list[tuple[str, int, float]]
 
 
 def json_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
-    """An object a line: image, label and probability of the best class, and top, a list of label, class, probability."""
+    """One JSON object per line: image, label and probability of the best class, and top, a list of the top_k classes."""
 
     def line(path: str, ranked: Ranked) -> str:
         top = [{"label": name, "class": number, "probability": value} for name, number, value in ranked]
@@ -35,7 +35,7 @@ def json_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[
 
 
 def csv_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
-    """A header, then image, label_1, probability_1, label_2 and so on."""
+    """A header, then one line per image: image, label_1, probability_1, label_2 and so on."""
 
     def line(path: str, ranked: Ranked) -> str:
         return csv_row([path, *(cell for name, _, value in ranked for cell in (name, f"{value:.6f}"))])
@@ -51,7 +51,7 @@ def csv_row(cells: Sequence[str]) -> str:
 
 
 def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
-    """A line per image: its path, then labels, cut where they are long, and probabilities in columns."""
+    """One line per image: its path, then columns of labels, shortened if long, and probabilities."""
     path_width, name_width = (max((len(text) for text in texts), default=0) for texts in (paths, names))
     name_width = min(name_width, LONGEST_NAME)
 
@@ -68,20 +68,20 @@ FORMATS = {"table": table_lines, "jsonl": json_lines, "csv": csv_lines}
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.predict", description=__doc__)
-    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model's name")
-    text = "image, folder (with all below it), quoted pattern, or - for a list of files on standard input"
+    parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model name")
+    text = "image, folder (all images below it), quoted pattern, or - for a list of files on standard input"
     parser.add_argument("paths", metavar="PATH", nargs="+", help=text)
-    parser.add_argument("--top_k", type=at_least(1), default=3, metavar="K", help="most probable classes to tell")
+    parser.add_argument("--top_k", type=at_least(1), default=3, metavar="K", help="number of most probable classes to report")
     parser.add_argument("--format", type=one_of(*FORMATS), default="table", help="table, jsonl or csv")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of standard output")
     parser.add_argument("--batch_size", type=at_least(1), default=64, metavar="N", help="images at once")
-    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="where to run")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="auto, cpu, cuda or mps")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predicts and writes; 1 if a file was bad, else 0. Raises ValueError when there is no image or no such model."""
-    from pipeline.inference import prediction  # after the arguments: --help costs no import of torch
+    """Predicts and writes; returns 1 if a file could not be read, else 0. Raises ValueError without images or model."""
+    from pipeline.inference import prediction  # imported after parsing, so that --help does not import torch
     from pipeline.inference.saved_model import load_saved_model
 
     check_output(args.output)
@@ -92,22 +92,22 @@ def run(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
     if not paths:
-        raise ValueError("There is no image to look at. Give images, folders, patterns, or - and a list.")
+        raise ValueError("No image was found. Pass images, folders, quoted patterns, or - and a list on standard input.")
     saved = load_saved_model(args.model)
     header, line = FORMATS[args.format](paths, saved.shown_names, args.top_k)
-    answers = prediction.predict(saved, paths, top_k=args.top_k, batch_size=args.batch_size, device=device)
+    predictions = prediction.predict(saved, paths, top_k=args.top_k, batch_size=args.batch_size, device=device)
     num_bad = len(problems)
     with output_file(args.output) as out:
         out.write(header)
-        # results that scroll by on the terminal show progress enough
+        # on a terminal the printed results show the progress
         shown = args.output is not None or not sys.stdout.isatty()
         with console.progress_bar(len(paths), 0, "predicting", shown, unit="image") as bar:
-            for answer in answers:
-                num_bad += write(answer, out, line, saved.shown_names, bar)
+            for predicted in predictions:
+                num_bad += write(predicted, out, line, saved.shown_names, bar)
         out.flush()
     if num_bad:
         done = len(paths) + len(problems) - num_bad
-        print(f"{done:,} images done, {num_bad:,} could not be read.", file=sys.stderr)
+        print(f"{done:,} images predicted, {num_bad:,} could not be read.", file=sys.stderr)
     return 1 if num_bad else 0
 
 
@@ -121,18 +121,19 @@ def output_file(path: Path | None) -> Iterator[TextIO]:
             yield file
 
 
-def write(answer: "Answer", out: TextIO, line: Callable[[str, Ranked], str], names: Sequence[str], bar: Any) -> int:
-    """Writes an answer, or tells on standard error what was wrong; 1 then, else 0."""
+def write(predicted: "Prediction", out: TextIO, line: Callable[[str, Ranked], str], names: Sequence[str], bar: Any) -> int:
+    """Writes a prediction and returns 0, or reports its problem on standard error and returns 1."""
     bar.update()
-    if answer.problem is not None:
-        bar.write(f"error: {answer.problem}", file=sys.stderr)
+    if predicted.problem is not None:
+        bar.write(f"error: {predicted.problem}", file=sys.stderr)
         return 1
-    out.write(line(answer.path, [(names[k], k, value) for k, value in zip(answer.classes, answer.probabilities)]))
+    ranked = [(names[k], k, value) for k, value in zip(predicted.classes, predicted.probabilities)]
+    out.write(line(predicted.path, ranked))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predicts; returns the exit status: 0 done, 1 done but for files that could not be read, 2 wrong input."""
+    """Predicts; returns the exit status: 0 completed, 1 some files could not be read, 2 invalid input."""
     args = make_parser().read(argv)
     return exit_status(lambda: run(args))
 

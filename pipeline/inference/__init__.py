@@ -1,1 +1,1 @@
-"""What a trained model does: evaluate, predict, export, upload, show its mistakes. It imports training and below."""
+"""Uses of a trained model: evaluation, prediction, export, upload, its mistakes. Imports training/ and lower rooms."""

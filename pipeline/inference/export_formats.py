@@ -1,4 +1,4 @@
-"""A saved model in other formats, each compared with the model itself on real images before it is called done."""
+"""Exports a saved model to other formats and compares the logits of the export with the model's on real images."""
 
 import dataclasses
 import importlib.util
@@ -23,15 +23,15 @@ from pipeline.settings.command_line import CommandFailed
 
 PREPROCESSING_FILE = "preprocessing.json"
 NUM_CHECK_IMAGES = 32
-LARGEST_ONNX_FILE = 2**31 - 2**20  # protobuf's limit; a larger model's weights go into a file of their own
+LARGEST_ONNX_FILE = 2**31 - 2**20  # protobuf's limit; the weights of a larger model are written to a separate file
 
 Item = TypeVar("Item")
 Logits = Callable[[Tensor], Tensor]
 
 
 def write_timm(saved: SavedModel, images: Tensor, folder: Path) -> None:
-    """Copies config.json, model.safetensors and the model card."""
-    assert saved.folder is not None, "check_exportable has been called"
+    """Writes copies of config.json, model.safetensors and the model card."""
+    assert saved.folder is not None, "check_exportable refuses a model without a folder"
     for name in (CONFIG_FILE, WEIGHTS_FILE, README_FILE):
         if (saved.folder / name).is_file():
             shutil.copyfile(saved.folder / name, folder / name)
@@ -42,7 +42,7 @@ def read_timm(folder: Path) -> Logits:
 
 
 def write_onnx(saved: SavedModel, images: Tensor, folder: Path) -> None:
-    """model.onnx with input `images`, output `logits` and a batch of any size."""
+    """Writes model.onnx with input `images`, output `logits` and a dynamic batch size."""
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved.model.state_dict().values())
     torch.onnx.export(
         saved.model,
@@ -65,7 +65,7 @@ def read_onnx(folder: Path) -> Logits:
 
 
 def write_torchscript(saved: SavedModel, images: Tensor, folder: Path) -> None:
-    """model.pt, traced; torch.jit.load reads it, in C++ too."""
+    """Writes model.pt by tracing; torch.jit.load reads it, in Python and C++."""
     torch.jit.trace(saved.model, (images,), check_trace=False).save(folder / "model.pt")
 
 
@@ -74,7 +74,7 @@ def read_torchscript(folder: Path) -> Logits:
 
 
 def write_torch_export(saved: SavedModel, images: Tensor, folder: Path) -> None:
-    """model.pt2 with a batch of any size; torch.export.load reads it."""
+    """Writes model.pt2 with a dynamic batch size; torch.export.load reads it."""
     program = torch.export.export(saved.model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.export.save(program, folder / "model.pt2")
 
@@ -85,9 +85,9 @@ def read_torch_export(folder: Path) -> Logits:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a format is written and read back, the packages it needs, and how far its logits may be from the model's.
+    """How to write and read a format, the packages it needs, and the tolerance of its logits.
 
-    tolerance is relative: the largest difference between two logits, over the larger of 1 and the largest absolute logit.
+    tolerance: the largest allowed value of relative_difference.
     """
 
     write: Callable[[SavedModel, Tensor, Path], None]
@@ -105,13 +105,13 @@ FORMATS = {
 
 
 def check_exportable(saved: SavedModel, name: str) -> None:
-    """Raises ValueError for a published model as a timm folder, which has nothing to copy."""
+    """Raises ValueError for the timm format of a published model, which has no folder to copy."""
     if name == "timm" and saved.folder is None:
-        raise ValueError(f"{saved.source} is a published model: timm has it already. Take another --format, or a run.")
+        raise ValueError(f"{saved.source} is a published model, which timm provides. Choose another --format, or a run.")
 
 
 def check_packages(name: str) -> None:
-    """Raises ValueError when a package is missing that the format needs."""
+    """Raises ValueError if a package that the format needs is not installed."""
     missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         needed = " ".join(FORMATS[name].packages)
@@ -119,9 +119,9 @@ def check_packages(name: str) -> None:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raises ValueError unless the folder is missing, empty or an earlier export."""
+    """Raises ValueError unless the folder does not exist, is empty or is an earlier export."""
     if output.exists() and not (output / PREPROCESSING_FILE).is_file() and not is_empty_folder(output):
-        raise ValueError(f"{output} exists and is no earlier export. Choose another --output.")
+        raise ValueError(f"{output} exists and is not an earlier export. Choose another --output.")
 
 
 def is_empty_folder(path: Path) -> bool:
@@ -129,16 +129,16 @@ def is_empty_folder(path: Path) -> bool:
 
 
 def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
-    """Model input of at most 32 real images [B, C, S, S]: of these places, else evenly from the run's test split.
+    """Model input of at most 32 real images [B, C, S, S]: of `places` if given, else evenly spaced in the run's test split.
 
-    Raises ValueError where there are none, or one cannot be read.
+    Raises ValueError if there is no image, or one cannot be read.
     """
     if places:
         paths, problems, _ = find_images(places)
         read = [read_file(path, saved.preprocessing) for path in spread(paths)]
         problems += [image for image in read if isinstance(image, str)]
         if problems or not read:
-            raise ValueError(f"--images: {problems[0] if problems else 'there is no image.'}")
+            raise ValueError(f"--images: {problems[0] if problems else 'no image was found.'}")
         images = [image for image in read if isinstance(image, Tensor)]
     elif saved.config is not None:
         config = dataclasses.replace(saved.config, mixed_precision="no", loader="auto")
@@ -146,25 +146,25 @@ def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
         try:
             images = [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]
         except BadImage as error:
-            raise ValueError(f"A test image cannot be read: {error} Name others with --images.") from error
+            raise ValueError(f"A test image cannot be read: {error} Pass other images with --images.") from error
     else:
         raise ValueError(
-            f"{saved.source} is no run, so it has no test images to be checked on. Name some with --images."
+            f"{saved.source} is not a run and has no test images for the check. Pass some with --images."
         )
     return to_input(images, saved.preprocessing, torch.device("cpu"))
 
 
 def spread(items: Sequence[Item]) -> list[Item]:
-    """At most 32 of the items, evenly from the first to the last."""
+    """At most 32 of the items, evenly spaced from the first to the last."""
     rows = np.linspace(0, len(items) - 1, min(len(items), NUM_CHECK_IMAGES)).round().astype(int)
     return [items[row] for row in rows]
 
 
 def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[str, Any]:
-    """Writes the folder and returns the content of its preprocessing.json, which tells what the check found.
+    """Writes the folder and returns the content of its preprocessing.json, which includes the result of the check.
 
     images: model input [B, C, S, S] to check on. The folder is written aside, checked, and renamed; an earlier export
-    is replaced. Raises CommandFailed when the format cannot be made or its logits are not the model's; nothing is left then.
+    is replaced. Raises CommandFailed if the conversion fails or the logits differ; then nothing is written.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with folder_written_aside(output) as aside:
@@ -183,22 +183,22 @@ def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[s
 def convert(saved: SavedModel, name: str, images: Tensor, folder: Path) -> float:
     """Writes the format's files and returns the largest relative difference of their logits from the model's."""
     kind = FORMATS[name]
-    example = images[:2] if len(images) > 1 else torch.cat([images, images])  # a batch of one would be taken for fixed
+    example = images[:2] if len(images) > 1 else torch.cat([images, images])  # torch.export treats a batch size of 1 as fixed
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own about tracing; what counts is the check
+            warnings.simplefilter("ignore")  # torch's warnings about tracing; the check below decides
             kind.write(saved, example, folder)
             exported = kind.read(folder)
             difference = max(relative_difference(saved.model, exported, batch) for batch in (images, images[:1]))
-    except Exception as error:  # the converters raise whatever they please
+    except Exception as error:  # the converters raise exceptions of any type
         cause = str(error).strip().splitlines() or [""]
         raise CommandFailed(
-            f"{saved.source} cannot be made into {name} ({type(error).__name__}: {cause[0]}). Nothing was left."
+            f"{saved.source} cannot be exported to {name} ({type(error).__name__}: {cause[0]}). Nothing was written."
         ) from error
-    if not difference <= kind.tolerance:  # NaN is no match either
+    if not difference <= kind.tolerance:  # also true for NaN
         raise CommandFailed(
             f"{name}: the exported model's logits differ from the model's by {difference:.3g}, above the tolerance of "
-            f"{kind.tolerance:g}, on {len(images)} images. Nothing was left."
+            f"{kind.tolerance:g}, on {len(images)} images. Nothing was written."
         )
     return difference
 
@@ -210,7 +210,7 @@ def relative_difference(model: nn.Module, exported: Logits, images: Tensor) -> f
 
 
 def describe(saved: SavedModel, name: str) -> dict[str, Any]:
-    """What a program needs besides the weights: how to prepare an image, and what the outputs mean."""
+    """The content of preprocessing.json: how to prepare an image and what the outputs mean."""
     shape = saved.preprocessing
     return {
         "format": name,

@@ -1,4 +1,4 @@
-"""A timm folder goes to the Hugging Face Hub."""
+"""Uploads a timm folder to the Hugging Face Hub."""
 
 import os
 import re
@@ -10,21 +10,21 @@ from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE
 from pipeline.settings.command_line import CommandFailed
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-THIS_FOLDER = "local-dir:PATH_OF_THIS_FOLDER"  # as the model card says it
+THIS_FOLDER = "local-dir:PATH_OF_THIS_FOLDER"  # placeholder in the model card
 
 
 def check_can_push(repo: str) -> None:
-    """Raises ValueError, before anything is made, for a name that is none or without a token."""
+    """Raises ValueError for an invalid repository name or a missing token."""
     if not REPO.fullmatch(repo):
         raise ValueError(f"--push_to_hub {repo!r} must be OWNER/NAME.")
     if not os.environ.get("HF_TOKEN"):
-        raise ValueError("--push_to_hub needs a token that may write: set the environment variable HF_TOKEN.")
+        raise ValueError("--push_to_hub requires a token with write access: set the environment variable HF_TOKEN.")
 
 
 def push_to_hub(folder: Path, repo: str, private: bool) -> str:
-    """Makes the repository if there is none, uploads the folder's three files in one commit, returns the commit's address.
+    """Creates the repository if it does not exist, uploads the folder's files in one commit and returns the commit's URL.
 
-    The token is that of HF_TOKEN and goes nowhere but to the Hub (HF_ENDPOINT). Raises CommandFailed.
+    The token of HF_TOKEN is sent to the Hub (HF_ENDPOINT) only. Raises CommandFailed if the upload fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -45,6 +45,6 @@ def push_to_hub(folder: Path, repo: str, private: bool) -> str:
         except (OSError, RuntimeError, ValueError) as error:
             raise CommandFailed(
                 f"Could not upload to {repo!r} on {api.endpoint}: {' '.join(str(error).split())} "
-                f"The checked folder is in {folder}."
+                f"The exported folder is {folder}."
             ) from error
     return str(commit.commit_url)

@@ -1,4 +1,4 @@
-"""A run's most confident mistakes on its test split: the saved model predicts it again, and the pictures are kept."""
+"""A run's most confident mistakes on its test split, with their pictures, from a new prediction by the saved model."""
 
 import dataclasses
 import io
@@ -18,12 +18,12 @@ from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
 from pipeline.settings.parser import from_yaml
 from pipeline.training.build import choose_image_size, make_preprocessing
 
-SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report, in pixels
+SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report: bounds of its longer side in pixels
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was classified wrong; confidence: the probability that the model gave to the predicted class."""
+    """A misclassified test image. confidence: probability of the predicted class; true_probability: of the true class."""
 
     where: str
     true: str
@@ -34,18 +34,18 @@ class Mistake:
 
 
 def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake], int]:
-    """The mistakes with the highest confidence, the highest first, and how many mistakes there are.
+    """The `how_many` mistakes of the highest confidence, in decreasing order, and the number of all mistakes.
 
-    The model of model/ is evaluated in fp32 on the dataset that config.yaml names. Raises ValueError where one of them is
-    missing or they do not belong together.
+    Evaluates the model of model/ in fp32 on the dataset of config.yaml. Raises ValueError if one of the two is missing or
+    their classes differ.
     """
-    # neither the run's precision nor its compiler: the machine of the report may have neither
+    # the machine of the report may not support the run's precision or compilation
     config = dataclasses.replace(from_yaml(run_dir / "config.yaml"), mixed_precision="no", compile=False)
     accelerator = make_accelerator(config)
     dataset = load_data(config, accelerator)
     model = load_model(run_dir / "model").to(accelerator.device).eval()
     if read_config(run_dir / "model" / CONFIG_FILE).get("label_names") != dataset.class_names:
-        raise ValueError(f"{run_dir / 'model'} has other classes than dataset {config.dataset} has now.")
+        raise ValueError(f"The classes of {run_dir / 'model'} differ from those of dataset {config.dataset}.")
     preprocessing = make_preprocessing(config, dataset, choose_image_size(config, dataset), model)
     loader = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
     probabilities = predict(model, loader)
@@ -69,12 +69,12 @@ def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake]
 
 @torch.inference_mode()
 def predict(model: Any, loader: AnyLoader) -> torch.Tensor:
-    """The probabilities of all images in order; float [N, num_classes] on the CPU."""
+    """The class probabilities of all images in order; float [N, num_classes] on the CPU."""
     return torch.cat([model(images).float().softmax(dim=1).cpu() for images, _ in loader.eval_epoch()])
 
 
 def picture(split: Split, row: int, channels: int) -> bytes:
-    """The image as it is in the set, as a PNG: small ones enlarged by whole factors, large ones reduced."""
+    """The image of the dataset as PNG bytes; small ones are enlarged by an integer factor, large ones reduced."""
     from PIL import Image
 
     image = decode_image(split.encoded(row), channels)

@@ -1,4 +1,4 @@
-"""Images anywhere on the disk become input exactly as in evaluation, and a saved model's answers."""
+"""Predicts image files with a saved model, preprocessed exactly as in evaluation."""
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +20,8 @@ from pipeline.inference.saved_model import SavedModel
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says of an image: the most probable classes first. problem: why there are none, else None."""
+class Prediction:
+    """The most probable classes of an image, in decreasing order. problem: why the image could not be read, or None."""
 
     path: str
     classes: tuple[int, ...] = ()
@@ -30,10 +30,10 @@ class Answer:
 
 
 def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list[str], list[str], list[str]]:
-    """The paths of images in the order of the places, a sentence for each place without images, and notes on other files.
+    """The paths of images in the order of the places, a message for each place without images, and notes on other files.
 
     A place is a file, a folder (all images below it, sorted by name), a pattern such as photos/**/*.jpg, or `-` for the
-    lines of `listed`, each a file or a folder.
+    lines of `listed`, each of which is a file or a folder.
     """
     found: list[str] = []
     problems: list[str] = []
@@ -48,7 +48,7 @@ def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list
                 continue
             found += images
             if not images:
-                problems.append(f"{line}: {what_is_missing(line)}")
+                problems.append(f"{line}: {why_no_images(line)}")
     return found, problems, left_out.notes()
 
 
@@ -66,19 +66,19 @@ def images_at(place: str, is_pattern: bool, left_out: LeftOut) -> list[str]:
     return [match for match in matches if Path(match).is_file() and is_image(match, left_out)]
 
 
-def what_is_missing(place: str) -> str:
+def why_no_images(place: str) -> str:
     if Path(place).expanduser().is_dir():
         return "no image below this folder."
     return "no image matches this pattern." if glob.has_magic(place) else "no such file or folder."
 
 
 def read_image(encoded: bytes, preprocessing: Preprocessing) -> Tensor:
-    """The image as it travels to the device, uint8 [C, S, S], as the loaders of training read it. Raises BadImage."""
+    """The image as the loaders of training read it, uint8 [C, S, S]. Raises BadImage."""
     return fit_for_eval(decode_pixels(encoded, preprocessing.channels), preprocessing)
 
 
 def read_file(path: str, preprocessing: Preprocessing) -> Tensor | str:
-    """As read_image, or a sentence that says what is wrong with the file."""
+    """The result of read_image, or a message if the file cannot be read."""
     try:
         return read_image(Path(path).read_bytes(), preprocessing)
     except OSError as error:
@@ -95,8 +95,8 @@ def to_input(images: Sequence[Tensor], preprocessing: Preprocessing, device: tor
 
 def predict(
     saved: SavedModel, paths: Sequence[str], *, top_k: int, batch_size: int, device: torch.device
-) -> Iterator[Answer]:
-    """An answer for each path, in order. While the model is at a batch, threads read and decode the next one."""
+) -> Iterator[Prediction]:
+    """Yields a prediction for each path, in order. Threads read and decode the next batch while the model runs."""
     model = saved.model.to(device)
     with ThreadPoolExecutor(usable_cores()) as pool:
 
@@ -108,18 +108,18 @@ def predict(
         for batch, following in pairwise(batches):
             read = [future.result() for future in reading]
             reading = start(following)
-            yield from answers_of(model, batch, read, saved.preprocessing, top_k, device)
+            yield from predict_batch(model, batch, read, saved.preprocessing, top_k, device)
 
 
-def answers_of(
+def predict_batch(
     model: nn.Module,
     paths: Sequence[str],
     read: Sequence[Tensor | str],
     preprocessing: Preprocessing,
     top_k: int,
     device: torch.device,
-) -> list[Answer]:
-    """An answer for each path. read: for each its uint8 image, or what is wrong with it."""
+) -> list[Prediction]:
+    """A prediction for each path. read: the results of read_file for the paths."""
     images = [image for image in read if isinstance(image, Tensor)]
     best: Iterator[tuple[tuple[int, ...], tuple[float, ...]]] = iter(())
     if images:
@@ -127,21 +127,21 @@ def answers_of(
         values, classes = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
         best = zip(map(tuple, classes.tolist()), map(tuple, values.tolist()))
     return [
-        Answer(path, problem=image) if isinstance(image, str) else Answer(path, *next(best))
+        Prediction(path, problem=image) if isinstance(image, str) else Prediction(path, *next(best))
         for path, image in zip(paths, read)
     ]
 
 
 @torch.inference_mode()
 def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
-    """float32 [B, num_classes]; images: model input [B, C, S, S]."""
+    """The class probabilities, float32 [B, num_classes]; images: model input [B, C, S, S]."""
     return model(images).float().softmax(dim=1)
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of that kind; auto is a GPU where there is one. Raises ValueError where there is none of the kind."""
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the GPU if there is one, else the CPU. Raises ValueError if it is not available."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device("cpu") if accelerator is None or wanted == "cpu" else accelerator
-    if wanted not in ("auto", device.type):
-        raise ValueError(f"No device {wanted} was found, but {device.type}. Use --device auto or cpu.")
+    device = torch.device("cpu") if accelerator is None or name == "cpu" else accelerator
+    if name not in ("auto", device.type):
+        raise ValueError(f"No device {name} is available, only {device.type}. Use --device auto or cpu.")
     return device

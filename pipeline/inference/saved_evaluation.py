@@ -1,4 +1,4 @@
-"""A saved model's figures on a split: its own run's, or another set's with the classes matched by name."""
+"""Evaluates a saved model on a split of its run's dataset, or of another dataset with classes matched by name."""
 
 import argparse
 import dataclasses
@@ -22,13 +22,14 @@ from pipeline.settings.config import Config
 from pipeline.training.evaluation import evaluate
 from pipeline.training.metrics import calibration_error, per_class_accuracy, zero_calibration
 
-DEFAULT_BATCH_SIZE = 64  # of models that come without a run
+DEFAULT_BATCH_SIZE = 64  # for models without a run
 
 
-class Answers(nn.Module):
-    """A model's logits in the order of a set's classes; with flip, those of the mean probabilities of both images.
+class EvaluatedModel(nn.Module):
+    """A model with its logits in the order of a dataset's classes.
 
-    order: for each class of the set, the model's class, int64 [num_classes]; None leaves the order as it is.
+    order: the model's class for each class of the dataset, int64 [num_classes]; None keeps the order. flip: average the
+    probabilities of each image and its mirror image.
     """
 
     def __init__(self, model: nn.Module, order: Tensor | None, flip: bool) -> None:
@@ -44,9 +45,9 @@ class Answers(nn.Module):
 
 
 def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures of `python -m pipeline.evaluate` on the first rank, None on others; every rank calls it.
+    """The figures of `python -m pipeline.evaluate` on rank 0, None on other ranks. Every rank must call it.
 
-    Raises ValueError for what does not fit together, CommandFailed for an image that cannot be read.
+    Raises ValueError if model, dataset and options do not fit together, CommandFailed for an image that cannot be read.
     """
     if args.dataset is not None:
         check_dataset_name(args.dataset)
@@ -59,19 +60,19 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
             console.warn(note)
     order = class_order(saved, dataset, shown=accelerator.is_main_process)
     preprocessing = saved.preprocessing
-    if args.dataset is None:  # folders of earlier versions do not say it
+    if args.dataset is None:  # folders of earlier versions lack source_size
         preprocessing = dataclasses.replace(preprocessing, source_size=dataset.image_size)
     config = with_channels_last(config, saved.model, accelerator)
     model = fit_to_machine(saved.model, config, accelerator)
-    answers = Answers(model, order if order is None else order.to(accelerator.device), args.tta == "flip")
+    evaluated = EvaluatedModel(model, order if order is None else order.to(accelerator.device), args.tta == "flip")
     split = getattr(dataset, args.split)
     calibration = zero_calibration(accelerator.device)
     try:
         loader = make_loader(config, split, dataset, preprocessing, accelerator, training=False)
-        with accelerator.local_main_process_first():  # as in training: the others find what it decoded
+        with accelerator.local_main_process_first():  # as in training: the other ranks read its cache
             loader.load()
         start = perf_counter()
-        figures, confusion = evaluate(answers, loader, accelerator, calibration)
+        figures, confusion = evaluate(evaluated, loader, accelerator, calibration)
         seconds = perf_counter() - start
     except BadImage as error:
         raise CommandFailed(str(error)) from error
@@ -91,16 +92,16 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def settings_of(saved: SavedModel, args: argparse.Namespace) -> Config:
-    """The run's settings, or the defaults, with what the command line says about data and speed.
+    """The settings of the run, or the defaults, with the data and speed options of the command line.
 
-    Raises ValueError when there is no dataset, or options that only another one can have.
+    Raises ValueError if there is no dataset, or for an option that requires --dataset.
     """
     if args.dataset is None and saved.config is None:
-        raise ValueError(f"{args.model} is no run, so it has no dataset of its own. Name one with --dataset.")
+        raise ValueError(f"{args.model} is not a run and has no dataset. Pass one with --dataset.")
     of_set = {name: getattr(args, name) for name in ("label_column", "hub_config")}
     given = [name for name, value in of_set.items() if value is not None]
     if args.dataset is None and given:
-        raise ValueError(f"--{given[0]} goes with --dataset; without it the run's own set is evaluated as it was.")
+        raise ValueError(f"--{given[0]} requires --dataset; without it the run's dataset is evaluated with the run's settings.")
     config = saved.config or Config(micro_batch_size=DEFAULT_BATCH_SIZE)
     changes: dict[str, Any] = {"gradient_checkpointing": False, "log_with": None}
     changes["mixed_precision"] = args.mixed_precision or precision_of(saved.run_dir) or config.mixed_precision
@@ -115,22 +116,22 @@ def settings_of(saved: SavedModel, args: argparse.Namespace) -> Config:
 
 
 def precision_of(run_dir: Path | None) -> str | None:
-    """The precision that a run was tested in, whoever chose it; None where no run says."""
+    """The precision of the run's test, from its summary.json; None if there is none."""
     path = None if run_dir is None else run_dir / "summary.json"
     return json.loads(path.read_text()).get("mixed_precision") if path is not None and path.is_file() else None
 
 
 def class_order(saved: SavedModel, dataset: ImageDataset, shown: bool) -> Tensor | None:
-    """For each class of the set the number of the model's class of that name, int64 [num_classes]; None: as they are.
+    """For each class of the dataset the model's class of the same name, int64 [num_classes]; None if the order is the same.
 
-    Names are the model's label names or their descriptions. Where neither are the set's, classes are matched by number,
-    which is warned about if `shown`. Raises ValueError when the numbers of classes differ.
+    Compares the dataset's class names with the model's label names, then with their descriptions. If neither match, classes
+    are matched by number, with a warning if `shown`. Raises ValueError if the numbers of classes differ.
     """
     theirs = dataset.class_names
     if saved.num_classes != len(theirs):
         raise ValueError(
-            f"{saved.source} tells {saved.num_classes} classes apart and {dataset.name} has {len(theirs)} "
-            f"({', '.join(theirs[:5])}{', ...' if len(theirs) > 5 else ''}). Take a set or a model with the same classes."
+            f"{saved.source} predicts {saved.num_classes} classes, but {dataset.name} has {len(theirs)} "
+            f"({', '.join(theirs[:5])}{', ...' if len(theirs) > 5 else ''}). Choose a dataset or a model with the same classes."
         )
     for ours in (saved.label_names or [], saved.shown_names):
         if ours == theirs:
@@ -141,7 +142,7 @@ def class_order(saved: SavedModel, dataset: ImageDataset, shown: bool) -> Tensor
         pairs = zip(saved.shown_names, theirs)
         number, (name, other) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
         console.warn(
-            f"The classes of {saved.source} and {dataset.name} have other names (class {number} is {name!r} and "
-            f"{other!r}): they are matched by number."
+            f"The class names of {saved.source} and {dataset.name} differ (class {number} is {name!r} and {other!r}). "
+            "Classes are matched by number."
         )
     return None

@@ -1,4 +1,4 @@
-"""A run, a timm folder, a Hub id or a timm name becomes a model with its preprocessing and its label names."""
+"""Loads a saved model with its preprocessing and label names, from a run, a timm folder, the Hub or timm."""
 
 import dataclasses
 import json
@@ -22,10 +22,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A trained model and what belongs to it.
+    """A trained model with its metadata.
 
-    source: as it was asked for; model: in evaluation mode, on the CPU; label_names: one for each class, None where nobody
-    says; descriptions: words for label names that are codes, such as ImageNet's; folder: the timm folder, None for a
+    source: as the user gave it; model: in evaluation mode, on the CPU; label_names: one per class, None if unknown;
+    descriptions: readable names of label names that are codes, such as ImageNet's; folder: the timm folder, None for a
     published model; config and run_dir: those of a run, None for any other model.
     """
 
@@ -44,7 +44,7 @@ class SavedModel:
 
     @property
     def shown_names(self) -> list[str]:
-        """What a person reads for each class: its description, else its label name, else its number."""
+        """The name to print for each class: its description, else its label name, else its number."""
         names = self.label_names or [str(number) for number in range(self.num_classes)]
         return [self.descriptions.get(name, name) for name in names]
 
@@ -52,7 +52,7 @@ class SavedModel:
 def load_saved_model(source: str) -> SavedModel:
     """The model of a run's folder, a timm folder (`local-dir:PATH` too), a Hub id (`hf-hub:` or not) or a timm name.
 
-    Raises ValueError for what is none of these, cannot be had or is broken.
+    Raises ValueError if the source is none of these, cannot be downloaded or is damaged.
     """
     path = Path(source.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
@@ -74,31 +74,31 @@ def load_saved_model(source: str) -> SavedModel:
 
 
 def check_is_no_path(source: str) -> None:
-    """Raises ValueError for what looks like a folder that is not there, with the names beside it that are close."""
+    """Raises ValueError, with similar names of that folder, for a source that looks like a path that does not exist."""
     path = Path(source.removeprefix("local-dir:")).expanduser()
     beside_folders = "/" in source and path.parent.is_dir()
     if source.startswith((".", "/", "~", "local-dir:")) or source.endswith("/") or beside_folders or path.exists():
         close = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ValueError(
             f"No folder {source!r}.{did_you_mean(path.name, close)} "
-            "Give a run (runs/NAME), a timm folder, a Hub id (owner/name) or a timm model's name."
+            "Pass a run (runs/NAME), a timm folder, a Hub id (owner/name) or a timm model name."
         )
 
 
 def model_folder(path: Path) -> Path:
-    """The timm folder of a run, or the folder itself when it is one. Raises ValueError where there is none."""
+    """The timm folder of a run, or `path` if it is a timm folder. Raises ValueError if it is neither."""
     for folder in (path / "model", path):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if (path / "config.yaml").is_file():
         raise ValueError(
-            f"{path} is a run without a model: it has not ended. Go on: python train.py --config {path / 'config.yaml'}"
+            f"{path} is a run without a model: it has not ended. Resume it: python train.py --config {path / 'config.yaml'}"
         )
     raise ValueError(f"{path} is neither a run (with model/{CONFIG_FILE}) nor a timm folder (with {CONFIG_FILE}).")
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The config.json of a Hub model, from the cache that loading it filled; empty for a timm name."""
+    """The config.json of a Hub model, from the cache that loading it has filled; empty for a timm name."""
     if not name.startswith("hf-hub:"):
         return {}
     from huggingface_hub import hf_hub_download
@@ -109,14 +109,14 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> SavedModel:
-    """The model with its preprocessing and names. Raises ValueError for preprocessing or names that we cannot follow."""
+    """The model with its preprocessing and names. Raises ValueError for unsupported preprocessing or wrong names."""
     settings = input_settings(model)
     channels, height, width = settings.input_size
     if height != width:
         raise ValueError(f"{source!r} takes images of {height} x {width} pixels; only square input is supported.")
     crop_mode = vars(model)["pretrained_cfg"].get("crop_mode") or "center"
     if crop_mode != "center":
-        console.warn(f"{source} was made with timm's crop_mode {crop_mode}; images are cut to their centre instead.")
+        console.warn(f"{source} uses timm's crop_mode {crop_mode}, which is not supported; images are center-cropped instead.")
     preprocessing = Preprocessing(
         image_size=height,
         channels=channels,
@@ -130,10 +130,10 @@ def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> Save
 
 
 def names_of(source: str, model: nn.Module) -> tuple[list[str] | None, dict[str, str]]:
-    """The label names by class, and words for those that have some; of an ImageNet model timm knows both."""
+    """The label names by class and the descriptions by label name; timm provides both for ImageNet models."""
     pretrained_cfg, num_classes = vars(model)["pretrained_cfg"], vars(model)["num_classes"]
     names, descriptions = pretrained_cfg.get("label_names"), pretrained_cfg.get("label_descriptions")
-    if isinstance(names, dict):  # by class number; numbers may be left out
+    if isinstance(names, dict):  # by class number; some may be missing
         names = [names.get(str(number), str(number)) for number in range(num_classes)]
     if names and len(names) != num_classes:
         raise ValueError(

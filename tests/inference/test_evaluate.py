@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline import evaluate
-from pipeline.inference.saved_evaluation import Answers
+from pipeline.inference.saved_evaluation import EvaluatedModel
 from pipeline.inference.saved_model import load_saved_model
 
 
@@ -40,9 +40,9 @@ def evaluated(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def figures(told):
+def figures(printed):
     keys = ("loss", "accuracy", "top5_accuracy", "num_samples", "per_class_accuracy", "confusion_matrix")
-    return {key: told[key] for key in keys}
+    return {key: printed[key] for key in keys}
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,20 @@ def figures(told):
 )
 def test_a_runs_own_test_figures_come_out_to_the_last_digit(finished_run, capsys, settings):
     summary, run_dir = finished_run(**settings)
-    told = evaluated(capsys, run_dir)
-    assert figures(told) == figures(summary["test"])
-    assert (told["dataset"], told["split"], told["mixed_precision"]) == ("digits", "test", summary["mixed_precision"])
-    assert 0 < told["expected_calibration_error"] < 1 and told["images_per_second"] > 0
+    printed = evaluated(capsys, run_dir)
+    assert figures(printed) == figures(summary["test"])
+    assert (printed["dataset"], printed["split"], printed["mixed_precision"]) == ("digits", "test", summary["mixed_precision"])
+    assert 0 < printed["expected_calibration_error"] < 1 and printed["images_per_second"] > 0
 
 
-def test_the_precision_is_what_the_launcher_said_then(run_training, capsys, monkeypatch):
+def test_the_precision_is_that_of_the_runs_launcher(run_training, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     summary, run_dir = run_training()
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    told = evaluated(capsys, run_dir)
-    assert told["mixed_precision"] == "bf16" and figures(told) == figures(summary["test"])
-    told = evaluated(capsys, run_dir, "--mixed_precision", "no")
-    assert told["mixed_precision"] == "no" and told["loss"] != summary["test"]["loss"]
+    printed = evaluated(capsys, run_dir)
+    assert printed["mixed_precision"] == "bf16" and figures(printed) == figures(summary["test"])
+    printed = evaluated(capsys, run_dir, "--mixed_precision", "no")
+    assert printed["mixed_precision"] == "no" and printed["loss"] != summary["test"]["loss"]
 
 
 def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, photos, capsys):
@@ -85,10 +85,10 @@ def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, ph
 
 def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(finished_run, capsys):
     summary, run_dir = finished_run()
-    told = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
-    assert figures(told) == figures(summary["test"])
-    told = evaluated(capsys, f"local-dir:{run_dir / 'model'}", "--dataset", "digits", "--batch_size", "50")
-    assert told["confusion_matrix"] == summary["test"]["confusion_matrix"]
+    printed = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
+    assert figures(printed) == figures(summary["test"])
+    printed = evaluated(capsys, f"local-dir:{run_dir / 'model'}", "--dataset", "digits", "--batch_size", "50")
+    assert printed["confusion_matrix"] == summary["test"]["confusion_matrix"]
 
 
 def reordered(folder, target, names):
@@ -107,9 +107,9 @@ def test_classes_in_another_order_are_matched_by_name(finished_run, tmp_path, ca
     summary, run_dir = finished_run(epochs=4)
     names = list("3017294856")
     folder = reordered(run_dir / "model", tmp_path / "other", names)
-    told = evaluated(capsys, folder, "--dataset", "digits", "--batch_size", "16")
-    assert told["confusion_matrix"] == summary["test"]["confusion_matrix"] and told["accuracy"] > 0.5
-    assert told["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
+    printed = evaluated(capsys, folder, "--dataset", "digits", "--batch_size", "16")
+    assert printed["confusion_matrix"] == summary["test"]["confusion_matrix"] and printed["accuracy"] > 0.5
+    assert printed["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
 
 
 def test_other_names_are_matched_by_number_with_a_warning(finished_run, tmp_path, capsys):
@@ -134,18 +134,18 @@ def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(finish
     model = load_saved_model(str(run_dir)).model
     images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        answers = Answers(model, None, flip=True)(images)
+        logits = EvaluatedModel(model, None, flip=True)(images)
         mean = (model(images).softmax(dim=1) + model(images.flip(3)).softmax(dim=1)) / 2
-        torch.testing.assert_close(answers.exp(), mean)
-        assert not torch.allclose(answers.softmax(dim=1), model(images).softmax(dim=1), atol=1e-3)
+        torch.testing.assert_close(logits.exp(), mean)
+        assert not torch.allclose(logits.softmax(dim=1), model(images).softmax(dim=1), atol=1e-3)
         order = torch.arange(9, -1, -1)
-        assert torch.equal(Answers(model, order, flip=True)(images), answers.flip(1))
+        assert torch.equal(EvaluatedModel(model, order, flip=True)(images), logits.flip(1))
 
 
 def test_flip_is_in_the_commands_figures(finished_run, capsys):
     summary, run_dir = finished_run()
-    told = evaluated(capsys, run_dir, "--tta", "flip")
-    assert told["tta"] == "flip" and told["loss"] != summary["test"]["loss"]
+    printed = evaluated(capsys, run_dir, "--tta", "flip")
+    assert printed["tta"] == "flip" and printed["loss"] != summary["test"]["loss"]
 
 
 def test_two_processes_find_what_one_does(finished_run, capsys):
@@ -153,10 +153,10 @@ def test_two_processes_find_what_one_does(finished_run, capsys):
     alone = evaluated(capsys, run_dir)
     done = torchrun(2, "pipeline.evaluate", str(run_dir), "--json", program="-m")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["num_processes"] == 2 and told["confusion_matrix"] == summary["test"]["confusion_matrix"]
+    printed = json.loads(done.stdout)
+    assert printed["num_processes"] == 2 and printed["confusion_matrix"] == summary["test"]["confusion_matrix"]
     for key in ("loss", "expected_calibration_error"):
-        assert told[key] == pytest.approx(alone[key], rel=1e-6)
+        assert printed[key] == pytest.approx(alone[key], rel=1e-6)
 
 
 def test_the_report_shows_the_figures(finished_run, capsys):
@@ -172,10 +172,10 @@ def test_of_many_classes_the_report_shows_the_most_confused():
     names = [f"class{number}" for number in range(30)]
     matrix = [[0] * 30 for _ in names]
     matrix[4][7], matrix[9][2], matrix[5][5] = 12, 3, 20
-    told = {"confusion_matrix": matrix, "per_class_accuracy": {name: 1.0 for name in names} | {"class4": 0.25}}
-    text = evaluate.confused_pairs(names, told)
-    assert text.index("12  class4 taken for class7") < text.index("3  class9 taken for class2")
-    assert text.splitlines()[1].split() == ["25.00", "%", "class4"] and "class5 taken" not in text
+    printed = {"confusion_matrix": matrix, "per_class_accuracy": {name: 1.0 for name in names} | {"class4": 0.25}}
+    text = evaluate.confused_pairs(names, printed)
+    assert text.index("12  class4 predicted as class7") < text.index("3  class9 predicted as class2")
+    assert text.splitlines()[1].split() == ["25.00", "%", "class4"] and "class5 predicted" not in text
 
 
 def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_training, photos, capsys):
@@ -195,10 +195,10 @@ def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_traini
         (["RUN", "--datset", "digits"], ["'--datset'", "Did you mean '--dataset'"]),
         (["RUN", "--tta", "flap"], ["'flap'", "Did you mean 'flip'"]),
         (["RUN", "--batch_size", "0"], ["'0' is not a whole number of 1 or more"]),
-        (["RUN", "--hub_config", "x"], ["--hub_config goes with --dataset"]),
+        (["RUN", "--hub_config", "x"], ["--hub_config requires --dataset"]),
         (["RUN", "--dataset", "digitz"], ["Did you mean 'digits'"]),
         (["RUN", "--device", "cuda"], ["No device cuda"]),
-        (["RUN/model"], ["has no dataset of its own", "--dataset"]),
+        (["RUN/model"], ["is not a run and has no dataset", "--dataset"]),
         (["RUN2"], ["No folder", "Did you mean 'run'"]),
         (["resnt18", "--dataset", "digits"], ["Unknown model 'resnt18'", "resnet18"]),
         ([], ["RUN|MODEL"]),
@@ -219,7 +219,7 @@ def test_wrong_arguments_end_in_one_line_and_status_2(finished_run, capsys, argu
         assert word in err
 
 
-def test_a_run_that_has_not_ended_is_told_from_a_folder_that_is_none(finished_run, capsys, tmp_path):
+def test_a_run_that_has_not_ended_is_distinguished_from_a_folder_that_is_no_run(finished_run, capsys, tmp_path):
     _, run_dir = finished_run()
     shutil.rmtree(run_dir / "model")
     assert evaluate.main([str(run_dir)]) == 2

@@ -51,12 +51,12 @@ def test_an_export_gives_the_models_logits_for_any_batch_size(finished_run, caps
     with torch.no_grad():
         for batch in (images, images[:1], images[:4]):
             torch.testing.assert_close(theirs(batch), saved.model(batch), rtol=1e-5, atol=1e-5)
-    told = json.loads((folder / "preprocessing.json").read_text())
+    described = json.loads((folder / "preprocessing.json").read_text())
     shape = json.loads((run_dir / "model" / "config.json").read_text())["pretrained_cfg"]
     for key in ("input_size", "mean", "std", "interpolation", "crop_pct"):
-        assert told[key] == shape[key], key
-    assert told["labels"] == [str(digit) for digit in range(10)] and told["source_size"] == 8
-    check = told["check"]
+        assert described[key] == shape[key], key
+    assert described["labels"] == [str(digit) for digit in range(10)] and described["source_size"] == 8
+    check = described["check"]
     assert check["num_images"] == 32 and check["largest_relative_difference"] <= check["tolerance"] <= 1e-4
     assert {path.name for path in (run_dir / "export").iterdir()} == {name}
 
@@ -121,7 +121,7 @@ def test_nan_and_a_converter_that_fails_are_failures_too(finished_run, capsys, m
         export_formats.FORMATS, "torchscript", export_formats.Format(kind.write, lambda folder: wrong, 1e-5)
     )
     _, err = exported(capsys, run_dir, "--format", "torchscript", status=1)
-    assert err.startswith("error: ") and "Nothing was left." in err and list((run_dir / "export").iterdir()) == []
+    assert err.startswith("error: ") and "Nothing was written." in err and list((run_dir / "export").iterdir()) == []
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(finished_run, capsys, monkeypatch):
@@ -143,17 +143,17 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(finished_run, capsys,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     _, err = exported(capsys, run_dir, "--output", tmp_path / "mine", status=2)
-    assert "no earlier export" in err and [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    assert "is not an earlier export" in err and [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["RUN/model"], "Say with --output"),
-        (["RUN/model", "--output", "RUN/out"], "no test images to be checked on"),
+        (["RUN/model"], "Pass the folder to write with --output"),
+        (["RUN/model", "--output", "RUN/out"], "has no test images for the check"),
         (["RUN", "--images", "RUN/none.png"], "no such file"),
-        (["RUN", "--format", "onnx", "--push_to_hub", "me/model"], "Leave --format out"),
-        (["RUN", "--private"], "--private goes with --push_to_hub"),
+        (["RUN", "--format", "onnx", "--push_to_hub", "me/model"], "Remove --format"),
+        (["RUN", "--private"], "--private requires --push_to_hub"),
         (["RUN", "--push_to_hub", "model"], "must be OWNER/NAME"),
         (["RUN", "--push_to_hub", "me/model"], "HF_TOKEN"),
         (["RUN", "--fromat", "onnx"], "Did you mean '--format'"),
@@ -220,7 +220,7 @@ def hub_here(monkeypatch, tmp_path):
     return point
 
 
-def test_a_hub_that_refuses_ends_with_status_1_and_the_token_stays_unsaid(finished_run, hub_here, capsys):
+def test_a_hub_that_refuses_ends_with_status_1_and_the_token_is_not_printed(finished_run, hub_here, capsys):
     _, run_dir = finished_run()
     with stand_in_hub(refuses=True) as (address, hub):
         hub_here(address)

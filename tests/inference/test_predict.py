@@ -101,7 +101,7 @@ def test_a_runs_test_images_get_the_predictions_of_its_evaluation(finished_run, 
     assert loss == pytest.approx(summary["test"]["loss"], rel=1e-5)
 
 
-def test_batches_do_not_change_what_is_said(photo_run, photos, capsys):
+def test_the_batch_size_does_not_change_the_predictions(photo_run, photos, capsys):
     whole, _ = predicted(capsys, photo_run, photos)
     parts, _ = predicted(capsys, photo_run, photos, "--batch_size", "3")
     assert len(whole) == 20 and [line["image"] for line in whole] == [line["image"] for line in parts]
@@ -110,7 +110,7 @@ def test_batches_do_not_change_what_is_said(photo_run, photos, capsys):
         assert first["probability"] == pytest.approx(second["probability"], rel=1e-5)
 
 
-def test_the_formats_tell_the_same_and_top_k_is_at_most_the_classes(photo_run, photos, capsys, tmp_path):
+def test_all_formats_have_the_same_content_and_top_k_is_at_most_the_classes(photo_run, photos, capsys, tmp_path):
     lines, _ = predicted(capsys, photo_run, photos, "--top_k", "9")
     assert all(len(line["top"]) == 2 for line in lines)
     assert all(line["top"][0] == {"label": line["label"], "probability": line["probability"],
@@ -136,14 +136,14 @@ def test_a_long_label_is_cut_in_the_table_only():
     assert names[1] in predict.csv_lines(["a.png"], names, 2)[1]("a.png", ranked)
 
 
-def test_bad_files_are_named_and_the_rest_go_on(photo_run, photos, capsys):
+def test_bad_files_are_reported_and_the_rest_are_predicted(photo_run, photos, capsys):
     (photos / "cat" / "3.png").write_bytes((photos / "cat" / "3.png").read_bytes()[:50])
     (photos / "cat" / "4.png").write_bytes(b"")
     lines, err = predicted(capsys, photo_run, "gone.png", photos, photos / "*.jpg", "--batch_size", "2", status=1)
     assert len(lines) == 18 and not {"3.png", "4.png"} & {line["image"].split("cat/")[-1] for line in lines}
     for name in (photos / "cat" / "3.png", photos / "cat" / "4.png", "gone.png", photos / "*.jpg"):
         assert sum(f"error: {name}: " in line for line in err.splitlines()) == 1, name
-    assert err.splitlines()[-1] == "18 images done, 4 could not be read."
+    assert err.splitlines()[-1] == "18 images predicted, 4 could not be read."
 
 
 def test_only_bad_files_leave_an_empty_output_and_status_1(finished_run, tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_a_list_comes_in_on_standard_input(photo_run, photos, capsys, monkeypatc
     assert [line["image"] for line in lines] == [str(photos / "dog" / "1.png"), str(photos / "cat" / "2.png")]
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(photo_run, photos):
+def test_a_closed_pipe_ends_the_command_without_an_error(photo_run, photos):
     program = (
         "import subprocess, sys\n"
         f"first = subprocess.Popen([sys.executable, '-m', 'pipeline.predict', {str(photo_run)!r}, {str(photos)!r}], "
@@ -208,12 +208,12 @@ def test_wrong_arguments_end_in_one_line_and_status_2(tmp_path, capsys, argument
         assert word in err
 
 
-def test_options_stand_anywhere():
+def test_options_and_paths_may_be_in_any_order():
     args = predict.make_parser().read(["--top_k", "2", "runs/a", "b.png", "--format=csv", "c.png"])
     assert (args.model, args.paths, args.top_k, args.format) == ("runs/a", ["b.png", "c.png"], 2, "csv")
 
 
-def test_an_imagenet_model_answers_in_words():
+def test_an_imagenet_model_reports_readable_names():
     names, descriptions = names_of("test_resnet", timm.create_model("test_resnet"))
     assert len(names) == 1000 and names[0] == "n01440764" and "tench" in descriptions["n01440764"]
     assert names_of("x", timm.create_model("test_resnet", num_classes=7)) == (None, {})
