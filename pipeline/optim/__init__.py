@@ -1,1 +1,1 @@
-"""Optimizers and what surrounds a step: Muon, SAM, moving averages, schedules. It imports distributed, settings and common."""
+"""Optimizers, Muon, SAM, weight averaging and schedules. Imports distributed/, settings/ and common/."""

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised momentum for weight matrices and filters, AdamW for all else, in one torch optimizer."""
+"""Muon: orthogonalised momentum for weight matrices and filters, AdamW for all other parameters, in one optimizer."""
 
 import difflib
 from collections.abc import Callable, Hashable, Sequence
@@ -11,8 +11,8 @@ from torch.backends.mkldnn import MkldnnModule
 from torch.optim.adamw import adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c in p(r) = a + b r + c r^2, https://kellerjordan.github.io/posts/muon
-MIN_NORM = 1e-7  # a gradient of a smaller Frobenius norm gets a smaller update; all zeros get zeros
-STEPS_PER_GRAM = 5  # a step multiplies the Gram matrix's rounding errors by up to a^2 = 12; then it is computed afresh
+MIN_NORM = 1e-7  # a gradient with a smaller Frobenius norm gets a smaller update; zeros get zeros
+STEPS_PER_GRAM = 5  # each multiplies the Gram matrix's rounding errors by up to a^2 = 12, so it is recomputed after these
 
 LR_SCALINGS: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, cols: 0.2 * max(rows, cols) ** 0.5,
@@ -21,7 +21,7 @@ LR_SCALINGS: dict[str, Callable[[int, int], float]] = {
 
 
 def newton_schulz_flops(rows: int, cols: int, ns_steps: int = 5) -> tuple[int, int]:
-    """Floating-point operations that orthogonalise one matrix: (on the Gram side, on the matrix itself)."""
+    """Floating-point operations to orthogonalise one matrix: (with _gram_steps, with _plain_steps)."""
     short, long = sorted((rows, cols))
     num_grams = -(-ns_steps // STEPS_PER_GRAM)
     gram = num_grams * 4 * short**2 * long + (8 * ns_steps - 6 * num_grams) * short**3
@@ -48,7 +48,7 @@ def _polynomial(gram: Tensor) -> Tensor:
 
 
 def _gram_steps(matrix: Tensor, ns_steps: int) -> Tensor:
-    """The same polynomial, accumulated on the small side: R = X X^T; Q <- p(R) Q and R <- p(R) R p(R); at last Q X."""
+    """The result of _plain_steps, computed on the smaller Gram matrix: R = X X^T; Q <- p(R) Q and R <- p(R) R p(R); then Q X."""
     for start in range(0, ns_steps, STEPS_PER_GRAM):
         gram = matrix @ matrix.mT
         product = polynomial = _polynomial(gram)
@@ -63,10 +63,10 @@ def _gram_steps(matrix: Tensor, ns_steps: int) -> Tensor:
 def orthogonalize(matrix: Tensor, ns_steps: int = 5) -> Tensor:
     """U S' V^T for each matrix U S V^T, with S' near one; [rows, cols] or a stack [B, rows, cols], zeros stay zeros.
 
-    Quintic Newton-Schulz iteration from X = G / ||G||_F, https://kellerjordan.github.io/posts/muon/. The rule for its
-    arithmetic is the device. On a CPU, fp32, as few have bf16 units, and on the Gram side of each matrix where that
-    takes fewer operations. It needs true fp32, so after `torch.set_float32_matmul_precision("high")` the plain form
-    serves. Elsewhere bf16 and the plain form, which forgives bf16's rounding. The result has that dtype.
+    Quintic Newton-Schulz iteration from X = G / ||G||_F, https://kellerjordan.github.io/posts/muon/. On a CPU it uses
+    fp32, because few CPUs have bf16 units, and _gram_steps where that takes fewer operations. _gram_steps requires true
+    fp32, so after `torch.set_float32_matmul_precision("high")` _plain_steps is used. Other devices use bf16 and
+    _plain_steps, which tolerates bf16's rounding. The result has the dtype of the iteration.
     """
     on_cpu = matrix.device.type == "cpu"
     wide = matrix.to(torch.float32 if on_cpu else torch.bfloat16)
@@ -81,7 +81,7 @@ def orthogonalize(matrix: Tensor, ns_steps: int = 5) -> Tensor:
 
 
 def partition(costs: Sequence[int], num_parts: int) -> list[list[int]]:
-    """The indices of `costs` in `num_parts` lists of near-equal sums: the dearest first, each to the lightest part."""
+    """Splits the indices of `costs` into `num_parts` lists of nearly equal sums: largest first, each into the lightest list."""
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     sums = [0] * num_parts
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -92,7 +92,7 @@ def partition(costs: Sequence[int], num_parts: int) -> list[list[int]]:
 
 
 def _share(params_of_ranks: list[list[Tensor]]) -> None:
-    """Every rank sends the parameters it owns to all others, one flat buffer a rank; all ranks must call this."""
+    """Broadcasts the parameters of each rank to all others, in one flat buffer per rank. Every rank must call it."""
     flats = [torch.cat([p.reshape(-1) for p in params]) if params else None for params in params_of_ranks]
     works = [dist.broadcast(flat, rank, async_op=True) for rank, flat in enumerate(flats) if flat is not None]
     for work in works:
@@ -106,11 +106,11 @@ def _share(params_of_ranks: list[list[Tensor]]) -> None:
 
 def _check_group(group: dict[str, Any]) -> None:
     if "use_muon" not in group:
-        raise ValueError("A parameter group lacks `use_muon`. Say True for weight matrices and filters, else False.")
+        raise ValueError("A parameter group lacks `use_muon`. Set it to True for weight matrices and filters, else to False.")
     thin = [tuple(p.shape) for p in group["params"] if p.ndim < 2]
     if group["use_muon"] and thin:
         raise ValueError(
-            f"Muon takes parameters of two or more dimensions, got one of shape {thin[0]}. "
+            f"Muon requires parameters with two or more dimensions, got shape {thin[0]}. "
             "Put biases and norms in a group with use_muon=False."
         )
     if group["lr_scaling"] not in LR_SCALINGS:
@@ -126,30 +126,30 @@ def _check_group(group: dict[str, Any]) -> None:
         "betas": (0 <= beta1 < 1 and 0 <= beta2 < 1, "at least 0 and below 1"),
         "ns_steps": (group["ns_steps"] >= 1, "one or more"),
     }
-    for name, (in_range, wanted) in ranges.items():
+    for name, (in_range, condition) in ranges.items():
         if not in_range:
-            raise ValueError(f"Muon's {name} must be {wanted}, got {group[name]}.")
+            raise ValueError(f"Muon's {name} must be {condition}, got {group[name]}.")
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon groups (`use_muon: True`, filters [out, in, kh, kw] taken as [out, in * kh * kw]) and AdamW groups (False).
+    """Muon groups (`use_muon: True`, filters [out, in, kh, kw] as matrices [out, in * kh * kw]) and AdamW groups (False).
 
-    A Muon step, with the gradient g, is that of torch.optim.Muon:
+    A Muon step with the gradient g is that of torch.optim.Muon:
         buffer = momentum * buffer + (1 - momentum) * g
         update = orthogonalize((1 - momentum) * g + momentum * buffer if nesterov else buffer)
         weight = (1 - lr * weight_decay) * weight - lr * scale(rows, cols) * update
-    An AdamW step is torch.optim.AdamW's; `nesterov` does not touch it. Parameters without a gradient are left alone.
-    A group may set its own lr, weight_decay, betas and the rest; `lr` is read at each step. State, by parameter:
+    An AdamW step is that of torch.optim.AdamW and ignores `nesterov`. Parameters without a gradient are skipped.
+    A group may set its own lr, weight_decay, betas and other options; `lr` is read at each step. State, by parameter:
     `momentum_buffer`, or `exp_avg`, `exp_avg_sq` and `step` (float32 scalar); all plain tensors.
 
-    The defaults. `match_rms_adamw` scales by 0.2 sqrt(max(rows, cols)), so an update has the RMS of a usual AdamW
-    update, whatever the shape: both kinds of group share one lr and weight decay, and AdamW's usual 1e-3 and
-    Moonlight's 0.1 serve without tuning (https://arxiv.org/abs/2502.16982). `original` is sqrt(max(1, rows / cols))
-    and wants an lr of 0.02 or more. Momentum 0.95, Nesterov and five steps are the Muon author's, who found that
-    Nesterov is always a little better and that five steps bring singular values to 0.7 - 1.2 (link above).
+    `match_rms_adamw` scales by 0.2 sqrt(max(rows, cols)), so that an update of any shape has the RMS of a typical AdamW
+    update. Therefore both kinds of group can share one lr and weight decay; the defaults are AdamW's usual 1e-3 and
+    Moonlight's 0.1 (https://arxiv.org/abs/2502.16982). `original` scales by sqrt(max(1, rows / cols)) and requires an lr
+    of 0.02 or more. Momentum 0.95, Nesterov and five steps are the defaults of Muon's author, who found that Nesterov is
+    always slightly better and that five steps bring the singular values to 0.7 - 1.2 (link above).
 
     With `distribute` and more than one process (DDP: equal gradients on all ranks), each rank orthogonalises its part
-    of the matrices, balanced by operations, and broadcasts the new weights. Then all ranks must call `step` alike.
+    of the matrices, balanced by operations, and broadcasts the new weights. Then every rank must call `step`.
 
     Raises ValueError for a group without `use_muon`, for a parameter with fewer than two dimensions in a Muon group,
     and for settings out of range.
@@ -184,13 +184,13 @@ class Muon(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; raises ValueError if it does not say `use_muon`, or says it of a bias, or is out of range."""
+        """Adds a group; raises ValueError if `use_muon` is missing or True for a vector, or if a setting is out of range."""
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters that have a gradient; returns the closure's loss, if one is given."""
+        """Updates all parameters that have a gradient; returns the closure's loss, if a closure is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -202,7 +202,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _state(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """The state `name` of each parameter, zeros at first."""
+        """The state `name` of each parameter, initialised with zeros."""
         for param in params:
             if name not in self.state[param]:
                 scalar = name == "step"
@@ -220,7 +220,7 @@ class Muon(torch.optim.Optimizer):
         parts = partition(costs, dist.get_world_size() if shared else 1)
         mine = parts[dist.get_rank() if shared else 0]
 
-        batches: dict[Hashable, list[int]] = {}  # one stack per shape; on a CPU stacking costs a copy and gains nothing
+        batches: dict[Hashable, list[int]] = {}  # one stack per shape; on a CPU stacking only costs a copy
         for index in mine:
             param = params[index]
             batches.setdefault(index if param.device.type == "cpu" else param.shape, []).append(index)
@@ -246,7 +246,7 @@ class Muon(torch.optim.Optimizer):
             self._state(params, "exp_avg_sq"),
             [],
             self._state(params, "step"),
-            # torch's default kernel: the fused one errs on a CPU when a loaded state has another memory format
+            # torch's default kernel: on a CPU the fused one is wrong if a loaded state has another memory format
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -1,4 +1,4 @@
-"""Optimizers: which parameter goes where, and one row of OPTIMIZERS each."""
+"""Optimizers: the table OPTIMIZERS, and the assignment of parameters to groups."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pipeline.optim.schedule import History, lr_scale
 from pipeline.settings.batch_size import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.settings.config import DEFAULTS, Config
 
-# What a parameter is for its optimizer. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
+# The role of a parameter. A matrix is the weight of a hidden linear layer or of a convolution that mixes channels.
 MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING, VECTOR = (
     "matrices",
     "stem",
@@ -29,10 +29,10 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """An optimizer: how it is built, its own defaults, the settings that it alone reads, where its parameters go.
+    """An optimizer: its constructor, its defaults, the settings that only it reads, and its groups of parameters.
 
-    build: from groups, settings and whether the kernels are fused (None is torch's choice); route: from a parameter's role
-    and the settings to the options of its group, `name` among them. sam_rho: 0 but for an optimizer whose name promises SAM.
+    build: called with the groups, the settings and whether to use fused kernels (None: torch chooses). route: returns the
+    options of the group for a parameter's role, including `name`. sam_rho: the default, 0 for optimizers without SAM.
     """
 
     build: Callable[[list[Group], Config, bool | None], torch.optim.Optimizer]
@@ -44,14 +44,14 @@ class OptimizerRow:
 
 
 def decayed_or_not(role: str, config: Config) -> Group:
-    """Two groups: everything but norms and biases is decayed."""
+    """Two groups: norms and biases without weight decay, all other parameters with it."""
     if role == VECTOR:
         return {"name": VECTOR, "weight_decay": 0.0}
     return {"name": "weights", "weight_decay": weight_decay(config)}
 
 
 def muon_or_adamw(role: str, config: Config) -> Group:
-    """Matrices to Muon; stem, head, depthwise filters, embeddings, norms and biases to AdamW, as Muon's author does."""
+    """Muon for matrices; AdamW for stem, head, depthwise filters, embeddings, norms and biases, as Muon's author does."""
     if role == MATRIX:
         return {"name": "muon: matrices", "use_muon": True, "weight_decay": weight_decay(config)}
     decay = weight_decay(config) if config.adamw_weight_decay is None else config.adamw_weight_decay
@@ -99,14 +99,15 @@ OPTIMIZERS = {
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raises ValueError when OPTIMIZERS has no such row."""
+    """Raises ValueError if OPTIMIZERS has no row of this name."""
     check_known("optimizer", name, sorted(OPTIMIZERS))
 
 
 def peak_lr(config: Config) -> float:
-    """lr, or the optimizer's own for a batch of 128, by the square-root rule for another (https://arxiv.org/abs/1404.5997).
+    """lr; if null, the optimizer's default for a batch size of 128 times sqrt(batch size / 128).
 
-    A tenth of it where training starts from given weights, which a large rate would undo.
+    The square-root rule is that of https://arxiv.org/abs/1404.5997. A run that starts from given weights uses a tenth, because a
+    large learning rate would destroy them.
     """
     if config.lr is not None:
         return config.lr
@@ -121,12 +122,12 @@ def weight_decay(config: Config) -> float:
 
 
 def sam_rho(config: Config) -> float:
-    """The radius of SAM's perturbation; 0 is no SAM."""
+    """The radius of SAM's perturbation; 0 disables SAM."""
     return OPTIMIZERS[config.optimizer].sam_rho if config.sam_rho is None else config.sam_rho
 
 
 def ignored_optimizer_settings(config: Config) -> list[str]:
-    """A sentence for each setting that was changed and that this optimizer does not read."""
+    """A sentence for each setting that differs from its default and that this optimizer ignores."""
     own = {name for row in OPTIMIZERS.values() for name in row.settings}
     reasons = {name: f"with optimizer {config.optimizer}" for name in own - set(OPTIMIZERS[config.optimizer].settings)}
     if sam_rho(config) == 0:
@@ -139,13 +140,13 @@ def ignored_optimizer_settings(config: Config) -> list[str]:
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:
-    """The names of the model's classifiers, as timm keeps them; those of distilled models are several."""
+    """The names of the model's classifiers according to timm; distilled models have several."""
     names = model.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def parameter_roles(model: Any) -> dict[str, str]:
-    """The role of each parameter by its name: MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING or VECTOR."""
+    """The role of each parameter, by parameter name: MATRIX, STEM, HEAD, DEPTHWISE, EMBEDDING or VECTOR."""
     stems = model.pretrained_cfg.get("first_conv") or ()
     stems = (stems,) if isinstance(stems, str) else tuple(stems)
     undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
@@ -173,14 +174,14 @@ def parameter_roles(model: Any) -> dict[str, str]:
 def layer_scales(model: Any, decay: float | None) -> dict[str, float]:
     """The learning-rate factor of each parameter: decay ** (layers between it and the head), https://arxiv.org/abs/2106.08254.
 
-    Raises ValueError for a model that does not know its layers.
+    Raises ValueError for a model that does not define its layers (timm's group_matcher).
     """
     names = [name for name, _ in model.named_parameters()]
     if decay is None:
         return dict.fromkeys(names, 1.0)
     if not hasattr(model, "group_matcher"):
         raise ValueError(
-            "layer_decay needs a model that knows its layers; this one has no group_matcher. Leave it out."
+            "layer_decay needs a model that defines its layers; this one has no group_matcher. Remove layer_decay."
         )
     from timm.models import group_parameters
 
@@ -190,9 +191,9 @@ def layer_scales(model: Any, decay: float | None) -> dict[str, float]:
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[Group]:
-    """Every trainable parameter in exactly one group.
+    """The optimizer's groups; every trainable parameter is in exactly one.
 
-    Each group carries its name and lr_scale, a factor on the learning rate that the loop sets at every step.
+    Each group contains its name and lr_scale, by which set_lr multiplies the learning rate.
     """
     roles, scales = parameter_roles(model), layer_scales(model, config.layer_decay)
     groups: dict[tuple[str, float], Group] = {}
@@ -209,11 +210,11 @@ def parameter_groups(model: nn.Module, config: Config) -> list[Group]:
 
 
 def create_optimizer(model: nn.Module, config: Config, mixed_precision: str) -> torch.optim.Optimizer:
-    """The optimizer that config asks for, over parameter_groups(model)."""
+    """The optimizer of the settings, with the groups of parameter_groups."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # On a CPU the fused step takes half the time of the others, but twice the time on channels-last weights. Under fp16 a
-    # fused optimizer hides from Accelerate whether its step was skipped. A fused SGD cannot take up weights, thawed ones,
-    # after its first step, and shards not at all. None is torch's own choice of the others.
+    # On a CPU the fused step takes half the time of the others, but twice the time with channels-last weights. With fp16 a
+    # fused optimizer does not report to Accelerate that its step was skipped. Fused SGD supports neither weights that are
+    # unfrozen after its first step nor shards. None lets torch choose among the others.
     possible = not (on_cpu and config.channels_last) and mixed_precision != "fp16" and config.freeze_epochs == 0
     shards_of_sgd = is_sharded(model) and OPTIMIZERS[config.optimizer].build is build_sgd
     fused = True if possible and not shards_of_sgd else None
@@ -226,7 +227,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by `parameter name/key`, for a checkpoint."""
+    """The tensors of the optimizer's state, keyed `parameter name/state key`, for a checkpoint."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
@@ -237,15 +238,15 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Gives the optimizer the state that state_tensors returned. Raises ValueError when a name or shape does not fit."""
+    """Loads a state that state_tensors returned. Raises ValueError if a name or shape does not match the model."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
-            raise ValueError(f"The optimizer state has {full_name} of shape {list(value.shape)}; this model has not.")
-        # in the parameter's memory order, which the file does not keep and fused kernels take for granted
+            raise ValueError(f"The model has no parameter for the optimizer state {full_name} of shape {list(value.shape)}.")
+        # in the parameter's memory format, which the file does not store and fused kernels require
         state.setdefault(parameter, {})[key] = fitted(value, parameter) if value.shape == parameter.shape else value
     saved = optimizer.state_dict()
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -255,5 +256,5 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
 
 
 def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:
-    """The learning rate of a step, read off the schedule at the step's middle."""
+    """The learning rate of a step: the schedule at the middle of the step."""
     return peak_lr(config) * lr_scale(epoch + (batch + 0.5) / num_batches, history, config)

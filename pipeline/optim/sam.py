@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: a context in which the weights stand at the worst point near by.
+"""Sharpness-aware minimisation: a context in which the weights are perturbed towards a higher loss.
 
 SAM: https://arxiv.org/abs/2010.01412. ASAM, its scale-invariant form: https://arxiv.org/abs/2102.11600.
 """
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TINY = 1e-12  # keeps a gradient of zeros from becoming 0 / 0
+TINY = 1e-12  # avoids 0 / 0 for a gradient of zeros
 
 
 def weights_and_gradients(model: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """The parameters that have a gradient, and the gradients."""
+    """The parameters that have a gradient, and their gradients."""
     pairs = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     return [parameter for parameter, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def sharpness_norm(model: nn.Module, adaptive: bool) -> Tensor:
-    """The L2 norm that the perturbation is measured by, float32 [] or finer: of the gradient g, or of |w| g when adaptive."""
+    """The L2 norm of the gradient g, or of |w| g if adaptive, which normalises the perturbation; float32 [] or wider."""
     parameters, gradients = weights_and_gradients(model)
     if adaptive:
         gradients = list(torch._foreach_mul(gradients, [parameter.detach().abs() for parameter in parameters]))
@@ -30,11 +30,11 @@ def sharpness_norm(model: nn.Module, adaptive: bool) -> Tensor:
 
 @contextmanager
 def perturbed(model: nn.Module, rho: float, adaptive: bool, norm: Tensor) -> Iterator[None]:
-    """Inside, every weight w with a gradient g stands at w + e, e = rho g / norm, or rho w^2 g / norm when adaptive.
+    """Inside the context every weight w with a gradient g is w + e with e = rho g / norm, or rho w^2 g / norm if adaptive.
 
-    The gradients are used up: they are None inside. A loss scale drops out, since norm carries it as well. BatchNorm leaves its
-    running statistics alone inside, so that a step updates them once. On the way out, whatever happens, the weights are
-    the very ones from before, to the last bit.
+    The gradients are None inside. A loss scale cancels, because norm contains it too. BatchNorm does not update its running
+    statistics inside, so that a step updates them once. On exit, also after an exception, the weights are restored bit for
+    bit.
     """
     parameters, gradients = weights_and_gradients(model)
     weights = [parameter.data for parameter in parameters]
@@ -45,7 +45,7 @@ def perturbed(model: nn.Module, rho: float, adaptive: bool, norm: Tensor) -> Ite
     normalisations: list[Any] = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     try:
         for parameter, neighbour in zip(parameters, neighbours):
-            # the neighbour takes the weight's place, so that coming back copies nothing and rounds nothing
+            # replaces the tensor, so that restoring the weight neither copies nor rounds
             parameter.data, parameter.grad = neighbour, None
         for module in normalisations:
             module.track_running_stats = False

@@ -1,7 +1,7 @@
 """Learning-rate and batch-size schedules: pure functions of progress and history.
 
-Progress is measured in epochs, samples seen over samples in the set, so a change of the batch size does not bend a curve.
-The history is one dict per finished epoch, with the validation figures under "val".
+Progress is measured in epochs (samples seen over samples in the training split), so it does not depend on the batch size.
+The history has one dict per finished epoch, with the validation figures under "val" and, with ema_decay, "val_ema".
 """
 
 import math
@@ -16,19 +16,19 @@ History = list[dict[str, Any]]
 
 
 def constant(progress: float, history: History, config: Config) -> float:
-    """1."""
+    """1 at any progress."""
     return 1.0
 
 
 def step(progress: float, history: History, config: Config) -> float:
-    """gamma ** (number of steps passed), StepLR and MultiStepLR in one."""
+    """gamma ** (number of steps so far), like StepLR for a number and MultiStepLR for a list."""
     every = config.epochs / 3 if config.step_epochs is None else config.step_epochs
     passed = sum(progress >= epoch for epoch in every) if isinstance(every, list) else int(progress / every)
     return config.gamma**passed
 
 
 def plateau(progress: float, history: History, config: Config) -> float:
-    """gamma ** (number of plateaus in the history): more than plateau_patience epochs in a row without a better value."""
+    """gamma ** (number of plateaus); a plateau is more than plateau_patience epochs in a row without a better value."""
     best, bad_epochs, scale = -math.inf, 0, 1.0
     for value in monitored(history, config):
         bad_epochs = 0 if value > best else bad_epochs + 1
@@ -60,23 +60,23 @@ SCHEDULES: dict[str, Callable[[float, History, Config], float]] = {
 
 
 def check_scheduler_name(name: str) -> None:
-    """Raises ValueError when SCHEDULES has no such row."""
+    """Raises ValueError if SCHEDULES has no row of this name."""
     check_known("scheduler", name, SCHEDULES)
 
 
 def after_warmup(progress: float, config: Config) -> float:
-    """The part of the run after the warm-up that has passed, from 0 to 1."""
+    """The finished fraction of the run after the warm-up, from 0 to 1."""
     warmup = warmup_length(config)
     return min(max((progress - warmup) / max(config.epochs - warmup, 1e-9), 0.0), 1.0)
 
 
 def warmup_length(config: Config) -> float:
-    """Epochs of warm-up: warmup_epochs, or half of a run that is too short for it."""
+    """Epochs of warm-up: warmup_epochs, at most half of the run."""
     return min(config.warmup_epochs, config.epochs / 2)
 
 
 def lr_scale(progress: float, history: History, config: Config) -> float:
-    """The factor on every group's learning rate at a progress in epochs: schedule times warm-up times batch-size scaling."""
+    """The factor on every group's learning rate: schedule times warm-up times batch-size scaling. progress: in epochs."""
     warmup = min(progress / warmup_length(config), 1.0) if config.warmup_epochs else 1.0
     growth = batch_size_at(int(progress), config) / first_batch_size(config)
     scaling = {"none": 1.0, "sqrt": math.sqrt(growth), "linear": growth}[config.batch_lr_scaling]
@@ -84,14 +84,14 @@ def lr_scale(progress: float, history: History, config: Config) -> float:
 
 
 def monitored(history: History, config: Config) -> list[float]:
-    """The monitored validation value of each epoch, signed so that larger is better: of the weights or their moving average."""
+    """The monitored value of each epoch, signed so that larger is better; the better of the weights and their average."""
     sign = 1.0 if config.monitor == "accuracy" else -1.0
     kinds = ("val", "val_ema")
     return [max(sign * epoch[kind][config.monitor] for kind in kinds if kind in epoch) for epoch in history]
 
 
 def best_kind(entry: dict[str, Any], config: Config) -> str:
-    """Which of an epoch's weights were better in validation: val, those trained, or val_ema, their moving average."""
+    """The better weights of an epoch: "val" for the trained ones, "val_ema" for their moving average."""
     return (
         "val_ema"
         if "val_ema" in entry and monitored([{"val": entry["val"]}], config) < monitored([entry], config)
@@ -100,7 +100,7 @@ def best_kind(entry: dict[str, Any], config: Config) -> str:
 
 
 def best_epoch(history: History, config: Config) -> int | None:
-    """The number of the epoch with the best monitored value, the first of equals; None before the first."""
+    """The index of the epoch with the best monitored value, the first of equals; None before the first epoch has ended."""
     values = monitored(history, config)
     return values.index(max(values)) if values else None
 

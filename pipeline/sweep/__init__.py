@@ -1,1 +1,1 @@
-"""Hyper-parameter sweeps, `python -m pipeline.sweep FILE`: a W&B sweep file run without W&B. It imports training and below."""
+"""Hyperparameter sweeps: `python -m pipeline.sweep FILE` runs a W&B sweep file without W&B. Imports training/ and lower rooms."""

@@ -1,4 +1,4 @@
-"""python -m pipeline.sweep FILE: runs a W&B sweep file without W&B, on this machine or together with others."""
+"""`python -m pipeline.sweep FILE`: runs a W&B sweep file without W&B, on one machine or on several."""
 
 import argparse
 import dataclasses
@@ -33,16 +33,16 @@ POLL_SECONDS = 0.5
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.sweep", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="a W&B sweep file")
-    parser.add_argument("--num_trials", type=at_least_one, metavar="N", help="most trials in all, over all agents")
+    parser.add_argument("--num_trials", type=at_least_one, metavar="N", help="largest number of trials, over all agents")
     parser.add_argument(
-        "--num_parallel", type=at_least_one, default=1, metavar="N", help="trials at once on this machine"
+        "--num_parallel", type=at_least_one, default=1, metavar="N", help="trials at once on this machine; default: 1"
     )
-    parser.add_argument("--name", help="folder of the sweep; the file's name unless given")
-    text = "folder that holds the sweep's; the file's output_dir, or runs, unless given"
+    parser.add_argument("--name", help="name of the sweep and its folder; default: the name in the file, else the file's name")
+    text = "folder for the sweep's folder; default: output_dir of the file, else runs"
     parser.add_argument("--output_dir", type=Path, help=text)
-    text = "Optuna storage that agents share: a journal file, or a URL such as sqlite:///x.db or postgresql://host/base"
-    parser.add_argument("--storage", help=f"{text}; a journal in the sweep's folder unless given")
-    parser.add_argument("--seed", type=int, default=0, help="of random draws and of the search; 0 unless given")
+    text = "Optuna storage shared by the agents: a journal file, or a URL such as sqlite:///x.db or postgresql://host/base"
+    parser.add_argument("--storage", help=f"{text}; default: a journal in the sweep's folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random draws and of the search; default: 0")
     return parser
 
 
@@ -53,17 +53,17 @@ def at_least_one(text: str) -> int:
 
 
 class Agent:
-    """Runs trials of a sweep on this machine until there are none left to run anywhere, or somebody stops it."""
+    """Runs trials of a sweep on this machine until no agent has one left to run, or a signal stops it."""
 
     def __init__(self, sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int):
         self.sweep, self.study, self.folder = sweep, study, folder
         self.shares = shares(num_parallel, usable_cores(), visible_devices() if num_parallel > 1 else [])
         self.running: dict[int, tuple[Claim, RunningTrial]] = {}  # by place
         self.next_beat = 0.0
-        self.told_waiting = False
+        self.reported_waiting = False
 
     def run(self) -> int:
-        """Returns 0 when the sweep has ended, or the number of the signal that stopped this agent."""
+        """Returns 0 after the sweep has ended, or the number of the signal that stopped this agent."""
         signals = Signals()
         try:
             while not signals.received:
@@ -72,9 +72,9 @@ class Agent:
                     break
                 if not started:
                     time.sleep(POLL_SECONDS)
-                self.look_after()
+                self.check_running()
             self.stop_all()
-        except BaseException:  # the storage has failed: what runs saves itself, and the next agent goes on with it
+        except BaseException:  # the storage failed: stop the running trials after a checkpoint; the next agent resumes them
             for _, trial in self.running.values():
                 ask_to_stop(trial, "interrupted")
                 trial.log.close()
@@ -84,7 +84,7 @@ class Agent:
         return signals.received
 
     def start_next(self) -> bool:
-        """Starts a trial on a free share of the machine; False when there is none to start now."""
+        """Starts a trial on a free share of the machine; returns False if there is none to start now."""
         from pipeline.sweep.table import run_dir_name
 
         claim = self.study.claim()
@@ -99,11 +99,11 @@ class Agent:
             self.end(claim, Outcome("failed", None, {"error": f"The command cannot be started: {error}."}))
             return True
         self.running[claim.place] = (claim, trial)
-        self.tell(claim.place)
+        self.show(claim.place)
         return True
 
-    def look_after(self) -> None:
-        """Tells the study what running trials have reported, stops those that do not keep up, ends those that have ended."""
+    def check_running(self) -> None:
+        """Reports new metrics of running trials to the study, stops trials early, and ends those whose process has ended."""
         beats = time.monotonic() >= self.next_beat
         for place, (claim, trial) in list(self.running.items()):
             ended = trial.process.poll() is not None
@@ -129,26 +129,26 @@ class Agent:
             self.study.put_back(claim.trial, claim.place)
         else:
             self.study.end(claim.trial, outcome.status, outcome.value, outcome.facts)
-        self.tell(claim.place)
+        self.show(claim.place)
 
     def others_run(self) -> bool:
-        """Whether trials of other agents are under way, which this one takes over should they die."""
+        """Whether other agents run trials; this agent resumes a trial if its agent dies."""
         unfinished = self.study.unfinished()
-        if unfinished and not self.told_waiting:
-            print(f"Other agents run {unfinished} more; this one waits for them to end. Ctrl-C leaves it.", flush=True)
-            self.told_waiting = True
+        if unfinished and not self.reported_waiting:
+            print(f"Waiting for {unfinished} more trials of other agents. Ctrl-C stops waiting.", flush=True)
+            self.reported_waiting = True
         return unfinished > 0
 
     def stop_all(self) -> None:
-        """Has all running trials save themselves and puts them back, for this sweep to go on with later."""
+        """Stops all running trials after a checkpoint and returns them to the study, to be resumed later."""
         for _, trial in self.running.values():
             ask_to_stop(trial, trial.stopped or "interrupted")
         while self.running:
             time.sleep(POLL_SECONDS / 5)
-            self.look_after()
+            self.check_running()
 
-    def tell(self, place: int) -> None:
-        """Writes the sweep's tables anew and prints a line about one trial."""
+    def show(self, place: int) -> None:
+        """Rewrites the sweep's tables and prints a line about one trial."""
         from pipeline.sweep.table import event_line, rows_of, write_results
 
         rows = rows_of(self.study.places(), self.sweep)
@@ -159,14 +159,14 @@ class Agent:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
-    """The sweep, checked, its study and its folder. Raises ValueError for whatever is wrong with them."""
+    """The checked sweep, its study and its folder. Raises ValueError if one of them is invalid."""
     sweep = read_sweep(args.file)
     sweep = dataclasses.replace(sweep, name=args.name or sweep.name)
     if Path(sweep.name).name != sweep.name:
         raise ValueError(f"--name {sweep.name!r} must be a plain folder name.")
     limits = [limit for limit in (sweep.limit, args.num_trials) if limit is not None]
     if not limits:
-        raise ValueError(f"Method {sweep.method} never ends by itself. Give --num_trials N, or run_cap in {args.file}.")
+        raise ValueError(f"Method {sweep.method} has no end. Pass --num_trials N, or set run_cap in {args.file}.")
     try:
         configs = check_trials(sweep)
         check_names(configs)
@@ -185,7 +185,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
 
 
 def check_names(configs: Sequence[Any]) -> None:
-    """Raises ValueError for a model, optimizer, schedule, set or tracker that does not exist."""
+    """Raises ValueError for an unknown model, optimizer, schedule, dataset or tracker."""
     from pipeline.training.build import check_settings
 
     for config in configs:
@@ -193,7 +193,7 @@ def check_names(configs: Sequence[Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep; returns the exit status: 0 done, 1 no trial succeeded, 2 wrong file or settings, 128 + n by signal n."""
+    """Runs the sweep; returns the exit status: 0 completed, 1 no trial completed, 2 invalid input, 128 + n for signal n."""
     args = make_parser().parse_args(argv)
     try:
         sweep, study, folder = prepare(args)
@@ -214,15 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal_number = Agent(sweep, study, folder, args.num_parallel).run()
         rows = rows_of(study.places(), sweep)
     except (StorageInternalError, OSError) as error:
-        told = " ".join(str(error.__cause__ or error).split())
+        cause = " ".join(str(error.__cause__ or error).split())
         print(
-            f"error: The sweep's storage or folder failed: {told}. To go on, give the same command again.",
+            f"error: The sweep's storage or folder failed: {cause}. To resume, run the same command again.",
             file=sys.stderr,
         )
         return 1
     print(f"\n{result_table(rows, sweep)}\n\ntable      {folder}/results.csv, trials.jsonl")
     if signal_number:
-        print("To go on, give the same command again.")
+        print("To resume, run the same command again.")
         return 128 + signal_number
     return 0 if any(row["status"] == "completed" for row in rows) else 1
 

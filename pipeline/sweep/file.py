@@ -1,4 +1,4 @@
-"""A W&B sweep file: its keys read and checked before anything runs, and the command of a trial filled in."""
+"""Reads and checks a W&B sweep file, and fills in the command of a trial."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from pipeline.settings.config import FIELDS, Config
 from pipeline.settings.parser import read_config
 from pipeline.sweep.space import Space, read_parameter
 
-# apiVersion to description mean something to W&B only
+# apiVersion to description affect W&B only
 KEYS = ("apiVersion", "kind", "entity", "project", "description", "name", "program", "command", "method", "metric",
         "parameters", "early_terminate", "run_cap")  # fmt: skip
 FREE_KEYS = (
@@ -28,7 +28,7 @@ FREE_KEYS = (
     "description",
     "name",
     "run_cap",
-)  # may change as a sweep goes on
+)  # may change when a sweep is resumed
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 METRICS = [
@@ -36,7 +36,7 @@ METRICS = [
 ]
 METRICS += ["val/ema_accuracy", "val/ema_loss", "val/ema_top5_accuracy", "train/loss"]
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
-OURS = ("run_name", "resume", "dry_run")  # settings that the runner gives each trial
+OURS = ("run_name", "resume", "dry_run")  # settings that the sweep sets for each trial
 
 # how each macro writes a trial's settings
 ARGUMENT_FORMS = {
@@ -53,7 +53,7 @@ MACROS = (*ARGUMENT_FORMS, "env", "interpreter", "program")
 
 @dataclass(frozen=True)
 class Hyperband:
-    """W&B's early termination: at each of the iterations, counted from 1, the best 1/eta of all trials go on."""
+    """W&B's early termination: at each of the iterations, counted from 1, the best 1/eta of all trials continue."""
 
     iterations: tuple[int, ...]
     eta: float
@@ -62,7 +62,7 @@ class Hyperband:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file as read. limit: most trials that it may have, by run_cap and its grid; None is no limit."""
+    """A sweep file. limit: the largest number of trials, from run_cap and the size of the grid; None for no limit."""
 
     name: str
     content: Mapping[str, Any]
@@ -78,13 +78,13 @@ class Sweep:
 
     @property
     def fixed_content(self) -> dict[str, Any]:
-        """What may not change while a sweep goes on, as JSON holds it."""
+        """The content that may not change when a sweep is resumed, with JSON types."""
         kept = {key: value for key, value in self.content.items() if key not in FREE_KEYS}
         return dict(json.loads(json.dumps(kept, default=str)))
 
 
 def read_sweep(path: Path) -> Sweep:
-    """The sweep of a file. Raises ValueError, with the file's name and what to do, when it is not one that can run."""
+    """The sweep of a file. Raises ValueError, which names the file, if the sweep is invalid."""
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -99,7 +99,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def sweep_of(content: Any, stem: str) -> Sweep:
     if not isinstance(content, dict):
-        raise ValueError("A sweep file is a map with the keys method, metric and parameters.")
+        raise ValueError("A sweep file must be a map with the keys method, metric and parameters.")
     check_keys("The sweep file", content, KEYS)
     method = one_of("method", content.get("method"), METHODS)
     metric = read_map("metric", content, ("name", "goal", "target"))
@@ -161,22 +161,22 @@ def number(what: str, value: Any, default: float | None) -> float | None:
 
 
 def read_space(parameters: Any) -> Space:
-    """Raises ValueError for parameters that train.py has no setting for, or that the runner gives itself."""
+    """Raises ValueError for parameters that are no settings of train.py, or that the sweep sets itself."""
     if not isinstance(parameters, dict) or not parameters:
         raise ValueError("parameters must be a map of settings, {lr: {values: [0.1, 0.01]}} for example.")
     for name in parameters:
         if name not in FIELDS:
             raise ValueError(f"Unknown setting {name!r} in parameters.{did_you_mean(str(name), FIELDS)}")
         if name in OURS:
-            raise ValueError(f"{name} cannot be a parameter: each trial gets its own.")
+            raise ValueError(f"{name} cannot be a parameter: the sweep sets it for each trial.")
     space = Space(tuple(read_parameter(name, spec) for name, spec in parameters.items()))
     if "output_dir" in space.varied:
-        raise ValueError("output_dir cannot be varied: all trials lie in the sweep's folder.")
+        raise ValueError("output_dir cannot be varied: the folders of all trials are in the sweep's folder.")
     return space
 
 
 def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:
-    """The iterations at which trials are judged: min_iter * eta^i, or max_iter / eta^i for i = 1..s.
+    """The iterations at which trials are compared: min_iter * eta^i for i = 0, 1, ..., or max_iter / eta^i for i = 1..s.
 
     https://docs.wandb.ai/models/sweeps/sweep-config-keys
     """
@@ -194,7 +194,7 @@ def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:
     elif least is not None and most is None and least >= 1:
         iterations = [int(least * eta**power) for power in range(int(math.log(1e6, eta)) + 1)]
     else:
-        raise ValueError("early_terminate needs min_iter from 1 on, or max_iter and s.")
+        raise ValueError("early_terminate needs min_iter (1 or more), or max_iter and s.")
     iterations = sorted({iteration for iteration in iterations if iteration >= 1})
     if not iterations:
         raise ValueError(f"early_terminate has no iteration of 1 or more: max_iter {most}, s {brackets}, eta {eta:g}.")
@@ -218,7 +218,7 @@ def read_command(words: Any) -> tuple[str, ...]:
 
 
 def fill_command(sweep: Sweep, settings: Mapping[str, Any]) -> list[str]:
-    """The words that start a trial with these settings, as `wandb agent` forms them, but with this Python."""
+    """The command of a trial with these settings, as `wandb agent` forms it, but with this Python interpreter."""
     forms: dict[str, list[str]] = {f"${{{name}}}": form(settings) for name, form in ARGUMENT_FORMS.items()}
     forms |= {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": [sweep.program]}
     words = [word for part in sweep.command for word in forms.get(part, [part])]
@@ -226,18 +226,18 @@ def fill_command(sweep: Sweep, settings: Mapping[str, Any]) -> list[str]:
 
 
 def fixed_arguments(sweep: Sweep) -> list[str]:
-    """What the command itself says to train.py besides ${args}."""
+    """The arguments of train.py in the command besides ${args}."""
     words = list(sweep.command)
     start = max((i for i, word in enumerate(words) if word in ("${program}", sweep.program)), default=len(words)) + 1
     return [word for word in words[start:] if not word.startswith("${")]
 
 
 def check_trials(sweep: Sweep) -> list[Config]:
-    """The settings of trials that together have every value of the file.
+    """The settings of a few trials that together contain every value of the file.
 
-    Raises ValueError when train.py would refuse one.
+    Raises ValueError if train.py would reject one.
     """
     if not Path(sweep.program).is_file():
-        raise ValueError(f"There is no program {sweep.program} in {Path.cwd()}. Start where `wandb agent` would.")
+        raise ValueError(f"There is no program {sweep.program} in {Path.cwd()}. Change to the folder that contains it.")
     given = fixed_arguments(sweep)
     return [read_config([*given, *ARGUMENT_FORMS["args"](point)]) for point in sweep.space.examples()]

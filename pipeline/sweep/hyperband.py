@@ -1,4 +1,4 @@
-"""When a sweep stops a trial early: W&B's hyperband as a pure function of what all trials have reported."""
+"""Early termination of trials: W&B's hyperband as a pure function of the reported values of all trials."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from pipeline.sweep.file import Hyperband
 
 
 def keeps_up(history: Sequence[float], others: Sequence[Sequence[float]], hyperband: Hyperband, maximize: bool) -> bool:
-    """Whether a trial may go on.
+    """Whether a trial continues.
 
-    history: the trial's values of the metric, one for each iteration; others: those of all other trials, ended ones too.
-    At the last of hyperband's iterations that the trial has reached it is compared with all that reached it: the best 1/eta
-    go on, and with them the next best one unless strict.
+    history: the trial's values of the metric, one per iteration; others: those of all other trials, ended ones included. At
+    the last of hyperband's iterations that the trial has reached, it is compared with all trials that reached it. The best
+    1/eta of them continue, and the next best one too unless strict.
     """
     reached = [iteration for iteration in hyperband.iterations if iteration <= len(history)]
     if not reached:

@@ -1,6 +1,6 @@
-"""What a sweep varies: W&B's distributions of a setting's values, as points of a grid, as draws, and for a search.
+"""The search space of a sweep: W&B's distributions, as points of a grid, as random draws, and for a search.
 
-Names, keys and meanings are those of https://docs.wandb.ai/models/sweeps/sweep-config-keys.
+Names, keys and semantics are those of https://docs.wandb.ai/models/sweeps/sweep-config-keys.
 """
 
 import bisect
@@ -18,16 +18,16 @@ from pipeline.common.suggestions import did_you_mean
 
 Spec = Mapping[str, Any]
 
-EDGE = 1e-9  # quantiles of a normal distribution are taken this far from 0 and 1, where they are infinite
-BETA_DRAWS = 200_000  # a beta distribution's quantiles are those of so many draws
+EDGE = 1e-9  # fractions of a normal distribution's quantiles are clamped this far from 0 and 1, where quantiles are infinite
+BETA_DRAWS = 200_000  # a beta distribution's quantiles are estimated from this many draws
 
 
 @dataclass(frozen=True)
 class Distribution:
     """A row of DISTRIBUTIONS.
 
-    needs, defaults: the keys that must be there, and those that may be; bounds: where the drawn number lies, and whether its
-    logarithm is what is uniform; value: what becomes of the drawn number.
+    needs: required keys; defaults: optional keys and their defaults; bounds: lowest and highest number to draw, and whether to
+    draw its logarithm uniformly; value: maps the drawn number to the setting's value.
     """
 
     needs: tuple[str, ...]
@@ -37,7 +37,7 @@ class Distribution:
 
 
 def quantized(distribution: Distribution) -> Distribution:
-    """The same, rounded to multiples of q; whole numbers when q is one."""
+    """The distribution rounded to multiples of q; the values are integers if q is one."""
 
     def value(drawn: float, spec: Spec) -> float:
         steps = round(distribution.value(drawn, spec) / spec["q"])
@@ -103,13 +103,13 @@ DISTRIBUTIONS = {
     "beta": BETA,
     "q_beta": quantized(BETA),
 }
-WHOLE = ("constant", "categorical", "int_uniform")  # what is drawn is a whole number
+WHOLE = ("constant", "categorical", "int_uniform")  # distributions whose drawn number is an integer
 GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting that a sweep gives values to. spec: its keys in the file, with the defaults filled in."""
+    """A setting of a sweep. spec: its keys in the file, with the defaults filled in."""
 
     name: str
     distribution: str
@@ -129,7 +129,7 @@ class Parameter:
         return DISTRIBUTIONS[self.distribution].value(drawn, self.spec)
 
     def quantile(self, fraction: float) -> Any:
-        """The value below which the given fraction of all draws lies, from 0 to 1."""
+        """The quantile of the distribution. fraction: from 0 to 1."""
         low, high, is_log = self.bounds
         if self.distribution in WHOLE:
             return self.value(min(low + math.floor(fraction * (high - low + 1)), high))
@@ -138,12 +138,12 @@ class Parameter:
         return self.value(low + fraction * (high - low))
 
     def grid(self) -> list[Any]:
-        """Every value. Raises ValueError for a distribution that has no end of them."""
+        """Every value, in order. Raises ValueError for a distribution without a finite list of values."""
         low, high, _ = self.bounds
         if self.distribution not in GRID:
             raise ValueError(
-                f"Parameter {self.name} is {self.distribution}, which method grid cannot count through. "
-                "List its values, or take method random or bayes."
+                f"Parameter {self.name} is {self.distribution}, which method grid cannot enumerate. "
+                "List its values, or use method random or bayes."
             )
         if "values" in self.spec:
             return list(self.spec["values"])
@@ -153,16 +153,16 @@ class Parameter:
         return [self.value(number) for number in range(int(low), int(high) + 1)]
 
     def examples(self) -> list[Any]:
-        """Values to check before the first trial: all that are listed, else the ends of the range."""
+        """Values to check before the first trial: all listed values, else the ends of the range."""
         return list(self.spec.get("values", [])) or [self.quantile(0.0), self.quantile(1.0)]
 
 
 def read_parameter(name: str, spec: Any) -> Parameter:
-    """A parameter as the file has it. Raises ValueError when it is not one of W&B's."""
+    """Reads a parameter of the file. Raises ValueError if it does not follow W&B's format."""
     if not isinstance(spec, dict):
         raise ValueError(f"Parameter {name} is {spec!r}; write {{value: {spec}}}, or {{values: [...]}} to vary it.")
     if "parameters" in spec:
-        raise ValueError(f"Parameter {name} nests others, but the settings of train.py are flat. Write them beside it.")
+        raise ValueError(f"Parameter {name} is nested, but the settings of train.py are flat. Move them to the top level.")
     kind = spec["distribution"] if "distribution" in spec else implied_distribution(name, spec)
     if kind not in DISTRIBUTIONS:
         raise ValueError(
@@ -183,7 +183,7 @@ def read_parameter(name: str, spec: Any) -> Parameter:
 
 
 def implied_distribution(name: str, spec: Spec) -> str:
-    """What W&B takes when the file names no distribution. Raises ValueError when it tells too little."""
+    """The distribution that W&B assumes if the file names none. Raises ValueError if the keys do not determine it."""
     if "value" in spec:
         return "constant"
     if "values" in spec:
@@ -196,7 +196,7 @@ def implied_distribution(name: str, spec: Spec) -> str:
 
 
 def check_numbers(parameter: Parameter) -> None:
-    """Raises ValueError for numbers that are none, bounds the wrong way round, or values listed twice."""
+    """Raises ValueError for invalid numbers, a min above max, or values listed twice."""
     name, spec = parameter.name, parameter.spec
     for key, value in spec.items():
         if key in ("min", "max", "mu", "sigma", "q", "a", "b") and (
@@ -218,7 +218,7 @@ def check_numbers(parameter: Parameter) -> None:
     for key, is_wrong in wrong.items():
         if is_wrong:
             shown = f"{spec['min']} and max {spec['max']}" if key == "min" else repr(spec[key])
-            raise ValueError(f"Parameter {name}: {key} is {shown}, which {parameter.distribution} cannot have.")
+            raise ValueError(f"Parameter {name}: {key} is {shown}, which is invalid for {parameter.distribution}.")
     if "values" in spec:
         check_values(name, spec["values"], spec.get("probabilities"))
 
@@ -250,11 +250,11 @@ class Space:
         return [parameter.name for parameter in self.parameters if parameter.is_varied]
 
     def grid_size(self) -> int:
-        """How many points the grid has. Raises ValueError when a parameter has no end of values."""
+        """The number of points in the grid. Raises ValueError if a parameter has no finite list of values."""
         return math.prod(len(parameter.grid()) for parameter in self.parameters)
 
     def grid_point(self, number: int) -> dict[str, Any]:
-        """The settings of a point, from 0; the last parameter changes fastest."""
+        """The settings of a point of the grid, counted from 0; the last parameter changes fastest."""
         point = {}
         for parameter in reversed(self.parameters):
             values = parameter.grid()
@@ -263,7 +263,7 @@ class Space:
         return {parameter.name: point[parameter.name] for parameter in self.parameters}
 
     def random_point(self, number: int, seed: int) -> dict[str, Any]:
-        """The settings of a draw, from 0: a pure function of its number and the seed."""
+        """The settings of a random draw: a pure function of its number, counted from 0, and the seed."""
         fractions = uniforms(np.array([number]), len(self.parameters), seed)[0]
         return {
             parameter.name: parameter.quantile(float(fraction))
@@ -271,7 +271,7 @@ class Space:
         }
 
     def examples(self) -> Iterator[dict[str, Any]]:
-        """Few points that together hold every value to be checked; the first holds each parameter's first."""
+        """A few points that together contain every value to check."""
         first = {parameter.name: parameter.examples()[0] for parameter in self.parameters}
         yield first
         for parameter in self.parameters:

@@ -1,8 +1,8 @@
 """A sweep's trials in an Optuna storage, which any number of agents on any number of machines may share.
 
-Every trial has a place: 0, 1, 2, ... in the order in which trials were begun. The place decides the point of a grid and the
-draws of a random search, so agents need not talk to one another. A trial that was interrupted, or whose agent died, fails in
-Optuna's terms and is put back as a new one at the same place; whoever makes it fail puts it back, and Optuna lets only one.
+Every trial has a place: 0, 1, 2, ... in the order of their starts. The place determines the point of a grid and the draws of a
+random search, so agents need no other communication. A trial that was interrupted, or whose agent died, is marked as failed in
+Optuna and added again as a new trial at the same place. The agent that marks it adds it; Optuna lets only one agent mark it.
 """
 
 import json
@@ -28,9 +28,9 @@ from pipeline.sweep.space import WHOLE, Parameter
 
 OPENINGS = 4  # attempts to open a database
 BEAT_SECONDS = 30.0
-SILENCE_SECONDS = 300.0  # an agent on another machine that has not stirred for so long is dead
+SILENCE_SECONDS = 300.0  # an agent on another machine without a new beat for this long is treated as dead
 
-# how a trial stands, by Optuna's name
+# the status of a trial by Optuna's state
 STATUS = {
     TrialState.WAITING: "interrupted",
     TrialState.RUNNING: "running",
@@ -41,7 +41,7 @@ STATUS = {
 
 
 def open_storage(text: str) -> BaseStorage:
-    """A database by its URL, else a journal file. Raises ValueError when it cannot be opened."""
+    """Opens a database by its URL, else a journal file. Raises ValueError if it cannot be opened."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if "://" not in text:
@@ -49,24 +49,24 @@ def open_storage(text: str) -> BaseStorage:
         return open_database(text)
     except ImportError as error:
         raise ValueError(f"--storage {text} needs a package that is not installed: {error}.") from error
-    except Exception as error:  # whatever a database's driver raises
+    except Exception as error:  # drivers of databases raise exceptions of any type
         raise ValueError(f"Cannot open --storage {text}: {' '.join(str(error).split())}") from error
 
 
 def open_database(url: str) -> BaseStorage:
-    """Tries again after a moment: of agents that begin together, only one can make the tables."""
+    """Opens a database, with retries: of agents that start at the same time, only one can create the tables."""
     for _ in range(OPENINGS - 1):
         try:
             return optuna.storages.get_storage(url)
         except ImportError:
             raise
-        except Exception:  # whatever a database's driver raises
+        except Exception:  # drivers of databases raise exceptions of any type
             time.sleep(1.0)
     return optuna.storages.get_storage(url)
 
 
 def optuna_distribution(parameter: Parameter) -> BaseDistribution:
-    """What Optuna's samplers and dashboards see of a parameter."""
+    """The parameter's distribution for Optuna's samplers and dashboards."""
     low, high, is_log = parameter.bounds
     if parameter.distribution == "categorical":
         return CategoricalDistribution([str(value) for value in parameter.spec["values"]])
@@ -76,7 +76,7 @@ def optuna_distribution(parameter: Parameter) -> BaseDistribution:
 
 
 class PlaceSampler(optuna.samplers.BaseSampler):
-    """TPE with randomness that is a function of the sweep's seed and the trial's number, so agents draw differently."""
+    """TPE seeded by the sweep's seed and the trial's number, so that agents draw different values."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -113,12 +113,12 @@ class Claim:
 
 
 class SweepStudy:
-    """The trials of one sweep: claimed, followed, ended. All methods may be called by several agents at once."""
+    """The trials of one sweep. Several agents may call all methods at the same time."""
 
     def __init__(self, sweep: Sweep, storage: str, limit: int | None, seed: int):
-        """Opens the study or makes it. limit: most trials, None for no limit.
+        """Opens or creates the study. limit: largest number of trials, None for no limit.
 
-        Raises ValueError when the storage cannot be opened or holds another sweep of this name.
+        Raises ValueError if the storage cannot be opened or contains a different sweep of this name.
         """
         self.sweep, self.limit = sweep, limit
         self.study = optuna.create_study(
@@ -134,15 +134,15 @@ class SweepStudy:
             self.study.set_user_attr("sweep", ours)
         elif begun != ours:
             raise ValueError(
-                f"The sweep {sweep.name} in {storage} was begun with another file or --seed. Give this one another --name."
+                f"The sweep {sweep.name} in {storage} was started with another file or --seed. Choose another --name."
             )
         self.seed = seed
-        self.heard: dict[int, tuple[Any, float]] = (
+        self.last_beats: dict[int, tuple[Any, float]] = (
             {}
-        )  # by trial number: its agent's last beat, and when it was seen first
+        )  # by trial number: its agent's last beat, and when it was first read
 
     def places(self) -> dict[int, FrozenTrial]:
-        """The newest trial of every place that has been begun."""
+        """The newest trial of every place."""
         return {place: trial for trial, place in self.with_places(self.study.get_trials(deepcopy=False))}
 
     def with_places(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, int]]:
@@ -158,7 +158,7 @@ class SweepStudy:
         return placed
 
     def claim(self) -> Claim | None:
-        """A trial to run: one that was interrupted, else a new one; None when there is none to begin."""
+        """A trial to run: an interrupted one, else a new one; None if there is none to start."""
         self.put_back_dead()
         places = self.places()
         waiting = any(trial.state == TrialState.WAITING for trial in places.values())
@@ -169,7 +169,7 @@ class SweepStudy:
         placed = self.with_places(self.study.get_trials(deepcopy=False))
         place = next(place for other, place in placed if other.number == trial.number)
         if self.limit is not None and place >= self.limit and "put_back" not in trial.user_attrs:
-            trial.set_user_attr("surplus", True)  # another agent took the last place in the same moment
+            trial.set_user_attr("surplus", True)  # another agent claimed the last place at the same time
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         self.beat(trial, 0)
@@ -178,7 +178,7 @@ class SweepStudy:
         return Claim(place, trial, settings)
 
     def settings(self, place: int, trial: optuna.Trial | FrozenTrial) -> dict[str, Any]:
-        """The values of a trial's parameters; a search that learns draws what the trial does not have yet."""
+        """The values of a trial's parameters; method bayes draws those that the trial does not have yet."""
         space = self.sweep.space
         if self.sweep.method == "grid":
             return space.grid_point(place)
@@ -187,37 +187,37 @@ class SweepStudy:
         return {parameter.name: suggested(trial, parameter) for parameter in space.parameters}
 
     def beat(self, trial: optuna.Trial, count: int) -> None:
-        """Tells the other agents that this one lives."""
+        """Records a sign of life for the other agents."""
         trial.set_user_attr("agent", {"machine": os.uname().nodename, "process": os.getpid(), "beat": count})
 
     def report(self, trial: optuna.Trial, history: Sequence[float], known: int) -> None:
-        """Tells the values of the metric that are new since the first `known`; iterations count from 1."""
+        """Reports the values of the metric after the first `known` to the study; iterations count from 1."""
         for iteration in range(known, len(history)):
             trial.report(history[iteration], iteration + 1)
 
     def keeps_up(self, place: int, history: Sequence[float]) -> bool:
-        """Whether hyperband lets the trial go on; always without one."""
+        """Whether hyperband lets the trial continue; True without early_terminate."""
         if self.sweep.hyperband is None:
             return True
         others = [reported(trial) for other, trial in self.places().items() if other != place]
         return keeps_up(history, others, self.sweep.hyperband, self.sweep.maximize)
 
     def end(self, trial: optuna.Trial, status: str, value: float | None, facts: Mapping[str, Any]) -> None:
-        """Ends a trial. status: one of STATUS; facts: what the table shows of it, with an error when it failed."""
+        """Ends a trial. status: one of STATUS; facts: its columns in the table, with an error if it failed."""
         for key, fact in facts.items():
             trial.set_user_attr(key, fact)
         try:
             state = next(state for state, name in STATUS.items() if name == status)
             self.study.tell(trial, values=value if status == "completed" else None, state=state)
         except (ValueError, UpdateFinishedTrialError):
-            console.warn(f"Trial {trial.number} was taken for dead by another agent, which runs it again.")
+            console.warn(f"Another agent treated trial {trial.number} as dead and runs it again.")
 
     def put_back(self, trial: optuna.Trial | FrozenTrial, place: int) -> None:
-        """Lets any agent go on with a trial that this one does not finish, or that a dead one did not."""
+        """Makes an unfinished trial available to all agents, which resume it."""
         try:
             self.study.tell(trial.number, state=TrialState.FAIL)
         except (ValueError, UpdateFinishedTrialError):
-            return  # it has ended, or another agent has just put it back
+            return  # it has ended, or another agent has put it back
         again = optuna.trial.create_trial(
             state=TrialState.WAITING,
             params=trial.params,
@@ -232,13 +232,13 @@ class SweepStudy:
                 self.put_back(trial, place)
 
     def is_dead(self, trial: FrozenTrial) -> bool:
-        """Whether the agent of a running trial has ended: on this machine its process, elsewhere its beat."""
+        """Whether the agent of a running trial is dead: by its process on this machine, by its beat on another."""
         agent = trial.user_attrs.get("agent", {})
         if agent.get("machine") == os.uname().nodename:
             return agent["process"] != os.getpid() and not is_alive(agent["process"])
-        beat, since = self.heard.get(trial.number, (None, 0.0))
-        if beat != agent or trial.number not in self.heard:
-            self.heard[trial.number] = (agent, time.monotonic())
+        beat, since = self.last_beats.get(trial.number, (None, 0.0))
+        if beat != agent or trial.number not in self.last_beats:
+            self.last_beats[trial.number] = (agent, time.monotonic())
             return False
         return time.monotonic() - since > SILENCE_SECONDS
 
@@ -250,12 +250,12 @@ class SweepStudy:
         )
 
     def unfinished(self) -> int:
-        """How many trials still run or wait, anywhere."""
+        """The number of running and interrupted trials of all agents."""
         return sum(not trial.state.is_finished() for trial in self.places().values())
 
 
 def suggested(trial: optuna.Trial | FrozenTrial, parameter: Parameter) -> Any:
-    """The value of a parameter that Optuna has drawn, or draws now."""
+    """The value of a parameter that Optuna has drawn earlier or draws now."""
     if not parameter.is_varied:
         return parameter.value(0)
     distribution = optuna_distribution(parameter)
@@ -269,7 +269,7 @@ def suggested(trial: optuna.Trial | FrozenTrial, parameter: Parameter) -> Any:
 
 
 def reported(trial: FrozenTrial) -> list[float]:
-    """The values of the metric by iteration."""
+    """The reported values of the metric, ordered by iteration."""
     return [value for _, value in sorted(trial.intermediate_values.items())]
 
 

@@ -1,4 +1,4 @@
-"""A sweep's trials as people and programs read them: trials.jsonl, the ranked results.csv, tables in the terminal."""
+"""The tables of a sweep: trials.jsonl, the ranked results.csv, and tables in the terminal."""
 
 import csv
 import io
@@ -24,9 +24,9 @@ def run_dir_name(place: int) -> str:
 
 
 def rows_of(places: Mapping[int, FrozenTrial], sweep: Sweep) -> list[dict[str, Any]]:
-    """The lines of trials.jsonl, by number: number, status, params, run_dir, value, error, and what a run's summary told.
+    """The lines of trials.jsonl, by number: number, status, params, run_dir, value, error, and FACTS of the run's summary.
 
-    status: completed, stopped (by hyperband), failed, interrupted (to be gone on with) or running.
+    status: completed, stopped (by hyperband), failed, interrupted (to be resumed) or running.
     """
     rows = []
     for place, trial in sorted(places.items()):
@@ -49,7 +49,7 @@ def ranked(rows: Sequence[dict[str, Any]], sweep: Sweep) -> list[dict[str, Any]]
 
 
 def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) -> None:
-    """Writes trials.jsonl and results.csv, whole, also when agents on several machines do so at the same time."""
+    """Writes trials.jsonl and results.csv atomically; several agents may do so at the same time."""
     text = io.StringIO()
     columns = ["rank", "number", "status", *sweep.space.varied, sweep.metric, *FACTS, "run_dir", "error"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -76,11 +76,11 @@ def figure(value: float | None, metric: str) -> str:
 
 
 def event_line(row: Mapping[str, Any], sweep: Sweep) -> str:
-    """A trial that has begun or ended, as a line."""
+    """The line that is printed when a trial starts or ends."""
     settings = "  ".join(f"{name} {shown(row['params'].get(name))}" for name in sweep.space.varied)
-    told = row["error"] if row["status"] == "failed" else f"{sweep.metric} {figure(row['value'], sweep.metric)}"
+    result = row["error"] if row["status"] == "failed" else f"{sweep.metric} {figure(row['value'], sweep.metric)}"
     after = f"  after {row['epochs']} epochs, {console.duration(row['seconds'])}" if row.get("epochs") else ""
-    return f"{row['run_dir']}  {row['status']:<11}  {settings}  {told}{after}"
+    return f"{row['run_dir']}  {row['status']:<11}  {settings}  {result}{after}"
 
 
 def result_table(rows: Sequence[dict[str, Any]], sweep: Sweep) -> str:

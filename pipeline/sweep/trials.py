@@ -1,4 +1,4 @@
-"""A sweep's trial as a process of its own: started with its share of the machine, followed, asked to stop, judged."""
+"""A sweep's trial as a separate process: started with its share of the machine, monitored, stopped, and evaluated."""
 
 import fcntl
 import json
@@ -16,16 +16,16 @@ from typing import IO, Any
 from pipeline.run_folder import lock
 from pipeline.sweep.file import Sweep, fill_command
 
-ORPHAN_SECONDS = 120.0  # how long a run may take to save itself
+ORPHAN_SECONDS = 120.0  # how long a run may take to write its checkpoint
 
-LAST_VALUE = ("test/", "train/")  # of these metrics a run's last value counts, of the others its best
+LAST_VALUE = ("test/", "train/")  # the last value of these metrics counts, the best value of the others
 
 
 def shares(num_parallel: int, cores: int, devices: Sequence[str]) -> list[dict[str, str]]:
-    """The environment that gives each of the parallel trials its part of the machine.
+    """The environment variables that assign each parallel trial its share of the machine.
 
-    devices: the GPUs by CUDA's names. Each trial gets as many as there are for it, or one that it shares with others; without
-    GPUs it gets its part of the cores as threads.
+    devices: the GPUs, as in CUDA_VISIBLE_DEVICES. Each trial gets an equal share of them, or one that it shares with other
+    trials. Without GPUs it gets its share of the cores as threads.
     """
     if num_parallel == 1:
         return [{}]
@@ -52,8 +52,8 @@ def visible_devices() -> list[str]:
 class RunningTrial:
     """A trial's process.
 
-    log_start: where in the log its own lines begin; share: which part of the machine it has; earlier: the summary that a part
-    before this one left; reported: how many values of the metric are told to the study; stopped: why it was asked to stop.
+    log_start: where its lines begin in the log; share: number of its share of the machine; earlier: the summary before it
+    started; reported: number of values reported to the study; stopped: why it was stopped, "stopped" or "interrupted".
     """
 
     run_dir: Path
@@ -71,7 +71,7 @@ class RunningTrial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended. status: completed, stopped (by hyperband), interrupted or failed; facts: what the table shows."""
+    """How a trial ended. status: completed, stopped (by hyperband), interrupted or failed; facts: its columns in the table."""
 
     status: str
     value: float | None
@@ -81,9 +81,9 @@ class Outcome:
 def start_trial(
     sweep: Sweep, settings: Mapping[str, Any], run_dir: Path, environment: Mapping[str, str], share: int
 ) -> RunningTrial:
-    """Starts the sweep's command in a session of its own, so that a terminal's Ctrl-C reaches the sweep only.
+    """Starts the sweep's command in a new session, so that Ctrl-C in the terminal reaches the sweep only.
 
-    What it prints is added to logs/NAME.log beside the run's folder. Raises OSError when the command cannot be started.
+    Its output is appended to logs/NAME.log beside the run's folder. Raises OSError if the command cannot be started.
     """
     own = {"output_dir": str(run_dir.parent), "run_name": run_dir.name}
     command = fill_command(sweep, {**settings, **own})
@@ -91,7 +91,7 @@ def start_trial(
     logs = run_dir.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = open(logs / f"{run_dir.name}.log", "ab")
-    # launchers such as accelerate and torchrun lie beside this Python
+    # launchers such as accelerate and torchrun are in the folder of this Python
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, "PATH": path, **environment}
     try:
@@ -105,7 +105,7 @@ def start_trial(
 
 
 def ask_to_stop(trial: RunningTrial, why: str) -> None:
-    """Has the trial save itself and end; all its processes follow the one that writes."""
+    """Sends SIGTERM, after which the trial writes a checkpoint and exits. The other ranks of a run stop with rank 0."""
     trial.stopped = why
     process = training_process(trial.run_dir)
     try:
@@ -114,18 +114,18 @@ def ask_to_stop(trial: RunningTrial, why: str) -> None:
         else:
             os.killpg(trial.process.pid, signal.SIGTERM)
     except ProcessLookupError:
-        pass  # it has just ended
+        pass  # it has already ended
 
 
 def training_process(run_dir: Path) -> int | None:
-    """The process of this machine that holds the run's folder, None when there is none."""
+    """The process of this machine that holds the lock of the run's folder, or None."""
     try:
         file = os.open(run_dir / ".lock", os.O_RDWR)
     except OSError:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return None  # free, whatever a dead process left in it
+        return None  # free; the content is that of a dead process
     except OSError:
         holder = lock.read(run_dir / ".lock")
         process = holder.get("process")
@@ -135,7 +135,7 @@ def training_process(run_dir: Path) -> int | None:
 
 
 def stop_orphan(run_dir: Path) -> None:
-    """Has a training process that outlived its agent save itself and end, so that the trial can go on from there."""
+    """Stops a training process that outlived its agent, after a checkpoint from which the trial resumes."""
     process = training_process(run_dir)
     if process is not None:
         os.kill(process, signal.SIGTERM)
@@ -145,7 +145,7 @@ def stop_orphan(run_dir: Path) -> None:
 
 
 def read_history(run_dir: Path, metric: str) -> list[float]:
-    """The values of a metric, split/key as trackers name it, in the order in which the run told them."""
+    """The values of a metric (split/key, as in the trackers) in the order in which the run logged them."""
     split, key = metric.split("/")
     values = []
     for line in whole_lines(run_dir / "metrics.jsonl"):
@@ -156,7 +156,7 @@ def read_history(run_dir: Path, metric: str) -> list[float]:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that may be growing; what is not a whole one is left out."""
+    """The JSON objects of a file that may be growing; incomplete lines are skipped."""
     lines = []
     for text in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
@@ -169,7 +169,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def has_news(trial: RunningTrial) -> bool:
-    """Whether the run's metrics.jsonl has changed since the last time."""
+    """Whether the run's metrics.jsonl has changed since the last call."""
     try:
         size = (trial.run_dir / "metrics.jsonl").stat().st_size
     except OSError:
@@ -179,7 +179,7 @@ def has_news(trial: RunningTrial) -> bool:
 
 
 def best_value(history: Sequence[float], sweep: Sweep) -> float | None:
-    """What counts of a trial: the best value of a validation metric, the last of a test or training metric."""
+    """The value of a trial: the best value of a validation metric, the last value of a test or training metric."""
     finite = [value for value in history if math.isfinite(value)]
     if not finite:
         return None
@@ -189,7 +189,7 @@ def best_value(history: Sequence[float], sweep: Sweep) -> float | None:
 
 
 def judge(trial: RunningTrial, sweep: Sweep) -> Outcome:
-    """What became of a trial whose process has ended."""
+    """The outcome of a trial whose process has ended."""
     code = trial.process.returncode
     trial.log.close()
     summary = read_summary(trial.run_dir)
@@ -205,10 +205,10 @@ def judge(trial: RunningTrial, sweep: Sweep) -> Outcome:
     if summary.get("status") in ("completed", "early_stopped") and code == 0:
         if value is not None:
             return Outcome("completed", value, facts)
-        return Outcome("failed", None, {**facts, "error": f"The run told no finite {sweep.metric}."})
+        return Outcome("failed", None, {**facts, "error": f"The run logged no finite {sweep.metric}."})
     if trial.stopped is not None:
         return Outcome(trial.stopped, value, facts)
-    error = summary.get("reason") or last_words(trial) or f"It ended with status {code}."
+    error = summary.get("reason") or last_message(trial) or f"It exited with status {code}."
     if code < 0 and summary.get("status") is None:
         error = f"Killed by {signal.Signals(-code).name}. {error}"
     return Outcome("failed", value, {**facts, "error": error})
@@ -222,13 +222,13 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def last_words(trial: RunningTrial) -> str:
-    """The last line that the trial printed, without train.py's `error: `."""
+def last_message(trial: RunningTrial) -> str:
+    """The last error line of the trial's output, else its last line, without `error: `."""
     try:
         with open(trial.run_dir.parent / "logs" / f"{trial.run_dir.name}.log", "rb") as file:
             file.seek(trial.log_start)
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
-    told = [line for line in lines if line.startswith("error: ")]  # a launcher's own traceback comes after it
-    return (told or lines or [""])[-1].removeprefix("error: ")
+    errors = [line for line in lines if line.startswith("error: ")]  # a launcher's traceback may follow
+    return (errors or lines or [""])[-1].removeprefix("error: ")

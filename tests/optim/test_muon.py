@@ -85,7 +85,7 @@ def test_orthogonalize_is_far_closer_to_float64_than_bf16_is(kind, shape):
 
 
 @pytest.mark.parametrize("ns_steps", [1, 2, 5, 6, 8])
-def test_orthogonalize_takes_the_steps_it_is_told_to(ns_steps):
+def test_orthogonalize_makes_ns_steps_steps(ns_steps):
     torch.manual_seed(0)
     gradient = torch.randn(16, 144)
     torch.testing.assert_close(

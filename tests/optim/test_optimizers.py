@@ -143,7 +143,7 @@ def test_a_state_of_another_model_is_refused():
         load_state_tensors(optimizer, model, {"head.weight/momentum_buffer": torch.zeros(3)})
 
 
-def test_names_and_settings_that_do_not_fit_are_told():
+def test_unknown_names_and_ignored_settings_are_reported():
     with pytest.raises(ValueError, match="Did you mean .*'adamw'"):
         check_optimizer_name("adamv")
     assert ignored_optimizer_settings(Config(optimizer="adamw", momentum=0.5)) == [

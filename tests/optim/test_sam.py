@@ -49,7 +49,7 @@ def test_the_gradient_on_a_quadratic_is_that_of_the_closed_form(adaptive):
     assert torch.allclose(model.weights.grad, a * (w + offset), rtol=1e-6)
 
 
-def test_the_loss_scale_drops_out():
+def test_the_loss_scale_cancels():
     gradients = []
     for scale in (1.0, 4096.0):
         model = Quadratic([3.0, -0.5], [1.0, 4.0])
@@ -60,7 +60,7 @@ def test_the_loss_scale_drops_out():
     assert torch.equal(*gradients)
 
 
-def test_weights_and_batchnorm_come_back_whatever_happens():
+def test_weights_and_batchnorm_are_restored_after_an_exception_too():
     model = timm.create_model("resnet10t", num_classes=3)
     cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 0])).backward()
     before = copy.deepcopy(model.state_dict())

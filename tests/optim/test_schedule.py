@@ -77,13 +77,13 @@ def test_a_batch_size_schedule_does_not_bend_the_curve():
 
 
 @pytest.mark.parametrize("scaling, factor", [("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)])
-def test_the_learning_rate_follows_the_batch_size_as_asked(scaling, factor):
+def test_batch_lr_scaling_scales_the_learning_rate_with_the_batch_size(scaling, factor):
     config = Config(scheduler="constant", batch_size_schedule={5: 512}, batch_lr_scaling=scaling)
     assert lr_scale(4.99, [], config) == 1.0
     assert lr_scale(5.0, [], config) == factor
 
 
-def test_the_newest_begun_batch_size_holds():
+def test_the_batch_size_of_the_last_started_epoch_applies():
     config = Config(batch_size_schedule={10: 512, 5: 256}, epochs=20)
     assert [batch_size_at(epoch, config) for epoch in (0, 4, 5, 9, 10, 19)] == [128, 128, 256, 256, 512, 512]
 
@@ -121,6 +121,6 @@ def test_early_stopping_counts_epochs_since_the_best():
     assert not should_stop_early(history_of(*[0.5] * 50), Config())
 
 
-def test_an_unknown_schedule_names_its_neighbours():
+def test_an_unknown_schedule_is_reported_with_close_matches():
     with pytest.raises(ValueError, match="Unknown scheduler 'cosin'. Did you mean 'cosine'"):
         check_scheduler_name("cosin")

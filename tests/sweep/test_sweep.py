@@ -166,7 +166,7 @@ def test_a_grid_has_every_combination_once():
     assert points[0] == {"lr": 0.1, "epochs": 1, "seed": 7, "momentum": 0.4}
 
 
-def test_the_words_of_a_command_are_those_of_wandbs_agent_and_train_py_reads_them_back():
+def test_the_arguments_of_a_command_equal_those_of_wandbs_agent_and_train_py_parses_them():
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     settings = {
         "lr": 1e-05, "clip_grad_norm": None, "pretrained": True, "drop_last": False,
@@ -212,10 +212,10 @@ def test_the_command_is_filled_in(monkeypatch):
         ({"parameters": {"lr": {"distribution": "log_unifrom", "min": 0, "max": 1}}}, ["'log_uniform'"]),
         ({"parameters": {"lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, ["min is 0"]),
         ({"parameters": {"lr": {"distribution": "log_uniform_values", "min": "1e-5", "max": 1}}}, ["1.0e-5"]),
-        ({"parameters": {"lr": {"distribution": "normal"}}}, ["cannot count through"]),
+        ({"parameters": {"lr": {"distribution": "normal"}}}, ["cannot enumerate"]),
         ({"parameters": {"lr": {"values": [0.1, 0.1]}}}, ["0.1 twice"]),
         ({"parameters": {"lr": {"values": [0.1, 0.2], "probabilities": [1, 1]}}}, ["sum to 1"]),
-        ({"parameters": {"run_name": {"value": "x"}}}, ["run_name", "each trial"]),
+        ({"parameters": {"run_name": {"value": "x"}}}, ["run_name", "sets it for each trial"]),
         ({"parameters": {"optimizer": {"parameters": {"lr": {"value": 1}}}}}, ["flat"]),
         ({"command": ["${interpretr}", "${args}"]}, ["${interpretr}", "'interpreter'"]),
         ({"command": ["python", "train.py"]}, ["no ${args}"]),
@@ -227,7 +227,7 @@ def test_the_command_is_filled_in(monkeypatch):
         ({"run_cap": 0}, ["run_cap is 0"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_before_the_first_trial(change, words, tmp_path, capsys, monkeypatch):
+def test_errors_of_a_file_are_reported_before_the_first_trial(change, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({**BASE, **change}))
@@ -253,7 +253,7 @@ def test_hyperbands_iterations_are_those_of_the_documentation():
     assert iterations(max_iter=20, s=5, eta=2) == (1, 2, 5, 10)
 
 
-def test_hyperband_stops_what_is_not_among_the_best():
+def test_hyperband_stops_trials_that_are_not_among_the_best():
     def goes_on(history, others, maximize=False, strict=False):
         return keeps_up(history, others, Hyperband((2, 4), eta=3, strict=strict), maximize)
 
@@ -268,29 +268,29 @@ def test_hyperband_stops_what_is_not_among_the_best():
     assert not goes_on([0.0, math.nan], others)
 
 
-def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_goes_on(tmp_path, capsys):
+def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, capsys):
     early = {"type": "hyperband", "min_iter": 4, "eta": 3}
     parameters = {"lr": {"values": [0.9, 0.1, 0.95]}, "epochs": {"value": 60}}
     path = write_sweep(tmp_path, parameters, early_terminate=early, name="early")
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
     rows = trials_of(tmp_path / "early")
     assert [row["status"] for row in rows] == ["completed", "stopped", "completed"]
-    told = lines_of(tmp_path / "early" / "trial-0002")
-    assert 4 <= len(told) < 60 and rows[1]["value"] == pytest.approx(told[-1]["accuracy"], rel=0.7)
+    lines = lines_of(tmp_path / "early" / "trial-0002")
+    assert 4 <= len(lines) < 60 and rows[1]["value"] == pytest.approx(lines[-1]["accuracy"], rel=0.7)
     assert capsys.readouterr().out.count("stopped") == 2  # its line, and the table's
 
 
 # -- trials
 
 
-def test_cores_and_gpus_are_shared_out():
+def test_cores_and_gpus_are_divided_among_trials():
     assert shares(1, 8, ["0", "1"]) == [{}]
     assert shares(2, 8, []) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert [part["CUDA_VISIBLE_DEVICES"] for part in shares(2, 8, ["0", "1", "2", "3"])] == ["0,2", "1,3"]
     assert [part["CUDA_VISIBLE_DEVICES"] for part in shares(3, 2, ["5", "7"])] == ["5", "7", "5"]
 
 
-def test_trials_are_ranked_failures_told_and_the_sweep_goes_on(tmp_path, capfd):
+def test_trials_are_ranked_failures_reported_and_the_sweep_continues(tmp_path, capfd):
     path = write_sweep(tmp_path, {"lr": {"values": [0.3, 0.6]}, "seed": {"values": [13, 1]}}, name="ranked")
     assert main([str(path), "--output_dir", str(tmp_path), "--num_parallel", "2"]) == 0
     folder = tmp_path / "ranked"
@@ -314,13 +314,13 @@ def test_trials_are_ranked_failures_told_and_the_sweep_goes_on(tmp_path, capfd):
     assert all(len(start.read_text().splitlines()) == 1 for start in folder.glob("*/starts"))
 
 
-def test_a_sweep_in_which_nothing_succeeds_ends_with_status_1(tmp_path):
+def test_a_sweep_without_a_completed_trial_exits_with_status_1(tmp_path):
     path = write_sweep(tmp_path, {"lr": {"value": 0.3}, "seed": {"value": 13}})
     assert main([str(path), "--output_dir", str(tmp_path), "--name", "bad"]) == 1
     assert [row["status"] for row in trials_of(tmp_path / "bad")] == ["failed"]
 
 
-def test_more_trials_may_be_asked_for_but_not_other_ones(tmp_path, capsys):
+def test_a_sweep_can_be_extended_but_not_changed(tmp_path, capsys):
     parameters = {"lr": {"min": 0.1, "max": 0.9}}
     path = write_sweep(tmp_path, parameters, method="random", name="more")
     options = ["--output_dir", str(tmp_path), "--num_trials"]
@@ -333,7 +333,7 @@ def test_more_trials_may_be_asked_for_but_not_other_ones(tmp_path, capsys):
     assert "was begun with another file" in capsys.readouterr().err and trials_of(tmp_path / "more") == first
 
 
-def test_no_trial_begins_after_one_has_reached_the_target(tmp_path):
+def test_no_trial_starts_after_one_has_reached_the_target(tmp_path):
     metric = {**BASE["metric"], "target": 0.5}
     path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.7, 0.9]}}, metric=metric, name="target")
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
@@ -387,7 +387,7 @@ def test_a_search_keeps_the_settings_of_a_trial_that_is_put_back(tmp_path):
     assert other.claim().settings != claim.settings
 
 
-def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     """With train.py itself: the interrupted trial ends as if nothing had happened."""
     settings = {name: value for name, value in SMALL_RUN.items() if name not in ("run_name", "epochs")}
     parameters = {name: {"value": value} for name, value in {**settings, "epochs": 40}.items()}
@@ -399,7 +399,7 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch)
     wait_for(lambda: metrics.is_file() and metrics.read_text().count('"val"') >= 3, process=agent)
     agent.send_signal(signal.SIGINT)
     out, err = agent.communicate(timeout=60)
-    assert agent.returncode == 130 and "give the same command again" in out, err
+    assert agent.returncode == 130 and "run the same command again" in out, err
     assert [row["status"] for row in trials_of(folder)] == ["interrupted"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -424,7 +424,7 @@ def test_the_trial_of_an_agent_that_was_killed_is_taken_over(tmp_path):
     assert len(starts.read_text().splitlines()) == 2
 
 
-def test_when_the_storage_fails_what_runs_is_stopped_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_when_the_storage_fails_running_trials_stop_and_the_same_command_resumes_them(tmp_path, monkeypatch, capsys):
     path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
 
     def fail(self, trial, history, known):
@@ -445,7 +445,7 @@ def test_when_the_storage_fails_what_runs_is_stopped_and_the_same_command_goes_o
     assert [row["status"] for row in trials_of(tmp_path / "lost")] == ["completed", "completed"]
 
 
-def test_an_agent_elsewhere_is_dead_when_its_beat_stops(tmp_path, monkeypatch):
+def test_an_agent_on_another_machine_is_dead_when_its_beat_stops(tmp_path, monkeypatch):
     sweep = sweep_of(BASE, "s")
     here, there = (SweepStudy(sweep, str(tmp_path / "journal.log"), sweep.limit, seed=0) for _ in range(2))
     claim = there.claim()
@@ -468,7 +468,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
-def test_every_sweep_file_opens_with_its_command_and_its_number_of_runs_and_would_run(path, monkeypatch):
+def test_every_sweep_file_starts_with_its_command_and_number_of_runs_and_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = path.read_text().splitlines()
     comments = [line for line in lines[: lines.index("program: train.py")]]

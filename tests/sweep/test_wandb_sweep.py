@@ -52,7 +52,7 @@ def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None)
     return worked.stdout + worked.stderr
 
 
-def test_train_py_takes_what_the_agent_writes_and_goes_on_when_its_trial_is_queued_again(tmp_path):
+def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path):
     """Stopped as early termination stops it, started again as a preempted one is: with the argument that W&B then adds."""
     settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
     again = {**settings, "_wandb": {"resume": 1}}
@@ -79,8 +79,8 @@ def test_train_py_takes_what_the_agent_writes_and_goes_on_when_its_trial_is_queu
     (run,) = server.runs.values()
     assert run["starts"] == 2 and run["exit_codes"][-1] == 0 and run["project"] == PROJECT
     assert run["summary"]["status"] == "completed" and run["config"]["seed"]["value"] == 0
-    told = {line["accuracy"] for line in lines_of(run_dir) if line["split"] == "val"}
-    assert {row["val/accuracy"] for row in run["rows"] if "val/accuracy" in row} == told
+    logged = {line["accuracy"] for line in lines_of(run_dir) if line["split"] == "val"}
+    assert {row["val/accuracy"] for row in run["rows"] if "val/accuracy" in row} == logged
     assert "locked" not in said  # no warning for each setting that the sweep has set
 
 
