@@ -1,1 +1,1 @@
-"""Benchmarks, `python -m pipeline.benchmark COMMAND`: what the parts of a run cost, beside the bare loop and the peers."""
+"""Benchmarks: `python -m pipeline.benchmark COMMAND` times the parts of a run and compares them with a bare loop and peers."""

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: a table of commands, their arguments, what becomes of their figures."""
+"""The command line of the benchmarks: the commands, their arguments, and the output of their figures."""
 
 import argparse
 import importlib
@@ -42,61 +42,61 @@ def above_zero(text: str) -> float:
 
 def made_set(parser: Parser, num_images: int = 5120) -> None:
     parser.add_argument(
-        "--num_images", type=at_least_one, default=num_images, metavar="N", help="images of the made set"
+        "--num_images", type=at_least_one, default=num_images, metavar="N", help="images of the synthetic set"
     )
-    parser.add_argument("--made_size", type=at_least_one, default=32, metavar="N", help="their side in pixels")
+    parser.add_argument("--made_size", type=at_least_one, default=32, metavar="N", help="side of its images in pixels")
 
 
 def timed_steps(parser: Parser, seconds: float = 3.0) -> None:
-    parser.add_argument("--seconds", type=above_zero, default=seconds, metavar="S", help="of each turn that count")
-    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
+    parser.add_argument("--seconds", type=above_zero, default=seconds, metavar="S", help="timed seconds of each measurement")
+    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="untimed steps before")
     made_set(parser)
 
 
 def loop_arguments(parser: Parser) -> None:
     timed_steps(parser)
-    parser.add_argument("--fast", action="store_true", help="also ours with bf16 and channels_last")
-    text = "also the bare loop in channels-last order, and ours in contiguous order"
+    parser.add_argument("--fast", action="store_true", help="also measure ours with bf16 and channels_last")
+    text = "also measure the bare loop with channels_last, and ours without"
     parser.add_argument("--layouts", action="store_true", help=text)
     text = "worker processes of the peers' loaders"
     parser.add_argument("--peer_workers", type=at_least_zero, default=usable_cores(), metavar="N", help=text)
 
 
 def loaders_arguments(parser: Parser) -> None:
-    text = "numbers of worker processes"
+    text = "numbers of worker processes to measure"
     parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
-    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a batch")
-    parser.add_argument("--num_photos", type=at_least_one, default=256, metavar="N", help="JPEG photos that are made")
-    parser.add_argument("--seconds", type=above_zero, default=1.0, metavar="S", help="of each loader and turn")
+    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images per batch")
+    parser.add_argument("--num_photos", type=at_least_one, default=256, metavar="N", help="synthetic JPEG photos")
+    parser.add_argument("--seconds", type=above_zero, default=1.0, metavar="S", help="timed seconds of each loader and round")
     made_set(parser, num_images=2560)
 
 
 def optimizers_arguments(parser: Parser) -> None:
-    parser.add_argument("--model_name", default="resnet18", help="any that train.py takes")
-    parser.add_argument("--stem", choices=("imagenet", "small", "auto"), default="imagenet", help="as train.py's")
-    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images of a step")
+    parser.add_argument("--model_name", default="resnet18", help="any model of train.py")
+    parser.add_argument("--stem", choices=("imagenet", "small", "auto"), default="imagenet", help="as in train.py")
+    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images per step")
     parser.add_argument("--image_size", type=at_least_one, default=32, metavar="N", help="side in pixels")
     either, text = ("true", "false"), "keep images and convolutions in channels-last order"
     parser.add_argument("--channels_last", type=str.lower, choices=either, default="false", help=text)
-    slow = "a row that would take longer stops early; it runs at least once"
+    slow = "time limit of a row, which runs at least once"
     parser.add_argument("--seconds_per_row", type=above_zero, default=60.0, metavar="S", help=slow)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
 
 
 def checkpoint_arguments(parser: Parser) -> None:
-    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps of a block")
-    text = "images of the epoch that shares are taken of (CIFAR-10's)"
+    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps per block")
+    text = "images of the epoch that shares refer to (CIFAR-10's)"
     parser.add_argument("--epoch_images", type=at_least_one, default=50_000, metavar="N", help=text)
     made_set(parser)
 
 
 def scaling_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of them"
+        "--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of processes"
     )
-    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps of a turn that count")
-    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="steps before them")
-    parser.add_argument("--strong", action="store_true", help="batch_size is for all together, not for each process")
+    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="timed steps of each measurement")
+    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="untimed steps before")
+    parser.add_argument("--strong", action="store_true", help="batch_size is for all processes together, not per process")
     made_set(parser)
 
 
@@ -105,11 +105,11 @@ FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size", "memory
 
 def efficiency_arguments(parser: Parser) -> None:
     timed_steps(parser, seconds=2.0)
-    text = "numbers of worker processes"
+    text = "numbers of worker processes to measure"
     parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
     text = (
-        f"what is changed, one at a time: {', '.join(FACTORS)}; memory is gradient checkpointing and micro-batches; "
-        "compile takes minutes on a CPU, pin_memory counts on a GPU"
+        f"factors to vary, one at a time: {', '.join(FACTORS)}; memory is gradient checkpointing and micro-batches; "
+        "compile takes minutes on a CPU, pin_memory matters on a GPU only"
     )
     default = ["loader", "precision", "batch_size"]
     parser.add_argument("--factors", choices=FACTORS, nargs="+", default=default, metavar="FACTOR", help=text)
@@ -117,10 +117,10 @@ def efficiency_arguments(parser: Parser) -> None:
 
 def lr_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--num_steps", type=at_least_one, default=100, metavar="N", help="steps, one learning rate each"
+        "--num_steps", type=at_least_one, default=100, metavar="N", help="steps, each with one learning rate"
     )
-    parser.add_argument("--lr_start", type=above_zero, default=1e-5, metavar="LR", help="the first")
-    parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="the last")
+    parser.add_argument("--lr_start", type=above_zero, default=1e-5, metavar="LR", help="first learning rate")
+    parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="last learning rate")
 
 
 def up_to(workers: int) -> list[int]:
@@ -133,7 +133,7 @@ def powers_of_two(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark: a sentence for --help, its own arguments, how many rounds, and whether it takes train.py's settings.
+    """A benchmark: its sentence in --help, its arguments, its default rounds, and whether it accepts train.py's settings.
 
     Its module, pipeline.benchmark.NAME, has `sections(args, settings)`, which yields a Section for each table.
     """
@@ -145,26 +145,26 @@ class Command:
 
 
 COMMANDS = {
-    "loop": Command("training end to end: the bare loop, ours, and peers that are installed", loop_arguments, 3),
+    "loop": Command("training end to end: the bare loop, ours, and the installed peers", loop_arguments, 3),
     "loaders": Command(
         "loaders alone: ours, torch's and timm's, for small PNG images and photos", loaders_arguments, 3
     ),
     "optimizers": Command(
-        "what each costs, relative to SGD and to timm's Muon", optimizers_arguments, 20, settings=False
+        "time of each optimizer, relative to SGD and to timm's Muon", optimizers_arguments, 20, settings=False
     ),
-    "checkpoint": Command("for how long saving holds training up, ours and Accelerate's", checkpoint_arguments, 5),
-    "startup": Command("seconds to the end of the first step, and what is imported in them", made_set, 3),
-    "scaling": Command("one process and several: images/s, bytes all-reduced, efficiency", scaling_arguments, 3),
-    "efficiency": Command("loaders, precision, batch size on this machine, and what to take", efficiency_arguments, 2),
-    "lr": Command("learning-rate range test on the real settings, with a suggestion", lr_arguments, None),
+    "checkpoint": Command("how long saving a checkpoint blocks training, ours and Accelerate's", checkpoint_arguments, 5),
+    "startup": Command("seconds to the end of the first step, and the time of each import", made_set, 3),
+    "scaling": Command("one process and several: images/s, all-reduced bytes, efficiency", scaling_arguments, 3),
+    "efficiency": Command("loaders, precision and batch sizes on this machine, with a recommendation", efficiency_arguments, 2),
+    "lr": Command("learning-rate range test with the settings of a run, and a suggestion", lr_arguments, None),
 }
 
 
 def make_parser() -> Parser:
-    """A subcommand for each of COMMANDS: its own arguments, then those that all have."""
+    """A subcommand for each of COMMANDS, with its own and the common arguments."""
     parser = Parser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    settings = "Any setting of train.py may follow, --name value; --dataset synthetic, the default, is made here."
+    settings = "Any setting of train.py may follow, --name value. The default, --dataset synthetic, is generated."
     real = "Any setting of train.py may follow, --name value."
     for name, command in COMMANDS.items():
         epilog = None if not command.settings else real if name == "lr" else settings
@@ -178,9 +178,9 @@ def make_parser() -> Parser:
         )
         command.add_arguments(own)
         if command.rounds is not None:
-            text = "turns of each row that count"
+            text = "measurements of each row"
             own.add_argument("--rounds", type=at_least_one, default=command.rounds, metavar="N", help=text)
-        text = f"folder for benchmark-{name}.jsonl and the chart benchmark-{name}.png"
+        text = f"folder to write benchmark-{name}.jsonl and the chart benchmark-{name}.png to"
         own.add_argument("--output", type=Path, metavar="DIR", help=text)
     return parser
 
@@ -190,7 +190,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def measure(args: argparse.Namespace, settings: list[str], arguments: list[str]) -> None:
-    """Measures, prints each table when it is ready, writes files. Raises ValueError, TrainingFailed, OSError."""
+    """Measures, prints each table when it is complete, and writes the files. Raises ValueError, TrainingFailed, OSError."""
     facts = machine_facts(arguments)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace, settings: list[str], arguments: list[str])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a failure in measuring, 2 for what cannot be measured, 128 + n for signal n."""
+    """Runs a benchmark; returns the exit status: 0 completed, 1 a measurement failed, 2 invalid input, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args, settings = parser.parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""`checkpoint`: for how long saving holds training up, ours and Accelerate's save_state side by side."""
+"""`checkpoint`: how long saving a checkpoint blocks training, for ours and Accelerate's save_state."""
 
 import shutil
 import time
@@ -13,12 +13,12 @@ from pipeline.benchmark.measuring import Section, in_turns, summarise
 from pipeline.settings.parser import read_config
 
 THEIRS = "accelerator.save_state"
-HELD, WRITTEN = "ours: training is held up", "ours: until it is on the disk"
-ALONE = "no saving"
+BLOCKED, WRITTEN = "ours: training is blocked", "ours: until it is on disk"
+ALONE = "without saving"
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """Milliseconds of saving, then those of some steps without and with saving before them."""
+    """A table of the milliseconds of saving, and one of steps without and with saving before them."""
     with prepared(args, settings) as (settings, environment, _):
         config = read_config(settings)
         arguments = {"settings": settings, "rounds": args.rounds, "steps": args.steps}
@@ -27,7 +27,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     block = summarise(result["blocks"], "ms", ALONE)
     epoch_ms = block[0]["median"] / args.steps * (args.epoch_images // config.batch_size)
     facts = {key: result[key] for key in ("device", "threads")}
-    sizes = {THEIRS: result["their_bytes"], HELD: None, WRITTEN: result["our_bytes"]}
+    sizes = {THEIRS: result["their_bytes"], BLOCKED: None, WRITTEN: result["our_bytes"]}
     saving = summarise(
         result["savings"], "ms", THEIRS, {name: {"bytes_on_disk": size, **facts} for name, size in sizes.items()}
     )
@@ -35,23 +35,23 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         row["epoch_share"] = row["median"] / epoch_ms
     note = (
         f"An epoch of {args.epoch_images:,} images takes {epoch_ms / 1000:,.1f} s. "
-        "What ours writes is synced to the disk, what save_state writes is not."
+        "Ours syncs the files to the disk; save_state does not."
     )
     yield Section(f"saving {config.model_name} with {config.optimizer}", saving, "ms", [note])
     for row in block:
         row["epoch_share"] = (row["median"] - block[0]["median"]) / epoch_ms
         row |= facts
-    title = f"{args.steps} steps of batch {config.batch_size}, with saving before them; the share is what saving adds"
+    title = f"{args.steps} steps of batch {config.batch_size}, with saving before them; the share is the time that saving adds"
     yield Section(title, block, "ms")
 
 
 def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[str, Any]:
-    """In a process of its own: milliseconds of saving and of blocks of steps, in turns, and the bytes that were written."""
+    """Runs in a child process. Returns milliseconds of saving and of blocks of steps, measured in turns, and bytes written."""
     import torch
 
     saving = TimedSaving(settings, steps, folder)
     try:
-        saving.take_steps()  # warms up, and gives the optimizer its state
+        saving.take_steps()  # warms up and creates the optimizer's state
         saving.steps_after_ours()
         blocks = in_turns(
             {
@@ -66,7 +66,7 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
             "blocks": blocks,
             "savings": {
                 THEIRS: [taken for taken, _ in alone[THEIRS]],
-                HELD: [held for held, _ in alone["ours"]],
+                BLOCKED: [blocked for blocked, _ in alone["ours"]],
                 WRITTEN: [written for _, written in alone["ours"]],
             },
             "their_bytes": alone[THEIRS][-1][1],
@@ -79,7 +79,7 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
 
 
 class TimedSaving:
-    """One run that is saved in either way, and trained for some steps after it; all times in milliseconds."""
+    """A run that is saved in both ways and then trained for some steps; all times are in milliseconds."""
 
     def __init__(self, settings: list[str], steps: int, folder: str):
         from pipeline.benchmark.ours import start
@@ -117,12 +117,12 @@ class TimedSaving:
         return taken
 
     def ours(self) -> tuple[float, float]:
-        """Until training may go on, and until all is on the disk."""
-        held = milliseconds(self.save)
-        return held, held + milliseconds(self.run.finish_saving)
+        """The times until training can continue, and until all files are on disk."""
+        blocked = milliseconds(self.save)
+        return blocked, blocked + milliseconds(self.run.finish_saving)
 
     def theirs(self) -> tuple[float, int]:
-        """Until training may go on, and the bytes that were written."""
+        """The time until training can continue, and the bytes written."""
         taken = milliseconds(self.save_state)
         num_bytes = size_of(self.their_folder)
         shutil.rmtree(self.their_folder)
@@ -130,7 +130,7 @@ class TimedSaving:
 
 
 def milliseconds(*calls: Callable[[], Any]) -> float:
-    """What the calls take one after the other."""
+    """The time of the calls, one after another."""
     began = time.perf_counter()
     for call in calls:
         call()

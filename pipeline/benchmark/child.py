@@ -1,4 +1,4 @@
-"""The process of a contender: calls one function of this package and writes what it returns as JSON."""
+"""The child process of a contender: calls one function of this package and writes its result as JSON."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ from pipeline.common.files import write_json
 
 
 def main(argv: list[str]) -> int:
-    """argv: module.function, its arguments as a JSON object, the file for what it returns. Returns the exit status."""
+    """argv: module.function, its arguments as a JSON object, the file for its result. Returns the exit status."""
     name, arguments, result_path = argv
     module, _, function = name.rpartition(".")
     try:

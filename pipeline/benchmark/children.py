@@ -1,4 +1,4 @@
-"""Contenders as processes of their own, one at a time, and the memory that each and its descendants take."""
+"""Runs contenders as child processes, one at a time, and measures the memory of each and its descendants."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from typing import Any
 from pipeline.benchmark.measuring import Row
 from pipeline.common.stopping import TrainingFailed
 
-SAMPLE_SECONDS = 0.2  # between two looks at the memory of a child
-ENDING_SECONDS = 60.0  # that a child gets to end by itself when it is asked to; torchrun takes 30 of them
+SAMPLE_SECONDS = 0.2  # between two samples of a child's memory
+ENDING_SECONDS = 60.0  # from SIGTERM to SIGKILL; torchrun takes 30 of them to end its processes
 
 PROJECT = Path(__file__).parents[2]
 
@@ -29,13 +29,13 @@ def run_child(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Row:
-    """Calls `module.function` of this package in a new Python process and returns what it returned.
+    """Calls `module.function` of this package in a new Python process and returns its result.
 
-    The function gets the arguments, which pass as JSON, and `folder`, a folder that is deleted afterwards.
+    The function is called with the arguments, which are sent as JSON, and with `folder`, a folder that is deleted afterwards.
     launcher: modules and arguments before the child's own (`-m torch.distributed.run ...`); options: of Python.
-    Added are `seconds_to_start` (to result["first_step_at"]), `peak_memory_bytes` (the largest PSS seen of the process and its
-    descendants, None where the system does not tell), and `stderr`.
-    Raises ValueError with what the child found wrong, TrainingFailed when it failed otherwise.
+    Adds `seconds_to_start` (to result["first_step_at"]), `peak_memory_bytes` (the largest sampled PSS of the process and its
+    descendants, None if the system does not report it), and `stderr`.
+    Raises ValueError with the error message of the child, TrainingFailed if it failed without one.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         result_path = Path(folder) / "result.json"
@@ -50,12 +50,12 @@ def run_child(
 
 
 def run_program(command: Sequence[str], result_path: Path, environment: Mapping[str, str] | None = None) -> Row:
-    """Runs a program that writes its figures to result_path as a JSON object; returns as run_child."""
+    """Runs a program that writes its figures to result_path as a JSON object; returns the same as run_child."""
     paths = [str(PROJECT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryFile("w+") as stderr:
         began = time.time()
-        # a session of its own: Ctrl-C reaches this process alone, which then ends the child and all its workers
+        # in a new session Ctrl-C reaches this process only, which then ends the child and all its workers
         process = subprocess.Popen(
             command, env={**env, **(environment or {})}, stdout=stderr, stderr=stderr, start_new_session=True
         )
@@ -64,32 +64,32 @@ def run_program(command: Sequence[str], result_path: Path, environment: Mapping[
         finally:
             end(process)
         stderr.seek(0)
-        told = stderr.read()
+        output = stderr.read()
     if process.returncode:
-        explain_failure(process.returncode, told)
+        raise_failure(process.returncode, output)
     result: Row = json.loads(result_path.read_text())
     if "first_step_at" in result:
         result["seconds_to_start"] = result["first_step_at"] - began
-    return {**result, "peak_memory_bytes": peak, "stderr": told}
+    return {**result, "peak_memory_bytes": peak, "stderr": output}
 
 
-def explain_failure(status: int, told: str) -> None:
-    """Raises ValueError for what the child called wrong, else TrainingFailed with its last line."""
-    lines = told.strip().splitlines() or [f"it ended with status {status}"]
-    complaints = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if complaints:
-        raise ValueError(complaints[0])
+def raise_failure(status: int, output: str) -> None:
+    """Raises ValueError with the first error line of the output, else TrainingFailed with its last line."""
+    lines = output.strip().splitlines() or [f"it exited with status {status}"]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        raise ValueError(errors[0])
     raise TrainingFailed(f"A contender failed: {lines[-1]}")
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends the process, if it runs, and what it left behind in its session."""
+    """Ends the process, if it runs, and all other processes of its session."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             try:
                 process.wait(ENDING_SECONDS)
-            finally:  # also when somebody asks a second time
+            finally:  # also after a second Ctrl-C
                 process.kill()
                 process.wait()
     with contextlib.suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def watch_memory(process: subprocess.Popen) -> int | None:
-    """Waits for the process; returns the largest memory of its tree that was seen, in bytes."""
+    """Waits for the process; returns the largest sampled memory of its process tree in bytes, None if unknown."""
     peak = 0
     while True:
         peak = max(peak, tree_pss(process.pid))
@@ -109,25 +109,25 @@ def watch_memory(process: subprocess.Popen) -> int | None:
 
 
 def tree_pss(pid: int) -> int:
-    """Bytes of memory of a process and its descendants, shared pages divided among those that share them; 0 if unknown.
+    """Memory of a process and its descendants in bytes; 0 if unknown.
 
-    PSS of /proc/PID/smaps_rollup (https://docs.kernel.org/filesystems/proc.html). Pages of libraries that other programs
-    have open too count by their part only.
+    The sum of PSS in /proc/PID/smaps_rollup (https://docs.kernel.org/filesystems/proc.html), which divides shared pages among
+    all processes that map them, including other programs.
     """
     return sum(map(pss, descendants(pid)))
 
 
 def descendants(pid: int) -> list[int]:
-    """The process and all that it began, and they."""
+    """The process and all its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
     found = [pid]
-    for known in found:  # grows while it is walked
+    for known in found:  # the list grows during the iteration
         found += children.get(known, [])
     return found
 

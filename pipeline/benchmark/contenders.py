@@ -1,4 +1,4 @@
-"""Who is compared: settings that all share, the set that all read, and each contender as a call that times it once."""
+"""The contenders: their common settings, their common dataset, and a call for each that times it once."""
 
 import contextlib
 import tempfile
@@ -15,9 +15,9 @@ from pipeline.settings.parser import read_config
 
 Call = Callable[[], Row]
 
-MADE = "synthetic"  # the dataset that is made here, for want of a network
+MADE = "synthetic"  # the dataset that is generated, so that no network is needed
 
-# The learning rate costs nothing, and weights that hardly move stay ordinary numbers however many steps are timed.
+# The learning rate does not affect the speed; with a small one the weights stay finite for any number of steps.
 SHARED = ["--stem=imagenet", "--batch_size=128", "--lr=1e-5", "--val_fraction=0"]
 
 BARE, OURS, FAST = "bare loop", "ours", "ours, bf16 and channels_last"
@@ -25,7 +25,7 @@ BARE_CHANNELS_LAST, OURS_CONTIGUOUS = "bare loop, channels_last", "ours, contigu
 PEERS = {"plain": "datasets and torchvision", "timm": "timm's loader", "pytorch_accelerated": "pytorch-accelerated"}
 PACKAGE_OF = {"plain": "datasets", "timm": "timm", "pytorch_accelerated": "pytorch_accelerated"}
 
-# settings that the peers' loops here do not follow
+# settings that the peers' loops do not support
 OURS_ALONE = (
     "mixup",
     "cutmix",
@@ -44,9 +44,9 @@ OURS_ALONE = (
 
 @contextlib.contextmanager
 def prepared(args: Namespace, settings: list[str]) -> Iterator[tuple[list[str], dict[str, str], Path]]:
-    """The settings with the made set's folder in them where it was asked for, the environment it wants, and a folder to use.
+    """The settings (with the folder of the synthetic set, if used), the environment variables for them, and a scratch folder.
 
-    Raises ValueError for wrong settings.
+    Raises ValueError for invalid settings.
     """
     config = read_config([*SHARED, f"--dataset={MADE}", *settings])
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
@@ -61,24 +61,24 @@ def prepared(args: Namespace, settings: list[str]) -> Iterator[tuple[list[str], 
 
 
 def peer_data(settings: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
-    """The set as the peers read it, see sets.peer_set."""
+    """The dataset as the peers read it, see sets.peer_set."""
     arguments = {"settings": settings, "parquet": str(folder / "peers.parquet")}
     found = run_child("sets.peer_set", arguments, environment=environment)
     return {key: value for key, value in found.items() if key not in ("stderr", "peak_memory_bytes")}
 
 
 def check_comparable(config: Config) -> None:
-    """Raises ValueError for settings under which the peers would do less work than ours."""
+    """Raises ValueError for settings with which the peers would do less work than ours."""
     changed = [name for name in OURS_ALONE if getattr(config, name) != getattr(DEFAULTS, name)]
     if changed or config.optimizer == "sam":
         names = ", ".join(changed or ["optimizer sam"])
         raise ValueError(
-            f"The peers' loops have no {names}: the comparison would not be of the same work. Leave it out."
+            f"The peers' loops do not support {names}, so the comparison would be unfair. Remove it."
         )
 
 
 def installed_peers() -> dict[str, str]:
-    """Functions of pipeline.benchmark.peers.loops and the names of their rows."""
+    """The functions of peers.loops whose package is installed, and the names of their rows."""
     return {function: name for function, name in PEERS.items() if find_spec(PACKAGE_OF[function])}
 
 
@@ -91,9 +91,10 @@ def contender(
 def contenders(
     args: Namespace, settings: list[str], environment: dict[str, str], data: dict[str, Any], clock: dict[str, Any]
 ) -> dict[str, Call]:
-    """By the names of their rows: the bare loop, ours, both in the other memory order and ours at bf16 if asked for, peers.
+    """The contenders by row name: the bare loop, ours, with --layouts both in the other memory format, with --fast ours in bf16,
+    and the peers.
 
-    Unless channels_last is set, ours takes its own choice, and the others the contiguous order that a person's loop has.
+    If channels_last is null, ours chooses the memory format, and the others use contiguous tensors, PyTorch's default.
     """
     cache = {"HF_DATASETS_CACHE": str(Path(data["parquet"]).parent / "peers")}
     calls = {

@@ -1,4 +1,4 @@
-"""`efficiency`: what each choice about loading and precision does on this machine, and which to take."""
+"""`efficiency`: measures settings of loading, precision and memory on this machine and recommends some."""
 
 import shlex
 from argparse import Namespace
@@ -10,12 +10,12 @@ from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns
 from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 
-BASE = "as set"
-WORTH = 1.02  # a choice that gains less than this is not recommended
+BASE = "as given"
+WORTH = 1.02  # smallest speed-up of a recommended choice
 
 
 def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]]]:
-    """The flags of each choice, by factor and by the name of its row; one factor is changed at a time."""
+    """The flags of each choice, by factor and row name; one factor is changed at a time."""
     batch = config.batch_size or 128
     part = max(batch // 4, 1)
     layout = "channels_last" if config.channels_last is False else "contiguous"
@@ -74,7 +74,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def to_section(title: str, results: dict[str, list[Row]]) -> Section:
-    """images/s, the share of the time in which the loop stood and waited for data, the largest memory."""
+    """A table of images/s, the fraction of time that the loop waited for data, and the peak memory."""
     extras: dict[str, dict[str, Any]] = {}
     for name, of_name in results.items():
         waited = [result["wait_fraction"] for result in of_name]
@@ -85,7 +85,7 @@ def to_section(title: str, results: dict[str, list[Row]]) -> Section:
 
 
 def recommended(factors: dict[str, dict[str, list[str]]], medians: dict[str, float]) -> list[str]:
-    """The fastest choice of each factor, where it gains more than WORTH; but for what changes the training or saves memory."""
+    """The fastest choice of each factor with a speed-up of at least WORTH; batch_size and memory are not recommended."""
     best = [
         max(choices, key=lambda name: medians[name])
         for factor, choices in factors.items()
@@ -97,14 +97,14 @@ def recommended(factors: dict[str, dict[str, list[str]]], medians: dict[str, flo
 def advice(
     together: list[str], gain: float, factors: dict[str, dict[str, list[str]]], medians: dict[str, float]
 ) -> list[str]:
-    """The recommendation in words, computed from the figures."""
+    """The recommendation as text."""
     if together:
-        lines = [f"For this machine: {shlex.join(together)} ({gain:.2f} times as fast as without)."]
+        lines = [f"For this machine: {shlex.join(together)} ({gain:.2f} times as fast as without them)."]
     else:
-        lines = ["For this machine: the settings as they are; no choice gained 2 % and more together with the others."]
+        lines = ["For this machine: the settings as they are; no choice gave a speed-up of 2 % together with the others."]
     for name in factors.get("batch_size", {}):
         lines.append(
-            f"{name} runs at {medians[name] / medians[BASE]:.2f} times the images per second; it changes the training, "
-            "so no batch size is recommended."
+            f"{name} runs at {medians[name] / medians[BASE]:.2f} times the images per second; no batch size is recommended, "
+            "because it changes the training."
         )
     return lines

@@ -1,4 +1,4 @@
-"""`loaders`: images per second of loaders alone, for small PNG images and for JPEG photos: ours and the peers'."""
+"""`loaders`: images per second of the loaders alone, ours and the peers', for small PNG images and for JPEG photos."""
 
 import itertools
 import time
@@ -13,12 +13,12 @@ from pipeline.benchmark.sets import PHOTO_SIZE
 from pipeline.settings.parser import read_config
 
 DEVICE = "ours, device"
-FEWEST_BATCHES = 8  # of an epoch, so that workers are not always at its beginning or end
-SETTINGS = ["--model_name=simple_mlp"]  # it only says how images are fitted
+FEWEST_BATCHES = 8  # per epoch, so that the start and the end of an epoch do not dominate
+SETTINGS = ["--model_name=simple_mlp"]  # only determines the preprocessing
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """A table for each kind of image, or one for the dataset that is given; ratios are to timm's loader at the most workers."""
+    """A table per kind of image, or one for a given dataset; ratios refer to timm's loader with the most workers."""
     width, height = PHOTO_SIZE
     kinds: dict[str, tuple[int, int | None, list[str]]] = {
         f"PNG {args.made_size}x{args.made_size}": (args.num_images, args.made_size, []),
@@ -56,9 +56,9 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def measure(settings: list[str], parquet: str, workers: list[int], seconds: float, folder: str) -> dict[str, Any]:
-    """In a process of its own: images per second of every loader on the set, taken one after another.
+    """Runs in a child process. Returns images per second of each loader on the set, measured one after another.
 
-    Each first runs one epoch to warm up, in which its workers start; then whole epochs until the seconds have passed.
+    Each loader first runs one epoch as a warm-up, in which its workers start, then whole epochs for `seconds`.
     """
     import torch
 
@@ -101,7 +101,7 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
 
 
 def rate(epoch: Callable[[], Iterator[Any]], batch_size: int, seconds: float, device: Any) -> float:
-    """Images per second over whole epochs, the first one left out."""
+    """Images per second over whole epochs, without the first."""
     from pipeline.benchmark.stepclock import wait_for
 
     images, began = 0, time.perf_counter()

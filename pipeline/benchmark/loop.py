@@ -1,4 +1,4 @@
-"""`loop`: images per second from the encoded images to the updated weights, beside the bare loop and the peers."""
+"""`loop`: images per second from encoded images to updated weights, compared with the bare loop and the peers."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns
 from pipeline.settings.parser import read_config
 
 MEMORY_NOTE = (
-    "Peak memory: the largest PSS that was seen of the process and its workers; libraries that other programs have open "
-    "count by their share."
+    "Peak memory: the largest sampled PSS of the process and its workers; pages shared with other programs count by their "
+    "share."
 )
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """One table. Every turn is a process of its own, and no other contender is there while it runs: so its memory is its own."""
+    """One table. Each measurement runs in a new process, one at a time, so that memory is measured per contender."""
     clock = {"warmup_steps": args.warmup_steps, "seconds": args.seconds}
     with prepared(args, settings) as (settings, environment, folder):
         config = read_config(settings)
@@ -48,7 +48,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def beside_peers(rows: list[Row]) -> list[str]:
-    """How many times as fast as each peer ours is."""
+    """The speed of ours relative to each peer."""
     medians = {row["row"]: row["median"] for row in rows}
     peers = [name for name in PEERS.values() if name in medians]
     return [

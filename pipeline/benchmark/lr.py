@@ -1,4 +1,4 @@
-"""`lr`: the learning-rate range test on the real settings (Smith, https://arxiv.org/abs/1506.01186)."""
+"""`lr`: the learning-rate range test with the settings of a run (Smith, https://arxiv.org/abs/1506.01186)."""
 
 import itertools
 import math
@@ -13,17 +13,17 @@ from pipeline.settings.parser import read_config
 if TYPE_CHECKING:
     from pipeline.training.build import Parts
 
-DIVERGED = 4.0  # times the lowest moving average of the loss
-SMOOTHING = 0.8  # what the moving average of the loss keeps at each step
-WIDTH = 0.03  # standard deviation of the smoothing window, as a share of the steps
-FEWEST_STEPS = 10  # before a suggestion is made
+DIVERGED = 4.0  # ratio of the loss's moving average to its minimum at which the test stops
+SMOOTHING = 0.8  # decay of the loss's moving average per step
+WIDTH = 0.03  # standard deviation of the smoothing window, as a fraction of the steps
+FEWEST_STEPS = 10  # required for a suggestion
 RULE = (
-    "the learning rate at which the smoothed loss fell fastest per factor of the learning rate, before its lowest point"
+    "where the smoothed loss falls fastest per factor of the learning rate, before its minimum"
 )
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """One curve. Nothing is written: there is no run. Raises ValueError for wrong settings."""
+    """One curve. Creates no run folder. Raises ValueError for invalid settings."""
     import torch
 
     from pipeline.distributed.accelerator import make_accelerator
@@ -55,10 +55,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tuple[float, float]]:
-    """Learning rate and loss of each step of training, as far as it goes before the loss diverges.
-
-    A step that fp16's scaler skipped is left out.
-    """
+    """The learning rate and the loss of each step until the loss diverges; steps that the fp16 scaler skipped are omitted."""
     import torch
 
     from pipeline.optim.optimizers import set_lr
@@ -95,7 +92,7 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The mean of the losses around each step, by a Gaussian window: unlike a moving average it does not lag behind."""
+    """The losses smoothed by a Gaussian window, which, unlike a moving average, does not lag behind."""
     width = max(WIDTH * len(losses), 1.0)
     smoothed = []
     for centre in range(len(losses)):
@@ -105,7 +102,7 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def moving_average(losses: Sequence[float]) -> list[float]:
-    """The average of the losses up to each step, without a bias towards its start at 0."""
+    """The exponential moving average of the losses, corrected for its start at 0."""
     average, averages = 0.0, []
     for number, loss in enumerate(losses, 1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -114,7 +111,7 @@ def moving_average(losses: Sequence[float]) -> list[float]:
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the last loss is not finite, or its moving average has risen to DIVERGED times its lowest."""
+    """Whether the last loss is not finite, or the moving average exceeds DIVERGED times its minimum."""
     if not math.isfinite(losses[-1]):
         return True
     averages = moving_average(losses)
@@ -122,7 +119,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def suggestion(lrs: Sequence[float], losses: Sequence[float]) -> float | None:
-    """See RULE; a slope is that between the neighbours of a step. None when the loss did not fall, or with too few steps."""
+    """The learning rate of RULE, with slopes between the neighbours of a step; None without a fall or with too few steps."""
     smoothed = smooth(losses)
     if len(losses) < FEWEST_STEPS:
         return None
@@ -139,7 +136,7 @@ def notes(found: float | None, num_steps: int, args: Namespace) -> list[str]:
     ended = (
         f"The loss diverged after {num_steps} of {args.num_steps} steps."
         if num_steps < args.num_steps
-        else f"The loss did not diverge up to {args.lr_end:g}."
+        else f"The loss did not diverge up to a learning rate of {args.lr_end:g}."
     )
     if found is None:
         return [ended, "No suggestion: the loss did not fall. Lower --lr_start, or raise --num_steps."]

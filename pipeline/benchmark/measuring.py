@@ -1,4 +1,4 @@
-"""What benchmarks share: samples taken in turns become rows with median, least, most, n and ratio; rows make a section."""
+"""Measurements in turns, summarised as rows (median, least, most, n, ratio) of a section."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ class Section:
     """One table and one part of the chart.
 
     rows: dicts with a row's name under "row"; unit: of their medians; notes: lines below the table;
-    curve: the keys of x and y when the rows are points of a line; mark: an x to point out on it.
+    curve: the keys of x and y if the rows are points of a curve; mark: an x to mark on it.
     """
 
     title: str
@@ -29,9 +29,9 @@ class Section:
 def summarise(
     samples: Mapping[str, Sequence[float]], unit: str, reference: str, extras: Mapping[str, Row] | None = None
 ) -> list[Row]:
-    """A row for each name: median, least, most, n, the samples, and the ratio of its median to the reference's.
+    """A row per name: median, least, most, n, the samples, and the ratio of its median to the reference's.
 
-    A name without samples is left out. extras: further figures of a row, by its name.
+    Names without samples are omitted. extras: further figures of a row, by its name.
     """
     medians = {name: statistics.median(values) for name, values in samples.items() if values}
     return [
@@ -43,9 +43,9 @@ def summarise(
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """What the calls returned, by name, over so many rounds: A B C A B C ...
+    """The results of the calls, by name, over `rounds` rounds in the order A B C A B C ...
 
-    So whatever else the machine does falls on all alike. There is a progress bar.
+    Other load on the machine then affects all calls alike. Shows a progress bar.
     """
     results: dict[str, list[Any]] = {name: [] for name in calls}
     with progress_bar(rounds * len(calls), 0, "measuring", shown=True) as bar:
@@ -57,12 +57,12 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 
 def column(results: Mapping[str, Iterable[Row]], key: str) -> dict[str, list[float]]:
-    """One figure of all results, by name."""
+    """One figure of all results, by row name."""
     return {name: [result[key] for result in of_name] for name, of_name in results.items()}
 
 
 def largest(results: Iterable[Row], key: str) -> float | None:
-    """The largest of a figure, None where none was measured."""
+    """The largest value of a figure, None if it was not measured."""
     return max((result[key] for result in results if result.get(key) is not None), default=None)
 
 

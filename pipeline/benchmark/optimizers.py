@@ -1,6 +1,6 @@
-"""`optimizers`: what whole training steps and `optimizer.step` alone cost, side by side in one process.
+"""`optimizers`: times whole training steps and `optimizer.step` alone, in one process.
 
-The calls that are compared take turns (A B C A B C ...), so that whatever else the machine does falls on all alike.
+The compared calls run in turns (A B C A B C ...), so that other load on the machine affects all alike.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Call = Callable[[], object]
 Calls = dict[str, Call]
 
 NUM_CLASSES = 10
-LR = 1e-5  # the cost does not depend on it, and the weights stay ordinary numbers however many steps are timed
+LR = 1e-5  # the time does not depend on it, and the weights stay finite for any number of steps
 
 WHOLE_STEPS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd"},
@@ -33,7 +33,7 @@ WHOLE_STEPS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "muon + SAM": {"optimizer": "muon", "sam_rho": 0.05},
 }
-# a row of OPTIMIZERS, and whether in torch's fused form
+# a row of OPTIMIZERS, and whether to use torch's fused kernels
 OUR_OPTIMIZERS = {
     "sgd, fused": ("sgd", True),
     "sgd, for-loop": ("sgd", False),
@@ -44,9 +44,9 @@ OUR_OPTIMIZERS = {
 
 
 def take_turns(calls: Calls, args: argparse.Namespace) -> dict[str, list[float]]:
-    """The milliseconds of every call, by its name: once each to warm up, then `rounds` times, in turns.
+    """The milliseconds of every call, by name: each runs once as a warm-up, then `rounds` times, in turns.
 
-    A call rests when another one as long as its last would take it past `seconds_per_row`; each runs at least once.
+    A call is skipped if it would exceed `seconds_per_row` after another run as long as its last; each runs at least once.
     """
     wait: Call = (lambda: None) if args.device == "cpu" else torch.accelerator.synchronize
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -66,7 +66,7 @@ def take_turns(calls: Calls, args: argparse.Namespace) -> dict[str, list[float]]
 
 
 def to_section(title: str, reference: str, samples: dict[str, list[float]], device: str) -> Section:
-    """The first call of a row warms it up and is left out, unless there was time for no other: then it is called cold."""
+    """A table without the first call of each row, its warm-up. A row with a single call keeps it and is marked as cold."""
     kept = {name: taken[1:] or taken for name, taken in samples.items()}
     extras: dict[str, Row] = {
         name: {"device": device, "threads": torch.get_num_threads(), "warmed_up": len(taken) > 1}
@@ -81,7 +81,7 @@ def make_config(args: argparse.Namespace, **settings: Any) -> Config:
 
 
 def make_accelerator(args: argparse.Namespace) -> Any:
-    """An Accelerator in fp32 on the device. Raises ValueError when there is no such device."""
+    """An Accelerator in fp32 on the device. Raises ValueError if the device is not available."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
@@ -91,7 +91,7 @@ def make_accelerator(args: argparse.Namespace) -> Any:
 
 
 def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model, images [B, 3, S, S] and labels [B] that stay on the device; all from seed 0."""
+    """The model, images [B, 3, S, S] and labels [B], on the device, from seed 0."""
     from pipeline.distributed.accelerator import fit_to_machine
     from pipeline.models.create import create_model
 
@@ -106,7 +106,7 @@ def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn
 
 
 def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, accelerator: Any) -> Call:
-    """A training step as a run takes it: forward, backward, optimizer, metrics, on a copy of the model."""
+    """A training step of a run (forward, backward, optimizer, metrics) on a copy of the model."""
     from pipeline.training.state import TrainState
     from pipeline.training.step import Share, train_step
 
@@ -120,7 +120,7 @@ def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, a
 
 
 def bare_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config) -> Call:
-    """The shortest loop that a person would write with torch alone, with the very SGD that ours takes."""
+    """The step of the shortest loop in plain torch, with the same SGD as ours."""
     own = copy.deepcopy(model)
     fused = create_optimizer(own, config, "no").defaults["fused"]
     optimizer = torch.optim.SGD(own.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
@@ -134,7 +134,7 @@ def bare_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config) 
 
 
 def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
-    """`step` of each optimizer on its own copy of the model; all share the model's gradients, which no step changes."""
+    """`step` of each optimizer on a copy of the model; all copies share the model's gradients, which no step changes."""
     import timm.optim
 
     def groups(config: Config) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
         config = make_config(args, optimizer=name)
         alone[label] = OPTIMIZERS[name].build(groups(config), config, fused)
     config = make_config(args, optimizer="muon")
-    alone["timm muon"] = timm.optim.Muon(groups(config))  # its own defaults, our choice of what goes to AdamW
+    alone["timm muon"] = timm.optim.Muon(groups(config))  # timm's defaults, with our groups for AdamW
     for optimizer in alone.values():
         set_lr(optimizer, LR)
 
@@ -162,7 +162,7 @@ def optimizers_alone(model: nn.Module, args: argparse.Namespace) -> Calls:
 
 
 def sections(args: argparse.Namespace, settings: list[str]) -> Iterator[Section]:
-    """Whole training steps relative to SGD's, then optimizer steps alone relative to timm's Muon."""
+    """A table of whole training steps relative to SGD, and one of optimizer steps alone relative to timm's Muon."""
     model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
     layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
     calls: Calls = {}

@@ -1,4 +1,4 @@
-"""Our own training as a contender: the very train_epoch of a run, in its folder, with its log lines; only timed."""
+"""Our training as a contender: train_epoch of a run, with its folder and log lines, timed."""
 
 import os
 import time
@@ -20,18 +20,18 @@ from pipeline.training.metrics import zero_sums
 from pipeline.training.run import Run
 from pipeline.training.state import TrainState
 
-# whatever file of settings is given: the time decides when it ends, and nobody is told of it
+# override the given settings: the clock ends the run, and it has no external trackers
 OWN = ["--epochs=1000", "--resume=never", "--run_name=run", "--log_with=null", "--checkpoint_every_steps=null"]
 
 ALL_REDUCES = 10
 
 
 class TimeUp(Exception):
-    """The clock has seen enough steps."""
+    """Raised when the clock has ended."""
 
 
 class TimedRun(Run):
-    """A run that tells a clock of each step, and raises TimeUp when its time is up."""
+    """A run that counts its steps on a clock and raises TimeUp when the clock has ended."""
 
     clock: StepClock
 
@@ -42,7 +42,7 @@ class TimedRun(Run):
 
 
 class WaitTimed:
-    """A loader's training epochs; the clock is told for how long each next batch was waited."""
+    """A loader's training epochs, with the time spent waiting for each batch added to clock.waited."""
 
     def __init__(self, loader: AnyLoader, clock: StepClock):
         self.loader, self.clock = loader, clock
@@ -63,10 +63,10 @@ class WaitTimed:
 
 
 def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState]:
-    """All that a run has before its first step, in `folder`. Raises ValueError as a run would."""
+    """The parts, run and state before the first step of a run in `folder`. Raises ValueError as a run does."""
     config = read_config([*settings, *OWN, f"--output_dir={folder}"])
     check_settings(config)
-    if not torch.cuda.is_available():  # without it Accelerate leaves processes on CPUs to themselves
+    if not torch.cuda.is_available():  # otherwise Accelerate does not connect processes on CPUs
         os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = make_accelerator(config)
     config = name_run(config, accelerator)
@@ -81,7 +81,7 @@ def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState
 
 
 def train_until_time_is_up(state: TrainState, loader: Any, run: TimedRun) -> None:
-    """Epoch after epoch, without what happens between them: evaluation and saving."""
+    """Trains epoch by epoch, without evaluation and saving between them."""
     try:
         while True:
             train_epoch(state, loader, run)
@@ -94,11 +94,11 @@ def train_until_time_is_up(state: TrainState, loader: Any, run: TimedRun) -> Non
 
 
 def set_pin_memory(loader: AnyLoader, pin_memory: bool) -> None:
-    """Before the first batch; raises ValueError for a loader that has no workers' DataLoader."""
+    """Sets pin_memory of a DataLoader before its first batch. Raises ValueError for a loader without workers."""
     parts = vars(loader.source) if isinstance(loader, Loader) else {}
     found = [value for value in parts.values() if isinstance(value, torch.utils.data.DataLoader)]
     if not found:
-        raise ValueError("pin_memory is a matter of loader workers. Add --loader workers.")
+        raise ValueError("pin_memory applies to loader workers only. Add --loader workers.")
     for dataloader in found:
         dataloader.pin_memory = pin_memory
 
@@ -106,9 +106,9 @@ def set_pin_memory(loader: AnyLoader, pin_memory: bool) -> None:
 def train(
     settings: list[str], folder: str, pin_memory: bool | None = None, with_pieces: bool = False, **clock: Any
 ) -> dict[str, Any]:
-    """Figures of training steps as a run takes them.
+    """Figures of the training steps of a run.
 
-    clock: StepClock's arguments; pin_memory: None leaves our choice; with_pieces: whether to measure `pieces` afterwards.
+    clock: StepClock's arguments; pin_memory: None keeps the default; with_pieces: whether to measure `pieces` afterwards.
     """
     parts, run, state = start(settings, folder)
     device = run.accelerator.device
@@ -124,9 +124,10 @@ def train(
 
 
 def pieces(parts: Parts, run: TimedRun) -> dict[str, Any]:
-    """What a data-parallel step is made of besides computing: gradient_bytes, all_reduce_ms, loader_images_per_second.
+    """The parts of a data-parallel step besides computation: gradient_bytes, all_reduce_ms, loader_images_per_second.
 
-    The first are of one step and None for a single process; the last is this process's loader alone, over one epoch at most.
+    all_reduce_ms is None for a single process. loader_images_per_second is for this process's loader alone, over at most one
+    epoch.
     """
     accelerator, loader = run.accelerator, parts.loaders["train"]
     gradient_bytes = sum(weight.numel() * weight.element_size() for weight in parts.model.parameters())
@@ -141,7 +142,7 @@ def pieces(parts: Parts, run: TimedRun) -> dict[str, Any]:
         return {**found, "all_reduce_ms": None}
     gradient = torch.zeros(gradient_bytes // 4, device=accelerator.device)
     for count in range(ALL_REDUCES + 1):
-        if count == 1:  # the first one warms up
+        if count == 1:  # the first one is a warm-up
             wait_for(accelerator.device)
             began = time.perf_counter()
         torch.distributed.all_reduce(gradient)

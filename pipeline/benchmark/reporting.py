@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table for the terminal, JSON lines and a chart; the facts of the machine beside each figure."""
+"""The output of a benchmark: tables for the terminal, JSON lines and a chart, with the facts of the machine."""
 
 import json
 import platform
@@ -14,27 +14,27 @@ from pipeline.benchmark.measuring import Row, Section
 from pipeline.common.files import write_atomically, written_aside
 from pipeline.common.system import usable_cores
 
-CURVE_ROWS = 16  # of a curve, in the terminal; the rest is in the files
+CURVE_ROWS = 16  # rows of a curve in the terminal; the files have all
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pytorch-accelerated")
 
 
 def number(value: float) -> str:
-    """Three digits and more: 0.0123, 1.23, 12.3, 123, 12,345."""
+    """At least three significant digits: 0.0123, 1.23, 12.3, 123, 12,345."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-# what a row may hold besides its name: heading, and how it is written
+# the figures of a row: heading and format
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "median": ("median", number),
-    "least": ("least", number),
-    "most": ("most", number),
+    "least": ("min", number),
+    "most": ("max", number),
     "n": ("n", str),
     "ratio": ("ratio", lambda value: f"{value:#.3g}"),
     "epoch_share": ("share of an epoch", lambda value: f"{value:.2%}"),
     "wait_fraction": ("waiting for data", lambda value: f"{value:.1%}"),
     "step_ms": ("step (ms)", number),
     "gradient_bytes": ("gradient (MB)", lambda value: number(value / 1e6)),
-    "sent_bytes": ("sent by a process (MB)", lambda value: number(value / 1e6)),
+    "sent_bytes": ("sent per process (MB)", lambda value: number(value / 1e6)),
     "all_reduce_ms": ("all-reduce alone (ms)", number),
     "loader_images_per_second": ("loader alone (images/s)", number),
     "efficiency": ("efficiency", lambda value: f"{value:.0%}"),
@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def machine_facts(arguments: Sequence[str]) -> dict[str, Any]:
-    """What figures depend on: the command, the day, processor, cores, versions. Device and threads are in the rows."""
+    """The conditions of the measurement: command, date, processor, cores, versions. Device and threads are in the rows."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     versions = {"python": platform.python_version()}
@@ -72,7 +72,7 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def table(section: Section) -> str:
-    """The section in Markdown, aligned for the terminal; a column for every figure that some row has."""
+    """The section as a Markdown table, aligned for the terminal, with a column for every figure that a row has."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in section.rows)]
     headings = [section.unit if key == "median" else COLUMNS[key][0] for key in keys]
     references = {row["ratio_to"] for row in section.rows if "ratio_to" in row}
@@ -93,13 +93,13 @@ def text_of(section: Section) -> str:
 
 
 def write_lines(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
-    """A JSON object for every row, with its section and the facts."""
+    """Writes a JSON object per row, with its section and the facts."""
     rows: list[Row] = [{"section": section.title, **row, **facts} for section in sections for row in section.rows]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
-    """The chart: medians as bars from least to most, or a curve; a panel for each section."""
+    """Draws the chart: a panel per section, with bars of the medians (error bars from min to max) or a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,7 +145,7 @@ def draw_curve(panel: Any, section: Section) -> None:
     if section.mark is not None:
         panel.axvline(section.mark, color="#d55e00", linestyle="--", label=f"suggestion {section.mark:.2g}")
     before_lowest = section.rows[: 1 + min(range(len(places)), key=lambda place: section.rows[place][y])]
-    panel.set_ylim(0, 1.5 * max(row["loss"] for row in before_lowest))  # what diverged leaves the picture
+    panel.set_ylim(0, 1.5 * max(row["loss"] for row in before_lowest))  # losses after the divergence are cut off
     panel.set_xscale("log")
     panel.set_xlabel(x)
     panel.set_ylabel("loss")

@@ -1,4 +1,4 @@
-"""`scaling`: images per second of one and of several processes, and the pieces that a data-parallel step is made of."""
+"""`scaling`: images per second of one and of several processes, and the parts of a data-parallel step."""
 
 import socket
 from argparse import Namespace
@@ -14,7 +14,7 @@ from pipeline.settings.parser import read_config
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """One table. `batch_size` is what each process takes (weak scaling), or with --strong what all share."""
+    """One table. batch_size is per process (weak scaling), or with --strong the size for all processes together."""
     with prepared(args, settings) as (settings, environment, _):
         config = read_config(settings)
         assert config.batch_size is not None
@@ -42,7 +42,7 @@ def name_of(processes: int) -> str:
 
 
 def torchrun_call(processes: int, arguments: Row, environment: dict[str, str]) -> Callable[[], Row]:
-    """Times so many processes once; without torchrun when there is one. CPU cores are shared out over them."""
+    """A call that times a run of so many processes, without torchrun for one. CPU cores are divided among them."""
     threads = max(usable_cores() // processes, 1)
     own = {"OMP_NUM_THREADS": str(threads), **environment}
 
@@ -57,9 +57,9 @@ def torchrun_call(processes: int, arguments: Row, environment: dict[str, str]) -
 
 
 def pieces(results: list[Row], processes: int) -> Row:
-    """Of the results of so many processes: step_ms, bytes, all-reduce, loader, memory.
+    """Medians of step_ms, gradient_bytes, all_reduce_ms and loader_images_per_second; sent_bytes; the largest memory.
 
-    A ring all-reduce has each process send 2 (N - 1) / N of the gradient (https://arxiv.org/abs/1802.05799).
+    In a ring all-reduce each process sends 2 (N - 1) / N of the gradient (https://arxiv.org/abs/1802.05799).
     """
     keys = ("step_ms", "gradient_bytes", "all_reduce_ms", "loader_images_per_second")
     found: Row = {key: None if results[0][key] is None else median(result[key] for result in results) for key in keys}
@@ -69,17 +69,17 @@ def pieces(results: list[Row], processes: int) -> Row:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """What follows from the pieces for many processes, by the slowest all-reduce that was measured."""
+    """Bounds of the efficiency with many processes, from the slowest measured all-reduce."""
     reduced = [row for row in rows if row["all_reduce_ms"]]
     if not reduced:
-        return ["With one process nothing is all-reduced. For DDP's limit measure several: --processes 1 2."]
+        return ["One process has no all-reduce. To estimate DDP's limit, measure several: --processes 1 2."]
     row = max(reduced, key=lambda row: row["all_reduce_ms"] / row["sent_bytes"])
     bandwidth = row["sent_bytes"] / (row["all_reduce_ms"] / 1000)
     many_ms = 1000 * 2 * row["gradient_bytes"] / bandwidth
     step_ms = rows[0]["step_ms"]
     return [
-        f"A step of {rows[0]['row']} takes {number(step_ms)} ms. Many processes would all-reduce in {number(many_ms)} ms, "
-        f"at the {number(bandwidth / 1e6)} MB/s that each sent here:",
-        f"efficiency at least {step_ms / (step_ms + many_ms):.0%}, when nothing overlaps, "
-        f"and at most {step_ms / max(step_ms, many_ms):.0%}, when all does.",
+        f"A step of {rows[0]['row']} takes {number(step_ms)} ms. An all-reduce of many processes takes {number(many_ms)} ms "
+        f"at the {number(bandwidth / 1e6)} MB/s per process measured here.",
+        f"Efficiency with many processes: at least {step_ms / (step_ms + many_ms):.0%} without overlap of computation and "
+        f"all-reduce, at most {step_ms / max(step_ms, many_ms):.0%} with full overlap.",
     ]

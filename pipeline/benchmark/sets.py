@@ -1,4 +1,4 @@
-"""Image sets to measure with: made ones, for want of a network, and any training split as peers read it."""
+"""Datasets for the measurements: synthetic ones, which need no network, and any training split as peers read it."""
 
 import dataclasses
 import io
@@ -11,18 +11,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 NUM_CLASSES = 10
-PHOTO_SIZE = (500, 375)  # width and height in pixels, ImageNet's most frequent
+PHOTO_SIZE = (500, 375)  # width and height in pixels, the most frequent of ImageNet
 NUM_TEST = 10
-OCTAVES = (4, 8, 16, 32, 64, 128)  # cells across of the fields that an image is the sum of, as far as they go into it
-FADING = 0.6  # of a field's strength from one octave to the next
-NOISE = 7.0  # its standard deviation, in levels of 255
+OCTAVES = (4, 8, 16, 32, 64, 128)  # numbers of cells across the fields that add up to an image; larger than the image are skipped
+FADING = 0.6  # ratio of a field's strength to that of the octave before
+NOISE = 7.0  # standard deviation of the noise, in levels of 255
 JPEG_QUALITY = 96
 
 
 def made_image(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth random fields of several scales with noise on top: about as hard to compress as a photo, unlike white noise.
+    """An image of smooth random fields of several scales plus noise, which compresses about as well as a photo.
 
-    A PNG of 32x32 takes 2.5 kB (CIFAR-10's 2.3), a JPEG of 500x375 some 100 kB (ImageNet's 110).
+    A PNG of 32x32 takes 2.5 kB (CIFAR-10: 2.3), a JPEG of 500x375 about 100 kB (ImageNet: 110).
     """
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
@@ -42,7 +42,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def write_parquet(path: Path, images: list[bytes], labels: list[int]) -> None:
-    """A file with the columns image and label as `datasets` writes and reads them: images of its type Image."""
+    """Writes a Parquet file with the columns image (`datasets.Image`) and label, which `datasets` reads."""
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -51,9 +51,9 @@ def write_parquet(path: Path, images: list[bytes], labels: list[int]) -> None:
 
 
 def make_set(set_folder: str, num_images: int, side: int | None, folder: str) -> dict[str, Any]:
-    """Writes train.parquet with so many images and a small test.parquet; returns bytes_per_image, their mean.
+    """Writes train.parquet with `num_images` images and a small test.parquet; returns the mean bytes_per_image.
 
-    side: of square PNG images in pixels; None makes JPEG photos of PHOTO_SIZE.
+    side: of square PNG images in pixels; None writes JPEG photos of PHOTO_SIZE.
     """
     (width, height), kind = ((side, side), "PNG") if side else (PHOTO_SIZE, "JPEG")
     num_bytes = 0
@@ -65,16 +65,16 @@ def make_set(set_folder: str, num_images: int, side: int | None, folder: str) ->
 
 
 def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
-    """Writes the training split that the settings name, as it is encoded, for `datasets` to read.
+    """Writes the encoded training split of the settings to a Parquet file for `datasets`.
 
-    Returns what a peer must know of it: parquet, num_images, num_classes, flip, and Preprocessing's fields.
+    Returns its description for the peers: parquet, num_images, num_classes, flip, and Preprocessing's fields.
     """
     from pipeline.data.from_settings import load_data
     from pipeline.distributed.accelerator import make_accelerator
     from pipeline.settings.parser import read_config
     from pipeline.training.build import check_settings, choose_image_size, make_model, make_preprocessing
 
-    config = read_config([*settings, "--loader=auto"])  # a stream has no rows to be copied
+    config = read_config([*settings, "--loader=auto"])  # a stream has no rows to copy
     check_settings(config)
     dataset = load_data(config, make_accelerator(config))
     image_size = choose_image_size(config, dataset)

@@ -1,4 +1,4 @@
-"""`startup`: seconds from the start of the process to the end of the first step, and which packages' imports they go to."""
+"""`startup`: seconds from the start of the process to the end of the first step, and the import time by package."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from pipeline.benchmark.measuring import Row, Section, column, in_turns, summari
 from pipeline.settings.parser import read_config
 
 BARE = "bare script with timm"
-CLOCK = {"warmup_steps": 1, "seconds": 0.0}  # the first step is all that counts
+CLOCK = {"warmup_steps": 1, "seconds": 0.0}  # only the first step matters
 BARE_SCRIPT = Path(__file__).parent / "peers" / "bare_script.py"
 IMPORT_LINE = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", re.MULTILINE)
 MOST_ROWS = 12
 
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
-    """Seconds to the first step, then milliseconds of our imports by package."""
+    """A table of seconds to the first step, and one of milliseconds of our imports by package."""
     with prepared(args, settings) as (settings, environment, folder):
         config = read_config(settings)
         data = peer_data(settings, environment, folder)
@@ -44,7 +44,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
             "ours, embedded digits": contender("ours.train", embedded, environment, CLOCK),
             "ours, this set, from its cache": contender("ours.train", settings, environment, CLOCK),
         }
-        if environment:  # a made set, whose cache may be a new one
+        if environment:  # a synthetic set, which can have a new cache
             calls["ours, this set, first start"] = first_start
         for function, name in installed_peers().items():
             calls[name] = contender(f"peers.loops.{function}", settings, peers_cache, CLOCK, data=data, workers=0)
@@ -56,12 +56,12 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     title = f"start to the end of the first step, {config.model_name}, {data['num_images']:,} images, batch {config.batch_size}"
     yield Section(title, summarise(column(results, "seconds_to_start"), "seconds", BARE), "seconds")
     rows = import_rows(timed["stderr"])
-    yield Section("imports of ours by package, without those they import in turn", rows, "ms")
+    yield Section("imports of ours by package, without the packages that these import", rows, "ms")
 
 
-def import_rows(told: str) -> list[Row]:
-    """The packages whose modules took longest to import, of what `-X importtime` tells, and all together."""
-    found = [(name, int(microseconds) / 1000) for microseconds, name in IMPORT_LINE.findall(told)]
+def import_rows(output: str) -> list[Row]:
+    """The total import time and the packages with the longest, from the output of `-X importtime`."""
+    found = [(name, int(microseconds) / 1000) for microseconds, name in IMPORT_LINE.findall(output)]
     packages = sorted({name for name, _ in found})
     own = {package: [ms for name, ms in found if name == package] for package in packages}
     longest = sorted(own, key=lambda package: -sum(own[package]))[:MOST_ROWS]

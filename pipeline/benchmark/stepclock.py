@@ -1,4 +1,4 @@
-"""StepClock: the seconds of a contender's training steps after its warm-up."""
+"""StepClock: times a contender's training steps after a warm-up."""
 
 import time
 from typing import Any
@@ -7,19 +7,19 @@ import torch
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
+    """Waits until the device has finished all submitted work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 class StepClock:
-    """Told of each step; runs from the end of the warm-up until `seconds` have passed or `num_steps` were taken.
+    """Counts steps; runs from the end of the warm-up until `seconds` have passed or `num_steps` steps have ended.
 
-    waited: seconds of that time for which the loop stood and waited for data, where it tells.
+    waited: seconds of that time in which the loop waited for data; 0 if the loop does not measure it.
     """
 
     def __init__(self, device: torch.device, *, warmup_steps: int, seconds: float, num_steps: int | None = None):
-        """warmup_steps: 1 or more; num_steps replaces seconds, where several processes must stop at the same step."""
+        """warmup_steps: 1 or more; num_steps: replaces seconds, for processes that must stop at the same step."""
         self.device, self.warmup_steps, self.seconds, self.num_steps = device, warmup_steps, seconds, num_steps
         self.steps = self.images = 0
         self.began = self.elapsed = self.waited = self.first_step_at = 0.0
@@ -29,7 +29,7 @@ class StepClock:
         return self.steps >= self.warmup_steps and not self.elapsed
 
     def step(self, num_images: int) -> bool:
-        """Counts a finished step on so many images; returns whether time is up."""
+        """Counts a finished step of `num_images` images; returns whether the clock has ended."""
         self.steps += 1
         if self.steps == 1:
             wait_for(self.device)

@@ -51,8 +51,8 @@ def in_this_process(monkeypatch, tmp_path):
         began = time.time()
         assert child.main(list(command[command.index("pipeline.benchmark.child") + 1 :])) == 0
         result = json.loads(result_path.read_text())
-        told = "import time:       300 |        300 | torch\n" if "importtime" in command else ""
-        result |= {"peak_memory_bytes": tree_pss(os.getpid()), "stderr": told}
+        printed = "import time:       300 |        300 | torch\n" if "importtime" in command else ""
+        result |= {"peak_memory_bytes": tree_pss(os.getpid()), "stderr": printed}
         return result | {"seconds_to_start": result.get("first_step_at", began) - began}
 
     monkeypatch.setattr(children, "run_program", run_program)
@@ -98,14 +98,14 @@ def test_loop_compares_the_bare_loop_ours_and_the_peers(in_this_process, tmp_pat
         assert row["peak_memory_bytes"] > 2**20
 
 
-def test_loop_says_how_ours_stands_to_each_peer():
+def test_loop_reports_the_speed_relative_to_each_peer():
     medians = {"bare loop": 8.0, "ours": 6.0, "datasets and torchvision": 3.0, "timm's loader": 4.0}
     rows = [{"row": name, "median": median} for name, median in medians.items()]
     assert loop.beside_peers(rows) == ["ours: 2.00 times datasets and torchvision, 1.50 times timm's loader"]
     assert loop.beside_peers(rows[:2]) == []
 
 
-def test_loop_refuses_work_that_the_peers_do_not_do(in_this_process, capsys):
+def test_loop_refuses_settings_that_the_peers_do_not_support(in_this_process, capsys):
     assert main(["loop", "--mixup", "0.2", "--num_images", "16"]) == 2
     assert "mixup" in capsys.readouterr().err
 
@@ -141,13 +141,13 @@ def test_loaders_measures_ours_and_the_peers_at_equal_workers(in_this_process, t
     assert {row["ratio_to"] for row in rows} == {"timm, 1 worker"} and all(row.keys() >= FACTS for row in rows)
 
 
-def test_checkpoint_puts_saving_into_proportion_to_an_epoch(in_this_process, tmp_path, capsys):
+def test_checkpoint_reports_saving_as_a_share_of_an_epoch(in_this_process, tmp_path, capsys):
     rows = measured("checkpoint", tmp_path, capsys, steps=2, epoch_images=1600, rounds=2)
     saving, block = rows[:3], rows[3:]
     assert [row["row"] for row in saving] == [
         "accelerator.save_state",
-        "ours: training is held up",
-        "ours: until it is on the disk",
+        "ours: training is blocked",
+        "ours: until it is on disk",
     ]
     epoch_ms = block[0]["median"] / 2 * 100
     assert [row["epoch_share"] for row in saving] == pytest.approx([row["median"] / epoch_ms for row in saving])
@@ -169,9 +169,9 @@ def test_startup_times_starts_and_sums_imports_by_package(in_this_process, tmp_p
 
 def test_imports_are_summed_by_package():
     lines = [(100, "torch"), (50, "torch.nn"), (30, "timm.layers"), (20, "_abc")]
-    told = "import time: self [us] | cumulative | imported package\n"
-    told += "".join(f"import time: {us:9} | {2 * us:10} |   {name}\n" for us, name in lines)
-    rows = {row["row"]: row for row in startup.import_rows(told)}
+    printed = "import time: self [us] | cumulative | imported package\n"
+    printed += "".join(f"import time: {us:9} | {2 * us:10} |   {name}\n" for us, name in lines)
+    rows = {row["row"]: row for row in startup.import_rows(printed)}
     assert {name: row["median"] for name, row in rows.items()} == pytest.approx(
         {"all": 0.2, "torch": 0.15, "timm": 0.03, "_abc": 0.02}
     )
@@ -197,20 +197,20 @@ def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
     rows = measured("efficiency", tmp_path, capsys, *factors, seconds=0.01, warmup_steps=1)
     first = [row["row"] for row in rows if "one choice at a time" in row["section"]]
     assert first == [
-        *("as set", "0 workers", "bf16", "contiguous", "bf16, contiguous"),
+        *("as given", "0 workers", "bf16", "contiguous", "bf16, contiguous"),
         *("batch 8", "batch 32", "pin_memory on, 0 workers", "pin_memory off, 0 workers"),
     ]
-    assert [row["row"] for row in rows[len(first) :]] == ["as set", "recommended"]
+    assert [row["row"] for row in rows[len(first) :]] == ["as given", "recommended"]
     by_name = {row["row"]: row for row in rows}
     assert by_name["0 workers"]["loader"] == "workers" and by_name["bf16"]["loader"] == "device"
     assert all(0 < row["wait_fraction"] < 1 and row["peak_memory_bytes"] > 0 for row in rows)
 
 
-def test_efficiency_tells_what_saves_memory(in_this_process, tmp_path, capsys):
+def test_efficiency_measures_settings_that_save_memory(in_this_process, tmp_path, capsys):
     more = ["--factors", "memory", "--model_name", "test_resnet"]
     rows = measured("efficiency", tmp_path, capsys, *more, seconds=0.01, warmup_steps=1)
     assert [row["row"] for row in rows[:4]] == [
-        *("as set", "gradient_checkpointing", "micro-batches of 4", "both, micro-batches of 4"),
+        *("as given", "gradient_checkpointing", "micro-batches of 4", "both, micro-batches of 4"),
     ]
     assert all(row["median"] > 0 and row["peak_memory_bytes"] > 0 for row in rows)
 
@@ -222,7 +222,7 @@ def test_the_recommendation_follows_from_the_figures():
         "batch_size": {"batch 256": ["--batch_size=256"]},
         "memory": {"micro-batches of 32": ["--micro_batch_size=32"]},
     }
-    medians = {"as set": 100.0, "0 workers": 101.0, "2 workers": 99.0, "bf16": 150.0, "batch 256": 200.0}
+    medians = {"as given": 100.0, "0 workers": 101.0, "2 workers": 99.0, "bf16": 150.0, "batch 256": 200.0}
     medians["micro-batches of 32"] = 120.0
     assert efficiency.recommended(factors, medians) == ["bf16"]
     lines = efficiency.advice(["--mixed_precision=bf16"], 1.5, factors, medians)
@@ -231,7 +231,7 @@ def test_the_recommendation_follows_from_the_figures():
     assert "as they are" in efficiency.advice([], 1.0, {}, medians)[0]
 
 
-def test_lr_suggests_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+def test_lr_suggests_a_learning_rate_and_leaves_no_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model_name", "simple_mlp", "--max_train_samples", "100", "--batch_size", "16", "--lr_end", "1000"]
     assert main(["lr", "--num_steps", "40", *flags]) == 0
@@ -278,7 +278,7 @@ def test_made_images_are_the_same_for_the_same_seed_and_hard_to_compress():
     assert made_image(32, 32, 5).tobytes() == made_image(32, 32, 5).tobytes() != made_image(32, 32, 6).tobytes()
 
 
-def test_a_real_child_returns_its_figures_and_tells_its_errors(tmp_path):
+def test_a_real_child_returns_its_figures_and_reports_its_errors(tmp_path):
     result = run_child("sets.make_set", {"set_folder": str(tmp_path), "num_images": 10, "side": 16})
     assert 100 < result["bytes_per_image"] < 16 * 16 * 3 + 100 and (tmp_path / "test.parquet").is_file()
     assert result["peak_memory_bytes"] is None or result["peak_memory_bytes"] > 2**20
@@ -306,8 +306,8 @@ def test_a_signal_ends_the_benchmark_and_its_contenders(number):
     wait_for(lambda: len(descendants(process.pid)) > 1, process=process)
     contenders = descendants(process.pid)[1:]
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in told
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in printed
     assert not any(Path(f"/proc/{pid}").exists() for pid in contenders)
 
 
@@ -345,10 +345,10 @@ def test_a_wrong_command_line_exits_with_2(argv):
         (["lr", "--lr_start", "1", "--lr_end", "0.1"], ["--lr_start 1 must be below"]),
     ],
 )
-def test_wrong_settings_are_said_in_a_line(argv, words, capsys):
+def test_invalid_settings_are_reported_in_one_line(argv, words, capsys):
     assert main(argv) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and all(word in told for word in words)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and all(word in printed for word in words)
 
 
 def test_the_commands_of_the_readme_are_understood():
@@ -364,5 +364,5 @@ def test_the_commands_of_the_readme_are_understood():
 def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
-    told = capsys.readouterr().out
-    assert exit.value.code == 0 and all(f"\n    {name}" in told for name in COMMANDS)
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0 and all(f"\n    {name}" in printed for name in COMMANDS)

@@ -178,7 +178,7 @@ def test_a_slow_row_runs_while_it_fits_but_at_least_once(monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(more, words, capsys):
+def test_invalid_arguments_are_reported_in_one_line(more, words, capsys):
     assert main(["optimizers", *more]) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("error: ") and complaint.count("\n") == 1

@@ -1,1 +1,1 @@
-"""Other trainers beside ours: their loops, loaders and start, on the same images and model."""
+"""Other trainers for comparison: their loops, loaders and start-up, with the same images and model."""

@@ -1,4 +1,4 @@
-"""The shortest script that takes one training step on a timm model; `startup` starts it, without the rest of this package."""
+"""The shortest script for one training step of a timm model; `startup` runs it without the rest of this package."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 given = json.loads(sys.argv[1])
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 architecture = {"in_chans": given["channels"], "num_classes": given["num_classes"]}
-if given["model_name"] == "simple_mlp":  # not timm's: two linear layers will do
+if given["model_name"] == "simple_mlp":  # not in timm; two linear layers stand in for it
     width = given["channels"] * given["image_size"] ** 2
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(width, 512), torch.nn.Linear(512, given["num_classes"])

@@ -1,4 +1,4 @@
-"""The loaders that peers use: `datasets` with torchvision's transforms in torch's DataLoader, and timm's with its prefetcher."""
+"""The loaders of the peers: `datasets` with torchvision's transforms in torch's DataLoader, and timm's with its prefetcher."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ POLICIES = {"randaugment": transforms.RandAugment, "trivialaugment": transforms.
 
 
 def image_transforms(data: dict[str, Any], augment: str) -> list[Any]:
-    """What our loaders do to a training image up to its pixels, by torchvision's names; data: what sets.peer_set returned."""
+    """The transforms of our loaders for training images, by torchvision's classes; data: the result of sets.peer_set."""
     filters = transforms.InterpolationMode
     mode = {"nearest": filters.NEAREST, "bilinear": filters.BILINEAR, "bicubic": filters.BICUBIC}[data["interpolation"]]
     side, source = data["image_size"], data["source_size"]
@@ -52,7 +52,7 @@ def stack(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
 def plain_loader(
     data: dict[str, Any], augment: str, batch_size: int, workers: int, device: torch.device
 ) -> torch.utils.data.DataLoader:
-    """Batches of images float [B, C, S, S] and labels int64 [B] on the CPU, as Hugging Face's examples make them."""
+    """Batches of images float [B, C, S, S] and labels int64 [B] on the CPU, as in Hugging Face's examples."""
     to_input = transforms.Compose(
         [*image_transforms(data, augment), transforms.ToTensor(), transforms.Normalize(data["mean"], data["std"])]
     )
@@ -74,7 +74,7 @@ def plain_loader(
 
 
 class Samples(torch.utils.data.Dataset):
-    """A set as timm's loader wants it: pairs of transform(image) and label."""
+    """A dataset in the form that timm's loader requires: pairs of transform(image) and label."""
 
     def __init__(self, data: dict[str, Any]):
         self.rows, self.mode, self.transform = read_set(data), pil_mode(data), None
@@ -91,7 +91,7 @@ class Samples(torch.utils.data.Dataset):
 def timm_loader(
     data: dict[str, Any], augment: str, batch_size: int, workers: int, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """timm's loader, https://huggingface.co/docs/timm: uint8 out of the workers, normalised on the device."""
+    """timm's loader, https://huggingface.co/docs/timm: uint8 images from the workers, normalised on the device."""
     from timm.data import create_loader
     from timm.data.transforms import ToNumpy
 

@@ -1,4 +1,4 @@
-"""The bare loop and the peers as contenders: the same model, optimizer, precision and batch, other data and other loops."""
+"""The bare loop and the peers as contenders: the same model, optimizer, precision and batch, with other loaders and loops."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ def find_device() -> torch.device:
 
 
 def make_model(config: Config, data: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """As a run of ours would make them; data: what sets.peer_set returned."""
+    """The model and optimizer as in our runs; data: the result of sets.peer_set."""
     torch.manual_seed(config.seed)
     model, _ = create_model(
         config.model_name,
@@ -47,9 +47,9 @@ def make_model(config: Config, data: dict[str, Any], device: torch.device) -> tu
 
 
 def loop(batches: Iterable[Any], config: Config, data: dict[str, Any], clock: StepClock) -> dict[str, Any]:
-    """The shortest training loop that a person would write with torch alone; returns the clock's figures.
+    """The shortest training loop in plain torch; returns the clock's figures.
 
-    batches: images float [B, C, S, S] and labels int64 [B], for ever, on any device.
+    batches: endless pairs of images float [B, C, S, S] and labels int64 [B], on any device.
     """
     device = clock.device
     model, optimizer = make_model(config, data, device)
@@ -71,13 +71,13 @@ def loop(batches: Iterable[Any], config: Config, data: dict[str, Any], clock: St
     return clock.figures()
 
 
-def for_ever(loader: Iterable[Any]) -> Iterator[Any]:
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from loader
 
 
 def bare(settings: list[str], data: dict[str, Any], folder: str, **clock: Any) -> dict[str, Any]:
-    """The loop on a few batches that are on the device, normalised, before it begins: what the model costs."""
+    """The loop on a few normalised batches that are already on the device: the time of the model alone."""
     config, device = read_config(settings), find_device()
     assert config.batch_size is not None
     shape = (config.batch_size, data["channels"], data["image_size"], data["image_size"])
@@ -100,23 +100,23 @@ def from_loader(
     config, device = read_config(settings), find_device()
     assert config.batch_size is not None
     loader = make(data, config.augment, config.batch_size, workers, device)
-    return loop(for_ever(loader), config, data, StepClock(device, **clock))
+    return loop(endless(loader), config, data, StepClock(device, **clock))
 
 
 def plain(settings: list[str], data: dict[str, Any], workers: int, folder: str, **clock: Any) -> dict[str, Any]:
-    """The loop on `datasets`, torchvision's transforms of each image and torch's DataLoader."""
+    """The loop with `datasets`, torchvision's transforms and torch's DataLoader."""
     return from_loader(plain_loader, settings, data, workers, clock)
 
 
 def timm(settings: list[str], data: dict[str, Any], workers: int, folder: str, **clock: Any) -> dict[str, Any]:
-    """The loop on timm's loader with its prefetcher, which normalises on the device."""
+    """The loop with timm's loader and its prefetcher, which normalises on the device."""
     return from_loader(timm_loader, settings, data, workers, clock)
 
 
 def pytorch_accelerated(
     settings: list[str], data: dict[str, Any], workers: int, folder: str, **clock: Any
 ) -> dict[str, Any]:
-    """pytorch-accelerated's Trainer on the plain loader's dataset (https://pytorch-accelerated.readthedocs.io)."""
+    """pytorch-accelerated's Trainer with the plain loader (https://pytorch-accelerated.readthedocs.io)."""
     from accelerate import Accelerator
     from pytorch_accelerated import Trainer
     from pytorch_accelerated.callbacks import TrainerCallback
@@ -128,7 +128,7 @@ def pytorch_accelerated(
     model, optimizer = make_model(config, data, device)
 
     class TimeUp(Exception):
-        """The clock has seen enough."""
+        """Raised when the clock has ended."""
 
     class Timing(TrainerCallback):
         def on_train_step_end(self, trainer: Any, **kwargs: Any) -> None:
