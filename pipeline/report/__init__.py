@@ -1,1 +1,1 @@
-"""The report on runs, `python -m pipeline.report`: curves, comparisons, sweeps, efficiency. It imports inference and below."""
+"""Reports on runs: `python -m pipeline.report` writes tables and figures. Imports inference/ and lower rooms."""

@@ -1,8 +1,8 @@
-"""A report on runs, `python -m pipeline.report RUN... | SWEEP | FOLDER`: one folder with a page, figures and a CSV of all runs.
+"""`python -m pipeline.report RUN... | SWEEP | FOLDER`: writes a report on runs into one folder.
 
 OUTPUT/report.html   one page that needs no other file and no network
 OUTPUT/report.md     the same in Markdown
-OUTPUT/results.csv   a line for each run
+OUTPUT/results.csv   a line per run
 OUTPUT/figures/      every figure as PNG and SVG
 """
 
@@ -22,13 +22,13 @@ PAGE = "report.html"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    description = "Write a report on runs: a page, Markdown, figures and a CSV, in one folder."
+    description = "Write a report on runs into one folder: an HTML page, Markdown, figures and a CSV file."
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=description, allow_abbrev=False)
     text = "run folders, a sweep's folder, or a folder of runs"
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP|FOLDER", help=text)
-    text = "folder to write; a report that is there is replaced (default: %(default)s)"
+    text = "folder to write; an earlier report in it is replaced (default: %(default)s)"
     parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help=text)
-    text = "mark runs of this test accuracy or more, 0.9 for example"
+    text = "mark runs with at least this test accuracy, for example 0.9"
     parser.add_argument("--target", type=fraction, metavar="FRACTION", help=text)
     text = "show the best run's N most confident mistakes; loads its model and dataset (default: %(default)s)"
     parser.add_argument("--mistakes", type=whole_number, default=0, metavar="N", help=text)
@@ -52,15 +52,15 @@ def whole_number(text: str) -> int:
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError when the folder can be replaced by none: it holds something else than a report."""
+    """Raises ValueError if the folder contains anything but a report, or its parent does not exist."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).is_file()):
-        raise ValueError(f"--output {folder} is there and holds no report. Give a new folder, or an earlier report's.")
+        raise ValueError(f"--output {folder} exists and is not a report. Choose a new folder, or an earlier report.")
     if not folder.resolve().parent.is_dir():
-        raise ValueError(f"There is no folder {folder.parent} for --output {folder}. Make it first.")
+        raise ValueError(f"There is no folder {folder.parent} for --output {folder}. Create it first.")
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes the files, by name with at most one folder, in place of the folder that is there."""
+    """Writes the files, whose names have at most one folder, in place of an existing folder."""
     with folder_written_aside(folder) as aside:
         for name, content in files.items():
             (aside / name).parent.mkdir(exist_ok=True)
@@ -68,14 +68,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_report(paths: Sequence[Path], output: Path, target: float | None, num_mistakes: int) -> str:
-    """Reads the runs, writes the report, and returns a line about it. Raises ValueError, before it writes, for bad input."""
+    """Reads the runs, writes the report and returns a line about it. Raises ValueError before writing for invalid input."""
     check_output(output)
     runs, sweep = read_records(paths)
     mistakes = None
     if num_mistakes:
         tested = best_tested(runs, sweep)
         if tested is None:
-            raise ValueError("--mistakes wants a run that was tested, and none of these was. Leave it out.")
+            raise ValueError("--mistakes requires a tested run, and none of these runs was tested. Remove --mistakes.")
         from pipeline.inference.mistakes import most_confident_mistakes
 
         mistakes = most_confident_mistakes(tested.path, num_mistakes)
@@ -90,7 +90,7 @@ def write_report(paths: Sequence[Path], output: Path, target: float | None, num_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a report; returns the exit status: 0 done, 1 when it could not be written, 2 for what cannot be reported on."""
+    """Writes a report; returns the exit status: 0 completed, 1 the report could not be written, 2 invalid input."""
     args = make_parser().parse_args(argv)
     try:
         print(write_report(args.paths, args.output, args.target, args.mistakes))

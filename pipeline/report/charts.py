@@ -1,4 +1,4 @@
-"""Figures that compare runs: repeated seeds, parallel coordinates, importance, throughput; and one run's confusion matrix."""
+"""Figures: repeated seeds, parallel coordinates, importance, throughput, and one run's confusion matrix and classes."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_TICKS = 6  # of an axis of the parallel coordinates
-MOST_NUMBERED = 20  # classes whose confusion matrix has its numbers written in
-MOST_CLASS_NAMES = 40  # classes that are named along an axis
+MOST_TICKS = 6  # ticks of an axis of the parallel coordinates
+MOST_NUMBERED = 20  # classes up to which the confusion matrix shows its counts
+MOST_CLASS_NAMES = 40  # classes up to which an axis shows their names
 LONGEST_GROUP_NAME = 80
-FAINTEST_CELL = 0.15  # so that a single mistake among many images is seen
-FAN = 0.07  # height over which the lines of one value are spread
-BEST_LINES = 3  # drawn thick
-WHITE = "#ffffff"  # on the dark cells of the matrix, in dark mode too
+FAINTEST_CELL = 0.15  # makes a single mistake among many images visible
+FAN = 0.07  # height over which lines of the same value are spread
+BEST_LINES = 3  # number of thick lines
+WHITE = "#ffffff"  # text on dark cells of the matrix, also in dark mode
 
 
 def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | None:
-    """Validation accuracy by epoch: the mean over each group's seeds and one standard deviation around it, in percent.
+    """Validation accuracy by epoch in percent: the mean over each group's seeds, with a band of one standard deviation.
 
-    groups: name and runs; those of a single run are left out. An epoch counts where two runs of the group have it.
+    groups: name and runs; groups of a single run are omitted. An epoch is shown if at least two runs of the group have it.
     """
     groups = [(name, runs) for name, runs in groups if len(runs) > 1 and any(run.epochs for run in runs)][:MOST_NAMED]
     if not groups:
@@ -74,7 +74,7 @@ def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | No
 
 
 def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
-    """Images per second of training in each epoch; None where no epoch has it."""
+    """Images per second of training in each epoch; None if no run has logged it."""
     shown = [run for run in runs if epoch_rates(run)]
     if not shown:
         return None
@@ -93,7 +93,7 @@ def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | 
 def epoch_rates(run: RunRecord) -> dict[int, float]:
     """Images per second of training in each finished epoch, by epoch.
 
-    A training line tells the rate since the start, so the seconds of training so far are its samples over its rate.
+    A training line has the rate since the start, so the seconds of training so far are its samples divided by its rate.
     """
     ends = {line["epoch"]: line for line in run.log if number(line, "images_per_second") and number(line, "samples")}
     rates, samples, seconds = {}, 0.0, 0.0
@@ -107,7 +107,7 @@ def epoch_rates(run: RunRecord) -> dict[int, float]:
 
 
 def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
-    """A mark for each run that was tested: test accuracy by the time it took; None for fewer than two."""
+    """Test accuracy by time, a marker per tested run; None for fewer than two."""
     shown = [run for run in runs if run.test_accuracy is not None and number(run.facts, "seconds")]
     if len(shown) < 2:
         return None
@@ -120,7 +120,7 @@ def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -
         axes.plot([run.facts["seconds"] / unit], [in_unit(run.test or {}, "accuracy")], **{**look.line("time"), **mark})
     if max(seconds) > 10 * min(seconds):
         use_log_scale(axes, "x")
-    axes.set_xlabel(f"time of the whole run ({unit_name})")
+    axes.set_xlabel(f"total time ({unit_name})")
     axes.set_ylabel("test accuracy (%)")
     axes.margins(0.08)
     legend_below(figure, run_entries(shown, look_of), num_others(shown, look_of))
@@ -135,9 +135,9 @@ def parallel_coordinates(
     look_of: dict[str, Look],
     higher_is_better: bool = True,
 ) -> Figure | None:
-    """A line for each run through its settings to its score, the bluer the better; None for fewer than two runs.
+    """A line per run through its settings to its score, bluer for a better score; None for fewer than two runs.
 
-    names: the settings, an axis each; numbers above zero that span a factor of ten stand on a logarithmic axis.
+    names: the settings, one axis each. Positive numbers that span at least a factor of ten get a logarithmic axis.
     """
     if len(runs) < 2 or not names or max(scores) == min(scores):
         return None
@@ -145,14 +145,14 @@ def parallel_coordinates(
 
     ramp = LinearSegmentedColormap.from_list("grey to blue", ["#b4b4b1", COLOURS[5], COLOURS[0]])
     width = max(8.2, 1.5 * (len(names) + 1))
-    figure, axes = new_figure("Settings and results, a line a run (parallel coordinates)", width, 4.6)
+    figure, axes = new_figure("Settings and results, one line per run (parallel coordinates)", width, 4.6)
     columns = [placed([run.settings.get(name) for run in runs]) for name in names]
     columns.append(placed(list(scores), evenly=False))
     heights = np.array([places for places, _ in columns])
     goodness = np.asarray(scores) if higher_is_better else -np.asarray(scores)
     order = np.argsort(goodness, kind="stable")
     for heights_of_one in heights[:-1]:
-        if len(set(heights_of_one)) < len(runs):  # the better a run, the higher its line among those of one value
+        if len(set(heights_of_one)) < len(runs):  # among lines of the same value the better run is higher
             heights_of_one[order] += np.linspace(-FAN / 2, FAN / 2, len(runs))
     for place, row in enumerate(order):
         share = float((goodness[row] - goodness.min()) / np.ptp(goodness))
@@ -172,15 +172,15 @@ def parallel_coordinates(
 
 
 def on_lines(name: str) -> str:
-    """The name of a setting as a heading of short lines."""
+    """The name of a setting, wrapped into short lines."""
     return textwrap.fill(name.replace("_", " "), 13)
 
 
 def placed(values: Sequence[Any], evenly: bool = True) -> tuple[list[float], list[tuple[float, str]]]:
     """Heights from 0 to 1 of the values on an axis, and its ticks as (height, text).
 
-    Values that are no numbers stand evenly spaced, and so do few numbers if evenly is true; others on a linear or
-    logarithmic scale.
+    Values that are not numbers are evenly spaced, and so are few distinct numbers if evenly is true. Other numbers have a
+    linear or logarithmic scale.
     """
     texts = [setting_text(value) for value in values]
     numeric = all(is_number(value) for value in values)
@@ -202,7 +202,7 @@ def placed(values: Sequence[Any], evenly: bool = True) -> tuple[list[float], lis
 
 
 def importance_bars(shares: dict[str, float]) -> Figure | None:
-    """A bar for each setting: the share of the spread of the results that it accounts for, in percent."""
+    """A bar per setting: the share of the variance of the results that it explains, in percent."""
     if not shares:
         return None
     figure, axes = new_figure("Importance of each setting", height=1.5 + 0.34 * len(shares))
@@ -217,7 +217,7 @@ def importance_bars(shares: dict[str, float]) -> Figure | None:
 
 
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: str) -> Figure:
-    """Rows are true classes; a cell's shade is its share of the row. Small matrices have their counts written in.
+    """The confusion matrix, true classes as rows; a cell's shade is its share of the row. Small matrices show their counts.
 
     counts: int [C, C].
     """
@@ -252,7 +252,7 @@ def rectangle(x: float, y: float, style: dict[str, Any]) -> Any:
 
 
 def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
-    """Ticks along both axes of a matrix; of very many classes only some, by number."""
+    """Ticks along both axes of a matrix: names, or for many classes every tenth number."""
     size = len(class_names)
     if size <= MOST_CLASS_NAMES:
         names = [short(name, 18) for name in class_names]
@@ -266,12 +266,12 @@ def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
 
 
 def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | None:
-    """A dot for each class, the hardest first; of many classes the hardest MOST_CLASS_NAMES. In percent."""
+    """A dot per class, lowest accuracy first, at most MOST_CLASS_NAMES of them; in percent."""
     if not accuracies:
         return None
     hardest = sorted(accuracies.items(), key=lambda item: item[1])[:MOST_CLASS_NAMES]
     which = (
-        "by class" if len(hardest) == len(accuracies) else f"of the hardest {len(hardest)} of {len(accuracies)} classes"
+        "by class" if len(hardest) == len(accuracies) else f"of the {len(hardest)} lowest of {len(accuracies)} classes"
     )
     figure, axes = new_figure(f"Test accuracy {which}, {short(run_name)}", height=1.4 + 0.23 * len(hardest))
     names = [short(name) for name, _ in hardest]

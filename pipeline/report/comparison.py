@@ -1,4 +1,4 @@
-"""Runs side by side: in which settings they differ, which are repetitions, which is best."""
+"""Comparison of runs: settings in which they differ, repetitions, ranking."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ OWN_TO_A_RUN = {
     "checkpoint_every_steps", "dry_run", "keep_checkpoints", "log_every", "log_with", "output_dir", "project", "resume",
     "run_name", "seed",
 }  # fmt: skip
-FROM_THE_MODEL = {"channels_last"}  # filled in by the kind of model where nobody sets them
+FROM_THE_MODEL = {"channels_last"}  # null is filled in according to the model
 
 
 def varied_settings(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings in which the runs differ, in the order of Config; names and folders of runs and seeds aside.
+    """The settings in which the runs differ, in the order of Config, without those of OWN_TO_A_RUN.
 
-    A setting of FROM_THE_MODEL counts where runs of one model differ in it.
+    A setting of FROM_THE_MODEL is included only if runs of the same model differ in it.
     """
     known = [run for run in runs if run.settings]
     names = [*FIELDS, *sorted({name for run in known for name in run.settings} - FIELDS.keys())]
@@ -35,7 +35,7 @@ def is_varied(name: str, runs: Sequence[RunRecord]) -> bool:
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value as text: equal values, equal texts. Numbers as people write them, null as a dash."""
+    """A setting's value as text, equal for equal values: numbers with four digits, null as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -44,7 +44,7 @@ def setting_text(value: Any) -> str:
 
 
 def repeated(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """The runs grouped by all settings but those of OWN_TO_A_RUN, so that a group's differ by seed; in order of appearance."""
+    """The runs grouped by all settings except OWN_TO_A_RUN (which includes the seed), in order of appearance."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         compared = {name: setting_text(value) for name, value in run.settings.items() if name not in OWN_TO_A_RUN}
@@ -53,7 +53,7 @@ def repeated(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def strategy(run: RunRecord) -> str:
-    """Where the weights came from: from scratch, pretrained, or the run or file that init_from names."""
+    """The origin of the weights: from scratch, pretrained, or the run or file of init_from."""
     if run.settings.get("pretrained"):
         return "pretrained"
     start = run.settings.get("init_from")
@@ -63,14 +63,14 @@ def strategy(run: RunRecord) -> str:
 
 
 def score(run: RunRecord, sweep: Sweep | None) -> float | None:
-    """What runs are ranked by, larger being better: the sweep's metric, else the best validation accuracy."""
+    """The value to rank by, larger is better: the sweep's metric, else the best validation accuracy."""
     if sweep is not None and run.trial is not None:
         return None if run.trial.value is None else run.trial.value if sweep.maximize else -run.trial.value
     return run.val_accuracy
 
 
 def ranked(runs: Sequence[RunRecord], sweep: Sweep | None) -> list[RunRecord]:
-    """The best first; runs that have not ended after those that have, and last those without a figure."""
+    """The runs sorted: ended runs, best first, then runs that have not ended, then runs without a score."""
 
     def key(run: RunRecord) -> tuple[bool, bool, float]:
         value = score(run, sweep)

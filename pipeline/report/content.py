@@ -1,4 +1,4 @@
-"""What stands in a report: from runs to sections of tables, figures and sentences."""
+"""The content of a report: builds sections of tables, figures and sentences from runs."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from pipeline.report.tables import (
 if TYPE_CHECKING:
     from pipeline.inference.mistakes import Mistake
 
-MOST_PARALLEL = 8  # settings with an axis of the parallel coordinates
+MOST_PARALLEL = 8  # axes of settings in the parallel coordinates
 LARGEST_MATRIX = 200  # classes
 
 
 @dataclass(frozen=True)
 class Report:
-    """page and looks are for pipeline.report.pages; files: the content of figures/ by file name."""
+    """page, looks: the arguments of pages.html_page; files: the content of figures/ by file name."""
 
     page: Page
     looks: dict[str, Look]
@@ -56,13 +56,13 @@ class Report:
 
 
 class Drawing:
-    """Draws figures in the report's style and keeps their files."""
+    """Draws figures in the report's style and collects their files."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 
     def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | None:
-        """What draw returns as files of that stem; None where it returns none."""
+        """Saves the figure that draw returns as files with this stem; None if draw returns None."""
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -74,7 +74,7 @@ class Drawing:
         return Figure(stem, alt, contents["svg"])
 
     def views(self, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | None:
-        """A figure for each of AXES; None where there is nothing to draw."""
+        """A figure for each of AXES; None if there is nothing to draw."""
         figures = {axis: self.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis)) for axis in AXES}
         drawn = {axis: figure for axis, figure in figures.items() if figure is not None}
         return Views(drawn) if drawn else None
@@ -83,7 +83,7 @@ class Drawing:
 def make_report(
     runs: Sequence[RunRecord], sweep: Sweep | None, target: float | None, mistakes: tuple[list[Mistake], int] | None
 ) -> Report:
-    """The report on at least one run. mistakes: those of the best tested run and how many it made, None if nobody asked."""
+    """The report on at least one run. mistakes: of the best tested run, with their total number; None to omit them."""
     best_first = ranked(runs, sweep)
     look_of = looks(repeated(runs), best_first)
     drawing = Drawing()
@@ -101,7 +101,7 @@ def make_report(
         sections.append(test_section(tested, drawing))
         if mistakes is not None:
             sections.append(mistakes_section(tested, *mistakes, drawing))
-    sections.append(section("unfinished", "Not finished, or damaged", unfinished_table(runs)))
+    sections.append(section("unfinished", "Unfinished or damaged runs", unfinished_table(runs)))
     filled = tuple(part for part in sections if part.blocks)
     title = f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs"
     return Report(Page(title, overview(runs, sweep, target, tested), filled), look_of, drawing.files)
@@ -112,41 +112,41 @@ def section(id: str, title: str, *blocks: Block | None) -> Section:
 
 
 def best_tested(runs: Sequence[RunRecord], sweep: Sweep | None) -> RunRecord | None:
-    """The first of the ranking that was tested."""
+    """The highest ranked run that was tested, or None."""
     return next((run for run in ranked(runs, sweep) if run.test is not None), None)
 
 
 def overview(
     runs: Sequence[RunRecord], sweep: Sweep | None, target: float | None, tested: RunRecord | None
 ) -> tuple[tuple[str, str], ...]:
-    """What a reader wants to know first, as terms and sentences."""
+    """The overview at the top of the page, as pairs of term and text."""
     states = Counter(run.status for run in runs)
     terms = [("Runs", ", ".join(f"{count} {status}" for status, count in sorted(states.items())))]
     if sweep is not None:
         goal = "maximize" if sweep.maximize else "minimize"
         terms.append(("Sweep", f"{sweep.path.resolve().name}: {sweep.method}, {goal} {sweep.metric}"))
-    terms.append(("Dataset", told(run.settings.get("dataset") for run in runs)))
+    terms.append(("Dataset", joined(run.settings.get("dataset") for run in runs)))
     if tested is not None:
         text = f"{tested.name}, validation accuracy {percent(tested.val_accuracy)}, test {measured(tested.test).text}"
-        terms.append(("Best in validation" if len(runs) > 1 else "Result", text))
+        terms.append(("Best by validation" if len(runs) > 1 else "Result", text))
     if target is not None:
         over = sum(is_over(run, target) for run in runs)
-        terms.append(("Target", f"{over} of {len(runs)} runs have a test accuracy of {percent(target)} or more"))
-    terms.append(("Device", told(run.facts.get("device") for run in runs)))
+        terms.append(("Target", f"{over} of {len(runs)} runs have a test accuracy of at least {percent(target)}"))
+    terms.append(("Device", joined(run.facts.get("device") for run in runs)))
     versions = [run.facts["versions"] for run in runs if isinstance(run.facts.get("versions"), dict)]
     terms.append(
-        ("Versions", told(", ".join(f"{name} {version}" for name, version in each.items()) for each in versions))
+        ("Versions", joined(", ".join(f"{name} {version}" for name, version in each.items()) for each in versions))
     )
     return tuple((term, text) for term, text in terms if text)
 
 
-def told(values: Any) -> str:
-    """The different values in order of appearance, those that are not known left out."""
+def joined(values: Any) -> str:
+    """The distinct values in order of appearance, without None."""
     return "; ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def curves_section(runs: Sequence[RunRecord], look_of: dict[str, Look], drawing: Drawing) -> Section:
-    alt = "of each run in training and in validation"
+    alt = "of each run in training and validation"
     return section(
         "curves",
         "Curves",
@@ -169,7 +169,7 @@ def seeds_section(runs: Sequence[RunRecord], drawing: Drawing) -> Section:
 def settings_section(
     best_first: Sequence[RunRecord], sweep: Sweep | None, look_of: dict[str, Look], drawing: Drawing
 ) -> Section:
-    """Parallel coordinates and importance, over the runs that ended."""
+    """Parallel coordinates and importance of the settings, over the runs that have ended."""
     compared = [run for run in best_first if run.ended and score(run, sweep) is not None]
     names = varied_settings(compared) if compared else []
     own_metric = sweep is not None and sweep.metric != "val/accuracy" and any(run.trial for run in compared)
@@ -184,20 +184,20 @@ def settings_section(
     shown = [name for name in names if name in list(shares)[:MOST_PARALLEL]] if shares else names[:MOST_PARALLEL]
     lines = drawing.figure(
         "parallel_coordinates",
-        f"A line for each run through its settings to its {label}",
+        f"One line per run through its settings to its {label}",
         lambda: parallel_coordinates(compared, shown, values, label, look_of, sweep is None or sweep.maximize),
     )
     bars = drawing.figure(
         "importance", "Share of the variance of the results by setting", lambda: importance_bars(shares)
     )
     note = (
-        f"Importance is omega squared: the part of the variance of {label.removesuffix(' (%)')} over {len(compared)} runs that "
-        "lies between the values of a setting, corrected for what chance would give. It is each setting's effect by itself; "
-        "settings that were varied together share theirs. Repeated seeds and chance are in what is missing to 100 %."
+        f"Importance is omega squared: the share of the variance of {label.removesuffix(' (%)')} over {len(compared)} runs "
+        "that the values of one setting explain, corrected for chance. It measures the effect of each setting alone; settings "
+        "that were varied together share their effect. Other seeds and chance cause the variance that no setting explains."
     )
     if shares and not any(shares.values()):
-        note += " Here none stands out from chance."
-    few = f"There is no importance of settings: it wants {FEWEST_RUNS} runs that ended, with different results."
+        note += " No setting has an effect beyond chance here."
+    few = f"The importance of settings requires at least {FEWEST_RUNS} runs that have ended, with different results."
     if lines is None:
         return section("settings", "Settings and results")
     return section("settings", "Settings and results", lines, note if shares else few, bars)
@@ -211,14 +211,14 @@ def efficiency_section(runs: Sequence[RunRecord], look_of: dict[str, Look], draw
         drawing.figure("throughput", "Images per second by epoch of each run", lambda: throughput(runs, look_of)),
         drawing.figure(
             "accuracy_against_time",
-            "Test accuracy of each run by the time it took",
+            "Test accuracy of each run by its time",
             lambda: accuracy_against_time(runs, look_of),
         ),
     )
 
 
 def test_section(run: RunRecord, drawing: Drawing) -> Section:
-    """Confusion matrix and classes of one tested run; empty where its summary does not hold a matrix that fits its classes."""
+    """Confusion matrix and classes of one tested run; empty without a valid matrix for its classes in its summary."""
     test = run.test or {}
     accuracies = test.get("per_class_accuracy")
     title = f"Test of {run.name}"
@@ -232,13 +232,13 @@ def test_section(run: RunRecord, drawing: Drawing) -> Section:
         alt = "Confusion matrix: true classes by predicted classes"
         drawn = drawing.figure("confusion_matrix", alt, lambda: confusion_matrix(np.array(matrix), names, run.name))
     dots = drawing.figure(
-        "classes", "Test accuracy by class, the hardest first", lambda: class_accuracies(known, run.name)
+        "classes", "Test accuracy by class, lowest first", lambda: class_accuracies(known, run.name)
     )
     return section("test", title, drawn, confusions_table(names, matrix), class_table(run, names, matrix), dots)
 
 
 def counts_of(value: Any, size: int) -> list[list[int]] | None:
-    """The value if it is a list of `size` lists of `size` counts, at least one; else None."""
+    """The value if it is a list of `size` lists of `size` counts with size > 0; else None."""
     is_matrix = (
         isinstance(value, list)
         and len(value) == size > 0
@@ -258,10 +258,10 @@ def mistakes_section(run: RunRecord, mistakes: list[Mistake], total: int, drawin
             f"true: {mistake.true}, {percent(mistake.true_probability)}",
             mistake.where,
         )
-        alt = f"Test image of class {mistake.true}, taken for {mistake.predicted}"
+        alt = f"Test image of class {mistake.true}, predicted as {mistake.predicted}"
         pictures.append(Picture(stem, alt, lines, mistake.png))
     note = (
-        f"{total:,} test images were classified wrong by {run.name}; these are the {len(mistakes)} with the highest probability "
-        "for the wrong class."
+        f"{run.name} misclassified {total:,} test images. These are the {len(mistakes)} with the highest probability of the "
+        "wrong class."
     )
     return section("mistakes", "Most confident mistakes", note, Gallery(tuple(pictures)) if pictures else None)

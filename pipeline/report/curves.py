@@ -1,4 +1,4 @@
-"""Curves over training: accuracy, loss, learning rate and batch size against epochs, steps or time."""
+"""Curves of training: accuracy, loss, learning rate and batch size by epoch, step or time."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from pipeline.report.figure_style import (
     use_log_scale,
 )
 
-MOST_TOGETHER = 3  # runs whose training and validation share a panel
-MOST_MARKERS = 12  # on one line
-MOST_POINTS = 400  # of one line
+MOST_TOGETHER = 3  # runs up to which training and validation share a panel
+MOST_MARKERS = 12  # per line
+MOST_POINTS = 400  # per line
 SPLITS = {"train": "training (augmented images)", "val": "validation"}
 AXES = {"epoch": "epoch", "step": "optimizer step", "time": "time since the start"}
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """How many seconds the unit has that suits a length of time, and its name."""
+    """The unit for a duration: its length in seconds, and its name."""
     return (1, "s") if seconds < 180 else (60, "min") if seconds < 3 * 3600 else (3600, "h")
 
 
 def positions(lines: Sequence[dict[str, Any]], axis: str, unit: float) -> list[float | None]:
-    """Where lines of metrics.jsonl stand on an axis of AXES; training lines have their progress in epochs."""
+    """The positions of lines of metrics.jsonl on an axis of AXES; training lines use their progress in epochs."""
     if axis == "time":
         return [line["seconds"] / unit for line in lines]
     key = "step" if axis == "step" else "progress" if lines and "progress" in lines[0] else "epoch"
@@ -43,7 +43,7 @@ def positions(lines: Sequence[dict[str, Any]], axis: str, unit: float) -> list[f
 
 
 def points(xs: Sequence[float | None], ys: Sequence[float | None]) -> tuple[list[float], list[float]]:
-    """The places where both are known, at most some MOST_POINTS of them, the last one included."""
+    """The points where both values are known, thinned to about MOST_POINTS, with the last one."""
     known = [(x, y) for x, y in zip(xs, ys) if x is not None and y is not None]
     every = max(len(known) // MOST_POINTS, 1)
     kept = known[::-1][::every][::-1]
@@ -51,7 +51,7 @@ def points(xs: Sequence[float | None], ys: Sequence[float | None]) -> tuple[list
 
 
 def prepare_axis(axes: Axes, axis: str, unit_name: str) -> None:
-    """Label and ticks of the horizontal axis: whole epochs, steps with thousands separators, time with its unit."""
+    """Sets label and ticks of the horizontal axis: whole epochs, steps with thousands separators, time with its unit."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(f"{AXES[axis]} ({unit_name})" if axis == "time" else AXES[axis])
@@ -61,9 +61,9 @@ def prepare_axis(axes: Axes, axis: str, unit_name: str) -> None:
 
 
 def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, axis: str) -> Figure | None:
-    """Training against validation accuracy or loss of each epoch; None where there is nothing.
+    """Training and validation accuracy or loss of each epoch; None if no run has any.
 
-    A few runs have both in one panel, training dashed and thin; more have two panels on one scale.
+    Up to MOST_TOGETHER runs share one panel, with training as thin dashed lines; more runs get two panels of one scale.
     """
     shown = [
         run
@@ -103,13 +103,13 @@ def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, a
 
 
 def in_unit(figures: dict[str, Any], quantity: str) -> float | None:
-    """An accuracy in percent, anything else as it is."""
+    """A figure, in percent if it is an accuracy; None if it is missing."""
     value = number(figures, quantity)
     return 100 * value if value is not None and quantity.endswith("accuracy") else value
 
 
 def schedules(runs: Sequence[RunRecord], look_of: dict[str, Look], axis: str) -> Figure | None:
-    """Learning rate over batch size as they were used, by the training lines; None where there are none."""
+    """Learning rate and batch size of the training lines, in two panels; None without training lines."""
     shown = [run for run in runs if run.log]
     if not shown:
         return None

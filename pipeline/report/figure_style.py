@@ -1,4 +1,4 @@
-"""Figures of runs with matplotlib: one look for all of them, the curves over training, and figures to PNG and SVG bytes."""
+"""The common style of matplotlib figures, legends, and conversion to PNG and SVG bytes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours that can be told apart by colour-blind people (https://jfly.uni-koeln.de/color/), without the yellow
-# that white paper swallows. The last three stand for what the page replaces by its own in dark mode.
+# Okabe and Ito's colours for colour-blind readers (https://jfly.uni-koeln.de/color/), without yellow, which is hard to see on
+# white. The page replaces INK, FAINT and PAPER by its own colours in dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, FAINT, PAPER = "#1b1b1a", "#d4d4d1", "#fffffe"
-OTHERS = "#a3a3a0"  # runs that are not named in a legend
+OTHERS = "#a3a3a0"  # runs that no legend names
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-MOST_NAMED = 12  # runs in one legend
+MOST_NAMED = 12  # runs per legend
 LONGEST_NAME = 34
 LEGEND_ROW = 0.2  # height in inches
 
@@ -62,7 +62,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a run's lines are drawn wherever it appears. index: its place in the report, which the page highlights by."""
+    """The style of a run's lines in all figures. index: its place in the ranking, by which the page highlights it."""
 
     index: int
     label: str
@@ -72,7 +72,7 @@ class Look:
     named: bool
 
     def line(self, part: str, faint: bool = False) -> dict[str, Any]:
-        """The properties of a line; part tells two lines of one run in one figure apart."""
+        """The properties of a line. part: distinguishes the lines of one run in one figure."""
         return {
             "color": self.colour,
             "gid": f"run-{self.index}-{part}",
@@ -84,10 +84,10 @@ class Look:
 
 
 def looks(groups: Sequence[Sequence[RunRecord]], best_first: Sequence[RunRecord]) -> dict[str, Look]:
-    """A Look for each run by name: the best MOST_NAMED get colours and a place in legends, the rest are grey.
+    """A Look for each run, by name: the best MOST_NAMED runs have colours and legend entries, the others are grey.
 
-    groups: the repetitions with other seeds together; a group shares a colour, its runs differ in dashes and markers.
-    best_first: all runs; the place of a run in it is the index of its Look.
+    groups: the runs grouped by repetition; runs of a group share a colour and differ in dashes and markers.
+    best_first: all runs in the order of the ranking; the index of a Look is the run's place in it.
     """
     named = {run.name for run in best_first[:MOST_NAMED]}
     index = {run.name: place for place, run in enumerate(best_first)}
@@ -104,13 +104,13 @@ def looks(groups: Sequence[Sequence[RunRecord]], best_first: Sequence[RunRecord]
 
 
 def short(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name that fits its place: the middle of a long one is left out."""
+    """The name, with the middle of a long one replaced by an ellipsis."""
     name = " ".join(name.split())
     return name if len(name) <= longest else f"{name[: longest // 2]}…{name[len(name) - (longest - 1) // 2 :]}"
 
 
 def new_figure(title: str, width: float = 8.2, height: float = 3.9, **grid: Any) -> tuple[Figure, Any]:
-    """A figure with its title and axes, in inches. To be called, drawn on and saved within matplotlib.rc_context(STYLE)."""
+    """A figure with a title, and its axes; width and height in inches. Use and save it in matplotlib.rc_context(STYLE)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -119,20 +119,20 @@ def new_figure(title: str, width: float = 8.2, height: float = 3.9, **grid: Any)
 
 
 def png_and_svg(figure: Figure) -> dict[str, bytes]:
-    """The figure's files by ending; the same bytes for the same figure, without dates."""
+    """The figure's files by extension: the same bytes for the same figure, without dates."""
     contents = {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # a name in a script that the font lacks shows boxes
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # characters that the font lacks are drawn as boxes
         for ending, metadata in (("png", {}), ("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=144, metadata=metadata)
             contents[ending] = buffer.getvalue()
-            figure.set_layout_engine("none")  # it is laid out now, and that takes as long as drawing
+            figure.set_layout_engine("none")  # the layout is done, and repeating it takes as long as drawing
     return contents
 
 
 def use_log_scale(axes: Axes, which: str) -> None:
-    """A logarithmic scale with plain numbers at its ticks, on the axis x or y."""
+    """Sets a logarithmic scale with plain numbers as ticks; which: x or y."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -144,7 +144,7 @@ def use_log_scale(axes: Axes, which: str) -> None:
 
 
 def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> None:
-    """One legend for the whole figure, under it."""
+    """Adds one legend below the figure. others: number of grey runs without an entry."""
     from matplotlib.lines import Line2D
 
     handles = list(entries)
@@ -156,7 +156,7 @@ def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> Non
     rows = math.ceil(len(handles) / columns)
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=2.8)
-    # what a legend draws are copies, without the originals' ids
+    # a legend draws copies without the ids of the originals
     for place, (handle, line, name) in enumerate(zip(handles, legend.legend_handles, legend.get_texts())):
         if line is not None and handle.get_gid():
             line.set_gid(f"{handle.get_gid()}-line{place}")
@@ -164,7 +164,7 @@ def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> Non
 
 
 def run_entries(runs: Sequence[RunRecord], look_of: dict[str, Look], both_splits: bool = False) -> list[Any]:
-    """Legend entries of the runs that are named; of their training and their validation where they share a panel."""
+    """Legend entries of the named runs, for training and validation separately if both_splits."""
     from matplotlib.lines import Line2D
 
     entries = []

@@ -1,4 +1,4 @@
-"""How much each setting mattered in a sweep: the share of the spread of results that its values account for."""
+"""Importance of settings: the share of the variance of the results that each setting explains."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-FEWEST_RUNS = 6  # below, chance decides
-MOST_GROUPS = 4  # of a number that takes more values than that, and of too many for the runs there are
+FEWEST_RUNS = 6  # with fewer, chance dominates
+MOST_GROUPS = 4  # groups of a number that has more distinct values
 
 
 def importances(settings: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str, float]:
-    """omega squared of each setting, 0 to 1, the largest first; empty with too few runs or none that differ.
+    """omega squared of each setting, 0 to 1, largest first; empty with too few runs or equal results.
 
-    settings: a run's each, with the same names. Runs are grouped by one setting's value at a time, numbers with many values
-    in groups of equal size by rank. The share is (SS_between - (k - 1) MS_within) / (SS_total + MS_within) for k groups
-    (https://en.wikipedia.org/wiki/Effect_size#Omega-squared_(%CF%892)), and 0 where that is negative: unlike the
-    plain share SS_between / SS_total it does not grow by itself with the number of groups. It is the main effect alone: what
-    two settings do only together counts for neither.
+    settings: one dict per run, with the same names. Runs are grouped by the value of one setting at a time; numbers with many
+    values form groups of equal size by rank. The share is (SS_between - (k - 1) MS_within) / (SS_total + MS_within) for k groups
+    (https://en.wikipedia.org/wiki/Effect_size#Omega-squared_(%CF%892)), and 0 if that is negative. Unlike the plain share
+    SS_between / SS_total it does not increase with the number of groups. It is the main effect only: interactions of settings
+    are not included.
     """
     results = np.asarray(values, dtype=np.float64)
     if len(results) < FEWEST_RUNS or np.ptp(results) == 0:
@@ -31,7 +31,7 @@ def groups(column: Sequence[Any]) -> list[int]:
     distinct = {repr(value) for value in column}
     if len(distinct) > MOST_GROUPS and all(is_number(value) for value in column):
         order = np.argsort(np.argsort(column, kind="stable"), kind="stable")
-        first_rank = {value: int(order[column.index(value)]) for value in column}  # equal values stay together
+        first_rank = {value: int(order[column.index(value)]) for value in column}  # keeps equal values in one group
         return [first_rank[value] * MOST_GROUPS // len(column) for value in column]
     names = sorted(distinct)
     return [names.index(repr(value)) for value in column]
@@ -42,7 +42,7 @@ def is_number(value: Any) -> bool:
 
 
 def omega_squared(labels: Sequence[int], results: np.ndarray) -> float:
-    """The share of the variance of the results, float [N], that lies between the groups; 0 where it cannot be told."""
+    """The share of the variance of the results, float [N], between the groups; 0 if it cannot be determined."""
     parts = [results[np.asarray(labels) == label] for label in sorted(set(labels))]
     free = len(results) - len(parts)
     if len(parts) < 2 or free < 1:

@@ -1,10 +1,10 @@
-// The report's page: tables sort by their headings, a switch changes the curves' axis, a run lights up wherever it is drawn.
+// Script of the report page: sorts tables by their headings, switches the axis of curves, highlights a run in all figures.
 "use strict";
 
 (() => {
   const all = (selector, root = document) => Array.from(root.querySelectorAll(selector));
 
-  // Rows without a figure stay last in either direction.
+  // Rows without a value stay last in both directions.
   const compare = (a, b, sign) => {
     if (a === null || b === null) return (a === null) - (b === null);
     return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));

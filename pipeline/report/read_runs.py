@@ -1,4 +1,4 @@
-"""Runs on disk, read into plain values, whatever state they are in: ended, going on, stopped or damaged."""
+"""Reads run folders in any state: ended, running, stopped or damaged."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import FIELDS, Config
 from pipeline.settings.parser import SettingsLoader
 
-ENDED = ("completed", "early_stopped")  # what a run's summary says when it ended by itself
+ENDED = ("completed", "early_stopped")  # status in the summary of a run that was not stopped
 PLACE = ("epoch", "step", "seconds")
 
 Line = dict[str, Any]
@@ -23,7 +23,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sweep knows of one of its runs; value is that of the sweep's metric, None where there is none."""
+    """A sweep's record of one of its runs. value: of the sweep's metric, None if there is none."""
 
     number: int
     status: str
@@ -36,11 +36,11 @@ class Trial:
 class RunRecord:
     """One run.
 
-    name is unique among the runs read together. status is the summary's, else running (its process lives) or unfinished.
-    settings hold the learning rate that was used also where none was given. epochs: a dict for each finished epoch with
-    epoch, step, seconds, train and val (figures by name). log: the training lines, with progress in epochs where it is known.
-    best and test: as in summary.json; best is taken from the epochs where there is no summary. facts: the rest of the
-    summary, and image_size, the side of the model's input in pixels.
+    name: unique among the runs read together. status: of the summary, else running (its process is alive) or unfinished.
+    settings: include the learning rate that was used if lr is null. epochs: a dict per finished epoch with epoch, step,
+    seconds, train and val (figures by name). log: the training lines, with progress in epochs if it is known. best, test: as in
+    summary.json; without a summary, best is that of the epochs. facts: the rest of the summary, and image_size, the side of
+    the model's input in pixels.
     """
 
     name: str
@@ -58,7 +58,7 @@ class RunRecord:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is to come: it ended by itself, or its sweep stopped it because others did better."""
+        """Whether the run is complete: it ended normally, or its sweep stopped it early."""
         return self.status in (*ENDED, "stopped")
 
     @property
@@ -81,14 +81,14 @@ def is_run(path: Path) -> bool:
 
 
 def read_run(path: Path) -> RunRecord:
-    """One run's files. What is missing or damaged is left out and told in notes; nothing is raised for it."""
+    """Reads the files of a run. Missing or damaged parts are skipped without an exception; damaged ones are listed in notes."""
     notes: list[str] = []
     summary = read_mapping(path / "summary.json", notes)
     lines = read_lines(metrics_path(path), notes)
     epochs = epochs_of(lines)
     last_step = max((line["step"] for line in lines), default=0)
     if summary.get("status") not in ENDED and (number(summary, "steps") or 0) < last_step:
-        summary = {}  # of an earlier part of a run that went on
+        summary = {}  # written before the run was resumed
     status = str(summary.get("status") or ("running" if is_running(path) else "unfinished"))
     settings = effective_settings(read_mapping(path / "config.yaml", notes))
     best, test = summary.get("best"), summary.get("test")
@@ -110,7 +110,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON or YAML file that holds an object; empty where it is not there or not one, with a note."""
+    """The mapping in a JSON or YAML file; empty if the file does not exist, or with a note if it is invalid."""
     if not path.is_file():
         return {}
     try:
@@ -125,7 +125,7 @@ def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_lines(path: Path, notes: list[str]) -> list[Line]:
-    """The lines of metrics.jsonl that are whole and say where they belong. A torn last line is one still being written."""
+    """The valid lines of metrics.jsonl. An incomplete last line is ignored: it may be in writing."""
     if not path.is_file():
         return []
     texts = path.read_bytes().decode(errors="replace").split("\n")
@@ -141,12 +141,12 @@ def read_lines(path: Path, notes: list[str]) -> list[Line]:
         else:
             unreadable += 1
     if unreadable:
-        notes.append(f"{unreadable} unreadable lines of {path.name} are left out")
+        notes.append(f"{unreadable} unreadable lines of {path.name} were skipped")
     return lines
 
 
 def epochs_of(lines: list[Line]) -> list[Line]:
-    """An entry for each epoch that has a line at its end, in order; of two about one epoch the later counts."""
+    """An entry for each finished epoch, in order; a later line of the same epoch replaces an earlier one."""
     entries: dict[int, Line] = {}
     for line in lines:
         split = line.get("split")
@@ -158,7 +158,7 @@ def epochs_of(lines: list[Line]) -> list[Line]:
 
 
 def log_of(lines: list[Line], epochs: list[Line]) -> list[Line]:
-    """The training lines, each with `progress`: how many epochs had passed, None in a first epoch that has not ended."""
+    """The training lines, each with `progress` in epochs; None in a first epoch that has not ended."""
     last_steps = {0: 0} | {entry["epoch"]: entry["step"] for entry in epochs}
     log = []
     for line in lines:
@@ -167,7 +167,7 @@ def log_of(lines: list[Line], epochs: list[Line]) -> list[Line]:
         epoch = line["epoch"]
         begin = last_steps.get(epoch - 1)
         end = last_steps.get(epoch)
-        if end is None and begin is not None and epoch - 2 in last_steps:  # under way: as long as the one before
+        if end is None and begin is not None and epoch - 2 in last_steps:  # as many steps as the epoch before
             end = 2 * begin - last_steps[epoch - 2]
         progress = None
         if begin is not None and end is not None and end > begin:
@@ -177,7 +177,7 @@ def log_of(lines: list[Line], epochs: list[Line]) -> list[Line]:
 
 
 def best_of(epochs: list[Line], monitor: str) -> Line | None:
-    """The validation figures of the best epoch so far, of the weights or of their moving average."""
+    """The validation figures of the best epoch so far, of the trained weights or of their moving average."""
     best, best_value = None, -math.inf
     for entry in epochs:
         for prefix in ("", "ema_"):
@@ -190,7 +190,7 @@ def best_of(epochs: list[Line], monitor: str) -> Line | None:
 
 
 def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the learning rate that null stood for, where it can be known."""
+    """The settings, with null in lr replaced by the learning rate that was used, if it can be determined."""
     settings = {str(name): value for name, value in settings.items()}
     if settings and settings.get("lr") is None:
         settings["lr"] = usual_lr(settings)
@@ -198,7 +198,7 @@ def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def used_image_size(settings: dict[str, Any], path: Path) -> int | None:
-    """Side of the model's input in pixels: the setting, else that of the saved model, else None."""
+    """The side of the model's input in pixels: the setting, else that of the saved model, else None."""
     if settings.get("image_size") is not None:
         return settings["image_size"]
     model = read_mapping(path / "model" / "config.json", [])
@@ -207,8 +207,8 @@ def used_image_size(settings: dict[str, Any], path: Path) -> int | None:
 
 
 def usual_lr(settings: dict[str, Any]) -> float | None:
-    """The learning rate that these settings get when none is given; None for settings of another version."""
-    from pipeline.optim.optimizers import peak_lr  # imports timm, and most sweeps give a learning rate
+    """The default learning rate for these settings; None for settings of another version."""
+    from pipeline.optim.optimizers import peak_lr  # imports timm, which is slow and rarely needed
 
     try:
         return peak_lr(Config(**{name: value for name, value in settings.items() if name in FIELDS}))
@@ -217,9 +217,9 @@ def usual_lr(settings: dict[str, Any]) -> float | None:
 
 
 def is_running(run_dir: Path) -> bool:
-    """Whether the process that took the run's lock seems to live. The lock itself is not touched.
+    """Whether the process that holds the run's lock seems to be alive. Does not touch the lock.
 
-    On this machine its number tells, of another one whether it counted in the file a moment ago.
+    Checks the process number for this machine, and the age of the file, which the process keeps updating, for another one.
     """
     path = run_dir / ".lock"
     holder = lock.read(path)
@@ -229,7 +229,7 @@ def is_running(run_dir: Path) -> bool:
             return "machine" in holder and silence < lock.SILENT_BEATS * lock.BEAT_SECONDS
         os.kill(int(str(holder.get("process"))), 0)
         return True
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # it is alive and belongs to another user
         return True
     except (OSError, ValueError, OverflowError):
         return False

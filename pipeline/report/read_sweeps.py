@@ -1,4 +1,4 @@
-"""What a report is asked to be about, run folders, a sweep or a folder of runs, becomes a list of runs."""
+"""Reads run folders, sweeps and folders of runs into a list of runs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from pipeline.report.read_runs import RunRecord, Trial, is_run, number, read_map
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file: how it chooses, what it measures ("val/accuracy"), and whether more of that is better."""
+    """A sweep's file. metric: as in W&B, for example "val/accuracy"; maximize: whether a larger value is better."""
 
     path: Path
     method: str
@@ -22,18 +22,18 @@ class Sweep:
 def read_records(paths: Sequence[Path]) -> tuple[list[RunRecord], Sweep | None]:
     """The runs of run folders, sweep folders and folders of runs, each once, and the sweep if exactly one was given.
 
-    Raises ValueError, naming the path, where one holds no run.
+    Raises ValueError, which names the path, if one contains no run.
     """
     found: dict[Path, RunRecord] = {}
     sweeps = []
     for path in paths:
         if not path.is_dir():
-            raise ValueError(f"There is no folder {path}. Give run folders, a sweep's folder, or a folder of runs.")
+            raise ValueError(f"There is no folder {path}. Pass run folders, a sweep's folder, or a folder of runs.")
         records = list(read_folder(path))
         if not records:
             raise ValueError(
                 f"{path} holds no run: neither config.yaml nor metrics.jsonl, here or in the folders directly below. "
-                "Give run folders, a sweep's folder, or a folder of runs."
+                "Pass run folders, a sweep's folder, or a folder of runs."
             )
         for record in records:
             found.setdefault(record.path.resolve(), record)
@@ -43,7 +43,7 @@ def read_records(paths: Sequence[Path]) -> tuple[list[RunRecord], Sweep | None]:
 
 
 def read_folder(path: Path) -> Iterator[RunRecord]:
-    """The run that a folder is, or the runs that it holds; those of a sweep in the order of its trials, failed ones too."""
+    """The run of a run folder, or all runs in a folder; a sweep's in the order of its trials, failed ones included."""
     if is_run(path):
         yield read_run(path)
         return
@@ -57,7 +57,7 @@ def read_folder(path: Path) -> Iterator[RunRecord]:
 
 
 def with_unique_names(records: list[RunRecord]) -> list[RunRecord]:
-    """Runs of one name get their folder's before it, and a number where that is not enough."""
+    """Prefixes runs of equal names with the name of their folder, and adds a number if that is not enough."""
     names = [record.name for record in records]
     longer = [
         f"{record.path.resolve().parent.name}/{name}" if names.count(name) > 1 else name
@@ -70,11 +70,11 @@ def with_unique_names(records: list[RunRecord]) -> list[RunRecord]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """A sweep's sweep.yaml, with W&B's defaults for what it leaves out. Raises ValueError when it cannot be read."""
+    """A sweep's sweep.yaml, with W&B's defaults for missing keys. Raises ValueError if it cannot be read."""
     notes: list[str] = []
     content = read_mapping(path / "sweep.yaml", notes)
     if notes:
-        raise ValueError(f"{path / 'sweep.yaml'} cannot be read as YAML. Copy it anew.")
+        raise ValueError(f"{path / 'sweep.yaml'} cannot be read as YAML. Copy the sweep file there again.")
     metric = content.get("metric")
     metric = metric if isinstance(metric, dict) else {}
     parameters = content.get("parameters")
@@ -88,7 +88,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def read_trials(path: Path) -> list[tuple[Path, Trial]]:
-    """A sweep's trials with their run folders, by number; of two lines about one trial the later counts."""
+    """A sweep's trials with their run folders, by number; a later line of the same trial replaces an earlier one."""
     file = path / "trials.jsonl"
     trials: dict[int, tuple[Path, Trial]] = {}
     for text in file.read_bytes().decode(errors="replace").split("\n") if file.is_file() else []:
@@ -112,13 +112,13 @@ def read_trials(path: Path) -> list[tuple[Path, Trial]]:
 
 
 def with_trial(record: RunRecord, trial: Trial) -> RunRecord:
-    """A run that its trial knows more about: that it was pruned or failed, and why."""
+    """The run with its trial, and with the trial's status and error if the run has not ended."""
     status = record.status if record.ended or not trial.status else trial.status
     return replace(record, trial=trial, status=status, reason=trial.error or record.reason)
 
 
 def without_run(run_dir: Path, trial: Trial) -> RunRecord:
-    """A trial that ended before its run had a folder."""
+    """A record for a trial that ended before its run had a folder."""
     return RunRecord(
         run_dir.name, run_dir, trial.status or "unfinished", trial.error, settings=dict(trial.params), trial=trial
     )

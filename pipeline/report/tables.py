@@ -1,4 +1,4 @@
-"""Tables of a report as plain values: what their cells say and what they sort by; and the CSV of all runs."""
+"""The tables of a report as plain values (text and sort key of each cell), and the CSV of all runs."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from pipeline.report.comparison import repeated, score, setting_text, strategy, 
 from pipeline.report.read_runs import RunRecord, number
 from pipeline.report.read_sweeps import Sweep
 
-ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table, whatever differs
+ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table in any case
 MOST_CONFUSIONS = 10
 
 SortKey = float | str | None
@@ -21,7 +21,7 @@ SortKey = float | str | None
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees, and what the column sorts by: a number, a text, or None for nothing known."""
+    """text: to show; key: to sort by, None if the value is unknown."""
 
     text: str
     key: SortKey = None
@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """run: the name of the run that the row is about, if it is about one; marked: above the target."""
+    """run: the name of the row's run, if it has one; marked: whether the run reaches the target."""
 
     cells: tuple[Cell, ...]
     run: str | None = None
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """columns: headings, with units; note: how to read it, in a sentence or two."""
+    """columns: headings, with units; note: an explanation of the table."""
 
     id: str
     title: str
@@ -60,7 +60,7 @@ def fraction(value: float | None) -> Cell:
 
 
 def measured(figures: dict[str, Any] | None) -> Cell:
-    """An accuracy with half the width of its 95 % interval, 1.96 sqrt(p (1 - p) / n)."""
+    """An accuracy with the half-width of its 95 % confidence interval, 1.96 sqrt(p (1 - p) / n)."""
     accuracy, n = number(figures, "accuracy"), number(figures, "num_samples")
     if accuracy is None or not n:
         return fraction(accuracy)
@@ -83,13 +83,13 @@ def setting_cell(value: Any) -> Cell:
 
 
 def run_seconds(run: RunRecord) -> float | None:
-    """Seconds that the run took, or has taken so far."""
+    """The total seconds of the run so far, or None."""
     seconds = [line["seconds"] for line in (*run.epochs[-1:], *run.log[-1:])]
     return number(run.facts, "seconds") or max(seconds, default=None)
 
 
 def run_rate(run: RunRecord) -> float | None:
-    """Images per second of training, over the whole run."""
+    """Images per second of training over the whole run, or None."""
     return number(run.facts, "images_per_second") or number(run.log[-1] if run.log else None, "images_per_second")
 
 
@@ -98,7 +98,7 @@ def is_over(run: RunRecord, target: float | None) -> bool:
 
 
 def comparison_table(runs: Sequence[RunRecord], target: float | None) -> Table:
-    """A row for each run: where its weights came from, what it was, what it reached and what that took."""
+    """A row per run: origin of the weights, model, epochs, accuracies, time, throughput and memory."""
     rows = []
     for run in runs:
         planned = number(run.settings, "epochs")
@@ -125,14 +125,14 @@ def comparison_table(runs: Sequence[RunRecord], target: float | None) -> Table:
         "test accuracy", "time", "images/s", "peak memory", "parameters",
     )  # fmt: skip
     note = (
-        "Test accuracy is that of the best epoch's weights, chosen in validation, with half the width of its 95 % interval. "
-        "Images per second are of training. Peak memory is GPU memory of tensors, or the process's on a CPU."
+        "Test accuracy is that of the best epoch by validation, with the half-width of its 95 % confidence interval. "
+        "Images per second are those of training. Peak memory is that of tensors on a GPU, or of the process on a CPU."
     )
     return Table("comparison", "Comparison of runs", note, columns, tuple(rows))
 
 
 def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: float | None) -> Table:
-    """The runs from the best to the worst, with the settings that they are ranked over. A run without a figure has no rank."""
+    """The runs from best to worst, with the settings in which they differ. A run without a score has no rank."""
     names = list(ALWAYS_RANKED_BY) + [name for name in varied_settings(best_first) if name not in ALWAYS_RANKED_BY]
     has_own_metric = sweep is not None and any(run.trial is not None for run in best_first)
     metric = sweep.metric if sweep is not None and has_own_metric else "validation accuracy"
@@ -155,31 +155,30 @@ def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: f
     columns = ["rank", "run", "status", *(name.replace("_", " ") for name in names)]
     columns += [metric] if own_column else []
     columns += ["validation accuracy", "test accuracy", "time"]
-    columns += [f"test accuracy of {percent(target)} or more"] if target is not None else []
+    columns += [f"test accuracy at least {percent(target)}"] if target is not None else []
     over = sum(is_over(run, target) for run in best_first)
     lowest = sweep is not None and has_own_metric and not sweep.maximize
     note = (
-        f"Ranked by {metric}{', the lowest first' if lowest else ''}. Where that is of the validation split, the test split "
-        "chooses nothing, and the first rank's test accuracy is an honest one. "
-        "Runs that failed, were interrupted or are going on have no rank."
+        f"Ranked by {metric}{', lowest first' if lowest else ''}. A ranking by validation does not use the test split, so the "
+        "test accuracy of the first run is an unbiased estimate. Runs that failed, were interrupted or are running have no rank."
     )
     if target is not None:
-        note += f" Marked: test accuracy of {percent(target)} or more, {over} of {len(best_first)} runs."
+        note += f" Marked: test accuracy of at least {percent(target)}, {over} of {len(best_first)} runs."
     return Table("ranking", "Ranking", note, tuple(columns), tuple(rows))
 
 
 def group_name(group: Sequence[RunRecord], runs: Sequence[RunRecord]) -> str:
-    """What a group of repeated runs has for itself: its values of the settings in which the repeated runs differ."""
-    bare = ("model_name", "optimizer", "dataset")  # values that say what they are
+    """The name of a group of repeated runs: its values of the settings in which the groups differ."""
+    bare = ("model_name", "optimizer", "dataset")  # settings whose values need no name
     several = [run for members in repeated(runs) if len(members) > 1 for run in members]
     names = sorted(varied_settings(several), key=lambda name: name not in bare)
     values = [(name, setting_text(group[0].settings.get(name))) for name in names]
-    told = [value if name in bare else f"{name} {value}" for name, value in values if value not in ("-", "{}")]
-    return ", ".join(told) or str(group[0].settings.get("model_name", group[0].name))
+    parts = [value if name in bare else f"{name} {value}" for name, value in values if value not in ("-", "{}")]
+    return ", ".join(parts) or str(group[0].settings.get("model_name", group[0].name))
 
 
 def seeds_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Mean and sample standard deviation over runs that differ by seed only; None where nothing was repeated."""
+    """Mean and sample standard deviation over runs that differ by seed only; None without such runs."""
     rows = []
     for group in repeated(runs):
         ended = [run for run in group if run.ended]
@@ -195,7 +194,7 @@ def seeds_table(runs: Sequence[RunRecord]) -> Table | None:
             name = group_name(group, runs)
             rows.append(Row((words(name), count(len(ended)), words(seeds), *spreads, time_cell(mean_time))))
     columns = ("runs", "n", "seeds", "best validation accuracy", "test accuracy", "test loss", "mean time")
-    note = "Runs that ended and are equal in everything but the seed: mean ± sample standard deviation."
+    note = "Runs that have ended and differ by seed only: mean ± sample standard deviation."
     return Table("seeds", "Repeated seeds", note, columns, tuple(rows)) if rows else None
 
 
@@ -209,7 +208,7 @@ def spread(values: Iterable[float | None], factor: float, unit: str) -> Cell:
 
 
 def efficiency_table(runs: Sequence[RunRecord]) -> Table:
-    """What each run took: images per second, the part of its time spent in training steps, memory, machine."""
+    """A row per run: images per second, the share of time in training steps, memory, device."""
     rows = []
     for run in runs:
         seconds, rate, samples = run_seconds(run), run_rate(run), number(run.facts, "samples")
@@ -227,30 +226,30 @@ def efficiency_table(runs: Sequence[RunRecord]) -> Table:
         )
         rows.append(Row(cells, run.name))
     columns = (
-        "run", "images/s in training", "time", "of it in training steps", "peak memory", "skipped steps", "device",
+        "run", "images/s in training", "time", "share in training steps", "peak memory", "skipped steps", "device",
         "processes", "precision",
     )  # fmt: skip
-    note = "The rest of the time went into evaluation, checkpoints and the test. Training steps include waiting for their data."
+    note = "The rest of the time is evaluation, checkpoints and the test. Training steps include waiting for data."
     return Table("efficiency", "Throughput and efficiency", note, columns, tuple(rows))
 
 
 def class_table(run: RunRecord, class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table:
-    """A row for each class: its test images, how many were right, and what the others were taken for most often."""
+    """A row per class: its test images, the correct ones, its accuracy, and the most frequent wrong prediction."""
     rows = []
     for place, name in enumerate(class_names):
         row = counts[place]
         total = sum(row)
         others = [(n, other) for other, n in enumerate(row) if other != place and n]
         most = max(others, key=lambda item: (item[0], -item[1]), default=None)
-        taken = "-" if most is None else f"{class_names[most[1]]} ({most[0]})"
+        wrong = "-" if most is None else f"{class_names[most[1]]} ({most[0]})"
         accuracy = row[place] / total if total else None
-        rows.append(Row((words(name), count(total), count(row[place]), fraction(accuracy), words(taken))))
-    columns = ("class", "test images", "right", "accuracy", "most often taken for")
+        rows.append(Row((words(name), count(total), count(row[place]), fraction(accuracy), words(wrong))))
+    columns = ("class", "test images", "correct", "accuracy", "most frequent wrong prediction")
     return Table("classes", f"Accuracy by class of {run.name}", "", columns, tuple(rows))
 
 
 def confusions_table(class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table | None:
-    """The most frequent mistakes as pairs of classes; None where none was made."""
+    """The most frequent mistakes as pairs of classes; None without mistakes."""
     pairs = [
         (n, true, predicted)
         for true, row in enumerate(counts)
@@ -262,28 +261,28 @@ def confusions_table(class_names: Sequence[str], counts: Sequence[Sequence[int]]
         Row((words(class_names[true]), words(class_names[predicted]), count(n), fraction(n / wrong)))
         for n, true, predicted in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))[:MOST_CONFUSIONS]
     ]
-    columns = ("true class", "predicted class", "test images", "of all mistakes")
+    columns = ("true class", "predicted class", "test images", "share of all mistakes")
     return Table("confusions", "Most frequent mistakes", "", columns, tuple(rows)) if rows else None
 
 
 def unfinished_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Runs that have not ended, and runs whose files are damaged, with what is known of them; None for none."""
+    """Runs that have not ended or whose files are damaged, with their reasons; None without such runs."""
     rows = []
     for run in runs:
-        told = "; ".join((*([" ".join(run.reason.split())] if run.reason else []), *run.notes))
+        reason = "; ".join((*([" ".join(run.reason.split())] if run.reason else []), *run.notes))
         if not run.ended or run.notes or run.status == "stopped":
             steps = max((line["step"] for line in (*run.epochs, *run.log)), default=0)
-            cells = (words(run.name), words(run.status), count(len(run.epochs)), count(steps), words(told or "-"))
+            cells = (words(run.name), words(run.status), count(len(run.epochs)), count(steps), words(reason or "-"))
             rows.append(Row(cells, run.name))
     note = (
-        "running: its process lives on this machine. unfinished: it left no summary, and no such process is known here."
+        "running: its process is alive. unfinished: it has no summary, and no live process is known."
     )
     columns = ("run", "status", "finished epochs", "steps", "reason")
-    return Table("unfinished", "Not finished, or damaged", note, columns, tuple(rows)) if rows else None
+    return Table("unfinished", "Unfinished or damaged runs", note, columns, tuple(rows)) if rows else None
 
 
 def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], sweep: Sweep | None) -> str:
-    """A line for each run: figures as fractions, seconds and bytes, then every setting that any run has."""
+    """A CSV line per run: figures (fractions, seconds, bytes), then every setting of any run."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     rank = {run.name: place for place, run in enumerate(best_first, 1) if run.ended and score(run, sweep) is not None}
     figures = (
@@ -307,5 +306,5 @@ def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], swee
 
 
 def csv_value(value: Any) -> Any:
-    """A number or text as it is, anything else as JSON; None for null."""
+    """A number, text or None unchanged, any other value as JSON."""
     return value if value is None or isinstance(value, (int, float, str)) else setting_text(value)

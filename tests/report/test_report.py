@@ -132,7 +132,7 @@ class Checker(HTMLParser):
             self.problems.append(f"</{tag}> at {self.getpos()}")
 
 
-def test_the_page_is_whole_and_fetches_nothing(report: Path):
+def test_the_page_is_complete_and_makes_no_request(report: Path):
     page = (report / "report.html").read_text()
     checker = Checker()
     checker.feed(page)
@@ -228,7 +228,7 @@ def test_runs_above_the_target_are_marked(runs: Path):
     records, _ = read_records([runs])
     table = ranked_table(ranked(records, None), None, 0.79)
     assert {row.run: row.marked for row in table.rows if row.marked} == {"sgd-1": True, "sgd-0": True}
-    assert table.columns[-1] == "test accuracy of 79.00 % or more"
+    assert table.columns[-1] == "test accuracy at least 79.00 %"
     assert [row.cells[-1].text for row in table.rows] == ["yes", "yes"] + ["no"] * 5
 
 
@@ -243,7 +243,7 @@ def test_repeated_seeds_become_mean_and_sample_standard_deviation(runs: Path):
     assert by_name.keys() == {"sgd, lr 0.1", "adamw, lr 0.001"}
 
 
-def test_a_torn_last_line_changes_nothing_but_other_bad_lines_are_told(runs: Path, tmp_path: Path):
+def test_an_incomplete_last_line_is_ignored_and_other_bad_lines_are_reported(runs: Path, tmp_path: Path):
     whole = write_run(tmp_path / "torn", (0.3,), summary=False, epochs=4)
     torn, expected = read_run(runs / "torn"), read_run(whole)
     assert (torn.epochs, torn.log, torn.best, torn.status, torn.notes) == (
@@ -253,11 +253,11 @@ def test_a_torn_last_line_changes_nothing_but_other_bad_lines_are_told(runs: Pat
     broken = read_run(runs / "broken")
     assert broken.epochs == [] and broken.settings == {}
     assert broken.notes == (
-        "summary.json cannot be read", "3 unreadable lines of metrics.jsonl are left out", "config.yaml cannot be read",
+        "summary.json cannot be read", "3 unreadable lines of metrics.jsonl were skipped", "config.yaml cannot be read",
     )  # fmt: skip
 
 
-def test_the_state_of_a_run_is_told_from_its_files(tmp_path: Path):
+def test_the_status_of_a_run_is_read_from_its_files(tmp_path: Path):
     folder = write_run(tmp_path / "run", (0.3, 0.4), summary=False)
     assert read_run(folder).status == "unfinished"
     holder = {"process": os.getpid(), "machine": os.uname().nodename, "beats": 1}
@@ -265,17 +265,17 @@ def test_the_state_of_a_run_is_told_from_its_files(tmp_path: Path):
     assert read_run(folder).status == "running"
     (folder / ".lock").write_text(json.dumps(holder | {"machine": "another"}))
     assert read_run(folder).status == "running"
-    os.utime(folder / ".lock", (0, 0))  # it has not stirred for long
+    os.utime(folder / ".lock", (0, 0))  # no new beat for a long time
     assert read_run(folder).status == "unfinished"
     (folder / ".lock").write_text("")  # as it is left when a run ends
     assert read_run(folder).status == "unfinished"
     write_summary(folder, (0.3, 0.4), status="interrupted", reason="SIGINT", test=None)
     assert (read_run(folder).status, read_run(folder).reason) == ("interrupted", "SIGINT")
     write_summary(folder, (0.3,), status="interrupted", reason="SIGINT", test=None)
-    assert read_run(folder).status == "unfinished"  # it went on since
+    assert read_run(folder).status == "unfinished"  # it was resumed since
 
 
-def test_training_lines_stand_where_their_epoch_does(tmp_path: Path):
+def test_training_lines_have_their_progress_in_epochs(tmp_path: Path):
     log = read_run(write_run(tmp_path / "run", (0.3, 0.4, 0.5))).log
     assert [line["progress"] for line in log] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     under_way = read_run(write_run(tmp_path / "other", (0.3, 0.4), summary=False))
@@ -357,7 +357,7 @@ def test_a_sweep_is_ranked_by_its_own_metric_and_shows_failed_trials(tmp_path: P
     records, sweep = read_records([sweep_folder(tmp_path / "lowest", "minimize", "val/loss")])
     assert [run.name for run in ranked(records, sweep)][:3] == ["run-3", "run-4", "run-5"]
     table = ranked_table(ranked(records, sweep), sweep, None)
-    assert "val/loss" in table.columns and "the lowest first" in table.note
+    assert "val/loss" in table.columns and "lowest first" in table.note
 
 
 @pytest.mark.parametrize("higher_is_better, best", [(True, "run-0-parallel"), (False, "run-1-parallel")])
@@ -391,7 +391,7 @@ def test_a_trial_that_hyperband_stopped_keeps_its_rank(tmp_path: Path):
     assert table is not None and [row.run for row in table.rows] == ["run-0", "run-6"]
 
 
-def test_what_follows_from_the_model_is_no_difference_between_runs_of_several_models(tmp_path: Path):
+def test_settings_that_the_model_determines_are_no_difference_between_runs_of_several_models(tmp_path: Path):
     models = {"a": ("simple_mlp", False), "b": ("small_convnet", True), "c": ("small_convnet", False)}
     for name, (model, channels_last) in models.items():
         write_run(tmp_path / name, (0.5,), model_name=model, channels_last=channels_last)
@@ -429,7 +429,7 @@ def test_importance_of_noise_is_near_zero_however_many_values_it_takes():
     assert linear["x"] > 0.7
 
 
-def test_numbers_over_decades_stand_on_a_logarithmic_axis():
+def test_numbers_over_decades_have_a_logarithmic_axis():
     values = [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3, 3e-2]
     heights, ticks = placed(values)
     assert heights[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -438,7 +438,7 @@ def test_numbers_over_decades_stand_on_a_logarithmic_axis():
     assert heights == [1, 0, 1] and ticks == [(0, "a"), (1, "b")]
 
 
-def test_tables_of_classes_count_what_the_matrix_holds():
+def test_tables_of_classes_agree_with_the_matrix():
     matrix = [[8, 2, 0], [0, 5, 0], [3, 1, 6]]
     table = class_table(read_run(ROOT), ["ant", "bee", "cat"], matrix)
     assert [[cell.text for cell in row.cells] for row in table.rows] == [
@@ -451,7 +451,7 @@ def test_tables_of_classes_count_what_the_matrix_holds():
     ]  # fmt: skip
 
 
-def test_names_of_two_folders_stay_apart(tmp_path: Path):
+def test_runs_of_equal_names_get_the_names_of_their_folders(tmp_path: Path):
     for folder in ("a", "b"):
         write_run(tmp_path / folder / "run", (0.5,))
     records, sweep = read_records([tmp_path / "a", tmp_path / "b" / "run", tmp_path / "a" / "run"])
@@ -464,13 +464,13 @@ def test_names_of_two_folders_stay_apart(tmp_path: Path):
     [
         (["EMPTY"], "holds no run: neither config.yaml nor metrics.jsonl"),
         (["nowhere"], "There is no folder nowhere"),
-        (["RUN", "--output", "EMPTY/no/report"], "Make it first"),
-        (["RUN", "--output", "FULL"], "holds no report. Give a new folder"),
+        (["RUN", "--output", "EMPTY/no/report"], "Create it first"),
+        (["RUN", "--output", "FULL"], "is not a report. Choose a new folder"),
         (["RUN", "--target", "90"], "'90' is not a fraction from 0 to 1; 90 % is 0.9"),
-        (["RUN", "--mistakes", "2"], "none of these was"),
+        (["RUN", "--mistakes", "2"], "none of these runs was tested"),
     ],
 )
-def test_what_cannot_be_reported_on_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_invalid_input_is_reported_in_one_line_with_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY" / "folder").mkdir(parents=True)
     (tmp_path / "FULL").mkdir()

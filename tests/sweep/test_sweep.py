@@ -330,7 +330,7 @@ def test_a_sweep_can_be_extended_but_not_changed(tmp_path, capsys):
     assert len({row["params"]["lr"] for row in first}) == 3
     path = write_sweep(tmp_path, {"lr": {"min": 0.1, "max": 0.8}}, method="random", name="more")
     assert main([str(path), *options, "4"]) == 2
-    assert "was begun with another file" in capsys.readouterr().err and trials_of(tmp_path / "more") == first
+    assert "was started with another file" in capsys.readouterr().err and trials_of(tmp_path / "more") == first
 
 
 def test_no_trial_starts_after_one_has_reached_the_target(tmp_path):
