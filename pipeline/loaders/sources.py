@@ -55,7 +55,8 @@ class FittedImages(torch.utils.data.Dataset):
             pixels = decode_pixels(encoded, self.preprocessing.channels, shrink if self.is_cropped else None)
         except BadImage as error:
             raise BadImage(
-                f"{bad_image_message(self.split, row, error)} Repair or remove it, or skip such images with --on_bad_image skip."
+                f"{bad_image_message(self.split, row, error)} Repair or remove it, or skip such images in a new run with "
+                "--on_bad_image skip."
             ) from error
         if self.is_cropped:
             return fit_for_training(pixels, self.preprocessing, draws)

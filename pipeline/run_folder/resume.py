@@ -47,8 +47,14 @@ def check_same_settings(config: Config) -> None:
     if changed:
         raise ValueError(
             f"{config.run_dir} was started with other settings: {changed}. "
-            f"Keep its settings, choose another run_name, or start a new run from its weights with --init_from {config.run_dir}."
+            f"Keep its settings, or choose another run_name{weights_advice(config.run_dir)}."
         )
+
+
+def weights_advice(run_dir: Path) -> str:
+    """How to start a new run from the weights of a run; empty if it has saved none."""
+    source = run_dir if (run_dir / "model" / "model.safetensors").is_file() else next(iter(checkpoints(run_dir)), None)
+    return f" and start it from these weights with --init_from {source}" if source else ""
 
 
 def ended_summary(config: Config) -> dict[str, Any] | None:

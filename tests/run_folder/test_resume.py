@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import assert_close_figures, assert_identical, cut_back, lines_of, timeless, wait_for, weights_of
 
+from pipeline.models.timm_folder import weights_file
 from pipeline.run_folder import lock
 from pipeline.run_folder.checkpoint import checkpoints, save_checkpoint
 from pipeline.run_folder.lock import RunLock
-from pipeline.run_folder.resume import find_starts, fixed_settings
+from pipeline.run_folder.resume import check_same_settings, find_starts, fixed_settings
 from pipeline.settings.config import Config
 
 EXACT = {
@@ -93,7 +94,7 @@ def test_resuming_from_an_older_checkpoint_works_more_than_once(run_training):
 
 def test_a_run_is_not_resumed_with_other_settings(run_training, tmp_path):
     run_training()
-    with pytest.raises(ValueError, match="started with other settings: lr 0.05 -> 0.1"):
+    with pytest.raises(ValueError, match=f"started with other settings: lr 0.05 -> 0.1.*--init_from {tmp_path / 'run'}\\.$"):
         run_training(lr=0.1)
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(ValueError, match="started with other settings: lr 0.05 -> 0.1.*init_from"):
@@ -106,6 +107,19 @@ def checkpoint_of(config, step, **facts):
     config.run_dir.mkdir(parents=True, exist_ok=True)
     facts = {"settings": fixed_settings(config), **facts}
     return save_checkpoint(config.run_dir, step, {"model": {"weight": torch.full((4, 3), float(step))}}, facts)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused_with_a_checkpoint_to_start_from(tmp_path):
+    config = Config(output_dir=str(tmp_path), run_name="run")
+    config.run_dir.mkdir()
+    (config.run_dir / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(ValueError, match=r"seed 7 -> 0\. Keep its settings, or choose another run_name\.$"):
+        check_same_settings(config)
+    checkpoint_of(config, 3)
+    newest = checkpoint_of(config, 5)
+    with pytest.raises(ValueError, match=f"start it from these weights with --init_from {newest}\\.$"):
+        check_same_settings(config)
+    assert weights_file(newest) == newest / "model.safetensors"
 
 
 def damage_bytes(folder):
