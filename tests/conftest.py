@@ -1,4 +1,4 @@
-"""What tests share: small runs in this process, real processes, a clean slate for Accelerate."""
+"""Shared by tests: small runs in this process, real processes, a reset of Accelerate."""
 
 import contextlib
 import functools
@@ -18,16 +18,16 @@ import pytest
 from fork_server import Fork, ForkServer
 
 ROOT = Path(__file__).parents[1]
-PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that run a test file as their program
+PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for processes that run a test file as their program
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; pytest-xdist uses the other cores
 ON_THE_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for processes of tests
 AT_THE_START = {**os.environ, **ON_THE_CPU}
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, as all it starts would inherit
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set in a background job of a shell, and inherited by its processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A run of a second: 5 steps of 16 images an epoch on the embedded set.
+# A run of one second: 5 steps of 16 images per epoch on the embedded dataset.
 SMALL_RUN: dict[str, Any] = {
     "model_name": "simple_mlp",
     "max_train_samples": 100,
@@ -43,7 +43,7 @@ SMALL_RUN: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its first settings for the whole process; each test begins without them."""
+    """Resets Accelerate after each test, because it keeps its first settings for the whole process."""
     yield
     state = sys.modules.get("accelerate.state")
     if state is not None:
@@ -52,7 +52,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[dict[str, Any], Path]]:
-    """Trains in this process with SMALL_RUN's settings and the given ones; returns the summary and the run's folder."""
+    """Trains in this process with SMALL_RUN and the given settings; returns the summary and the run folder."""
 
     def run(**settings: Any) -> tuple[dict[str, Any], Path]:
         from accelerate.state import AcceleratorState
@@ -69,7 +69,7 @@ def run_training(tmp_path: Path, fresh_accelerate: None) -> Callable[..., tuple[
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, Path]]:
-    """Trains with SMALL_RUN's settings and the given ones, once in a session; returns summary.json and the run's folder."""
+    """Trains with SMALL_RUN and the given settings, once per session; returns summary.json and the run folder."""
     runs: dict[str, Path] = {}
 
     def run(**settings: Any) -> tuple[str, Path]:
@@ -94,7 +94,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tup
 def finished_run(
     tmp_path: Path, fresh_accelerate: None, finished_runs: Callable[..., tuple[str, Path]]
 ) -> Callable[..., tuple[dict[str, Any], Path]]:
-    """As run_training, for tests of what is done with a finished run: a copy of one that the whole session shares."""
+    """Like run_training, but returns a copy of a finished run that the session shares."""
 
     def copy(**settings: Any) -> tuple[dict[str, Any], Path]:
         from accelerate.state import AcceleratorState
@@ -135,7 +135,7 @@ def start_process(
 
 
 def end_of(process: "Fork | subprocess.Popen[str]", timeout: float) -> subprocess.CompletedProcess[str]:
-    """Waits for a process to end; kills one that takes longer and fails."""
+    """Waits for a process to end. After the timeout, kills it and fails."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -153,7 +153,7 @@ def run_process(
 
 
 def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
-    """What torchrun puts into the environment of a process on a machine where the launcher keeps the store."""
+    """The environment that torchrun sets for a process on the machine that serves the store."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
     agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return {name: str(value) for name, value in {**ranks, **agent}.items()}
@@ -161,7 +161,7 @@ def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def launchers_store() -> Iterator[int]:
-    """Keeps a store in which processes find each other while the block lasts; its port, which nobody else has."""
+    """Serves a rendezvous store; yields its port, which no other process uses."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -183,8 +183,9 @@ def torchrun(
 
 
 def in_processes(number: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[int]:
-    """Forks so many processes that find each other over gloo, as a launcher would, each to do the work; for a program that
-    has imported torch, with one thread, and used nothing of it. Returns their exit statuses.
+    """Forks processes that form a gloo group and each call `work`; returns their exit statuses.
+
+    For a program that has imported torch, with one thread, but has not used it yet.
     """
     reading, writing = os.pipe()  # for the port: the store's thread begins after the forks
 
@@ -209,7 +210,7 @@ def in_processes(number: int, work: Callable[..., None], *arguments: Any, **envi
 def wait_for(
     condition: Callable[[], Any], timeout: float = 60, process: "Fork | subprocess.Popen[str] | None" = None
 ) -> None:
-    """Returns once the condition holds. Fails after so many seconds, or if the process ends before."""
+    """Waits until the condition holds. Fails after a timeout, or if the process ends first."""
     end = time.monotonic() + timeout
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
@@ -222,7 +223,7 @@ def lines_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines without what depends on the clock."""
+    """The lines without the entries that depend on time."""
     return [
         {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")} for line in lines
     ]
@@ -235,20 +236,20 @@ def weights_of(run_dir: Path) -> dict[str, Any]:
 
 
 def same_weights(first: Path, second: Path) -> bool:
-    """Whether two runs ended with the same weights, to the last bit."""
+    """Whether two runs ended with bit-identical weights."""
     ours, theirs = weights_of(first), weights_of(second)
     assert ours.keys() == theirs.keys() and ours
     return all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
 
 def assert_identical(ours: Path, theirs: Path) -> None:
-    """Two runs logged the same and ended with the same weights, to the last bit."""
+    """Asserts that two runs logged identical lines and ended with bit-identical weights."""
     assert timeless(lines_of(ours)) == timeless(lines_of(theirs)) and len(lines_of(ours)) > 4
     assert same_weights(ours, theirs)
 
 
 def assert_close_figures(ours: Path, theirs: Path, rel: float = 1e-6) -> None:
-    """Two runs logged the same lines; numbers that are not whole may differ by rounding."""
+    """Asserts that two runs logged the same lines; floats may differ by rounding."""
     our_lines, their_lines = timeless(lines_of(ours)), timeless(lines_of(theirs))
     assert len(our_lines) == len(their_lines) > 4
     for our, their in zip(our_lines, their_lines):
@@ -264,7 +265,7 @@ def assert_close_weights(ours: dict[str, Any], theirs: dict[str, Any], atol: flo
 
 
 def cut_back(whole: Path, part: Path, step: int) -> None:
-    """Makes part the folder that a process leaves which was killed some time after the checkpoint of that step."""
+    """Creates in `part` the folder that a process killed some time after the checkpoint of that step leaves behind."""
     (part / "checkpoints").mkdir(parents=True)
     config = (whole / "config.yaml").read_text()
     (part / "config.yaml").write_text(config.replace(f"run_name: {whole.name}", f"run_name: {part.name}"))

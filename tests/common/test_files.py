@@ -1,4 +1,4 @@
-"""Files and folders written aside: whole or not there, whoever writes at the same time, whenever a process dies."""
+"""Atomic writes of files and folders: complete or absent, with concurrent writers and after a kill at any time."""
 
 import os
 import subprocess
@@ -23,11 +23,11 @@ def dead_process():
 
 
 def leave_aside(path, kind, process, machine=None):
-    """The name that another process would write to."""
+    """Creates the temporary file or folder of another process."""
     return path.with_name(f".{path.name}.{process}@{machine or os.uname().nodename}.{kind}")
 
 
-def test_a_file_appears_when_it_is_whole_and_stays_as_it_was_after_an_error(tmp_path):
+def test_a_file_appears_when_it_is_complete_and_is_unchanged_after_an_error(tmp_path):
     path = tmp_path / "facts.json"
     with written_aside(path) as aside:
         aside.write_text("new")
@@ -40,7 +40,7 @@ def test_a_file_appears_when_it_is_whole_and_stays_as_it_was_after_an_error(tmp_
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_folder_appears_when_it_is_whole_and_stays_as_it_was_after_an_error(tmp_path, is_there):
+def test_a_folder_appears_when_it_is_complete_and_is_unchanged_after_an_error(tmp_path, is_there):
     path = tmp_path / "model"
     if is_there:
         path.mkdir()
@@ -80,7 +80,7 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 def kill_at(number, function, monkeypatch):
-    """Has the function stop, as a kill would, at the numbered rename; tidying up does not happen then."""
+    """Stops the function at the numbered rename without any cleanup, like a kill."""
     count, rename = 0, os.rename
 
     class Killed(BaseException):
@@ -103,7 +103,7 @@ def kill_at(number, function, monkeypatch):
     return False
 
 
-def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_whole(tmp_path, monkeypatch):
+def test_a_kill_at_any_rename_leaves_the_complete_old_or_new_folder(tmp_path, monkeypatch):
     path = tmp_path / "model"
 
     def write(text):
@@ -122,7 +122,7 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_whole(tmp_path, m
     assert content(tmp_path) == {"model/a": "new 4", "model/b": "new 4"}
 
 
-def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_but_not_files_of_running_ones(tmp_path):
     path = tmp_path / "facts"
     dead, alive = leave_aside(path, "tmp", dead_process()), leave_aside(path, "tmp", os.getppid())
     elsewhere, long_ago = leave_aside(path, "tmp", 1, "elsewhere"), leave_aside(path, "tmp", 2, "elsewhere.example.org")
@@ -138,7 +138,7 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not
 
 
 @pytest.mark.parametrize("process, machine", [(1, "elsewhere"), (1, None)])
-def test_a_folder_that_was_being_replaced_comes_back(tmp_path, process, machine):
+def test_a_folder_that_was_being_replaced_is_restored(tmp_path, process, machine):
     path = tmp_path / "model"
     replaced = leave_aside(path, "old", process, machine)
     replaced.mkdir()
@@ -152,7 +152,7 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path, process, machine)
     assert content(tmp_path) == {"model/a": "new"}
 
 
-def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced(tmp_path):
+def test_a_folder_that_another_process_creates_meanwhile_is_replaced(tmp_path):
     path = tmp_path / "model"
     with folder_written_aside(path) as aside:
         (aside / "a").write_text("ours")
@@ -161,7 +161,7 @@ def test_a_folder_that_another_process_puts_there_meanwhile_is_replaced(tmp_path
     assert content(tmp_path) == {"model/a": "ours"}
 
 
-def test_writers_at_the_same_time_leave_the_whole_file_of_one(tmp_path):
+def test_concurrent_writers_leave_the_complete_file_of_one(tmp_path):
     program = (
         "import sys; from pathlib import Path; from pipeline.common.files import write_atomically\n"
         "for _ in range(200): write_atomically(Path(sys.argv[1]), sys.argv[2].encode() * 10_000)"

@@ -1,4 +1,4 @@
-"""Randomness: the same at an address, whatever is asked for around it."""
+"""Randomness: draws at an address are always the same, independent of other draws."""
 
 import numpy as np
 

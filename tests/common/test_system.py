@@ -1,4 +1,4 @@
-"""How the process is set up for its machine."""
+"""The setup of the process for its machine."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ from pipeline.settings.config import Config
 from pipeline.distributed.accelerator import make_accelerator
 
 def pages_fetched():
-    # In the best of the steps: a small allocation may take a corner of a block that was to be used again.
+    # The minimum over the steps: a small allocation may occupy part of a block that would be reused.
     return min(pages_of_a_step() for _ in range(30))
 
 def pages_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10 * 2**20)  # 40 MiB, more than glibc keeps by itself
+    torch.ones(10 * 2**20)  # 40 MiB, more than glibc keeps by default
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 fetched = pages_fetched()
@@ -33,7 +33,7 @@ print(fetched, pages_fetched())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize("options, is_kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
-def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_says_how(options, is_kept):
+def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_configures_it(options, is_kept):
     if any(name.startswith("MALLOC_") for name in os.environ):
         pytest.skip("the environment says how")
     program = run_process("-c", PROGRAM, **options)
@@ -55,11 +55,11 @@ def test_seeded_generators_draw_as_after_torchs_own_seeding(device):
     assert draws[0] == draws[1]
 
 
-def test_a_process_lives_until_it_has_ended():
+def test_a_process_is_alive_until_it_has_ended():
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     assert is_alive(process.pid) and is_alive(1) and is_alive(os.getpid())
     process.stdin.close()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its status has not been read
     assert not is_alive(process.pid)
     process.wait()
     assert not any(is_alive(number) for number in (process.pid, -1, 2**40))

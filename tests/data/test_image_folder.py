@@ -99,7 +99,7 @@ def test_a_split_folder_inside_a_folder_of_its_name(tmp_path):
     assert counts(load(tmp_path)) == [18, 2, 4] and load(tmp_path).class_names == ["a", "b"]
 
 
-def test_siblings_that_hold_the_same_folders_under_other_names_are_refused(tmp_path):
+def test_siblings_that_contain_the_same_folders_under_other_names_are_refused(tmp_path):
     for name in ("first", "second"):
         write_classes(tmp_path / name, {"a": 4, "b": 4})
     with pytest.raises(ValueError, match=r"first, second .* same names \(a, b\).*train, training; validation"):
@@ -221,7 +221,7 @@ def test_a_column_of_splits_divides_the_table(tmp_path):
 
 
 def test_tables_of_splits_and_one_without_labels(tmp_path):
-    """Kaggle's layout; the ids begin anew in each split."""
+    """The layout of Kaggle; ids start again in each split."""
     for split, count in (("train", 30), ("val", 9), ("test", 12)):
         for number in range(count):
             write(tmp_path / split / f"{number}.png", number)
@@ -270,7 +270,7 @@ def test_whole_numbers_written_as_fractions_are_in_order(tmp_path):
         (["twice.png,cat"], "Row 21 .*'twice.png' may mean any of images/a/twice.png, images/b/twice.png"),
     ],
 )
-def test_rows_that_cannot_be_meant_are_named(tmp_path, rows, words):
+def test_invalid_rows_are_reported(tmp_path, rows, words):
     for name in [*range(20), "a/twice", "b/twice"]:
         write(tmp_path / "images" / f"{name}.png")
     write_table(tmp_path / "labels.csv", "file,label", [*(f"{number}.png,{name_of(number)}" for number in range(20)), *rows])
@@ -298,15 +298,15 @@ def test_a_label_of_the_test_table_that_training_lacks_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_a_table_that_says_what_the_class_folders_say_changes_nothing(tmp_path):
+def test_a_table_that_agrees_with_the_class_folders_changes_nothing(tmp_path):
     write_classes(tmp_path, {"cat": 10, "dog": 10})
     rows = [f"{name}{number}.png,{kind},640,480" for name, kind in (("cat", 0), ("dog", 1)) for number in range(10)]
     write_table(tmp_path / "info.csv", "file,kind,width,height", rows)
     assert load(tmp_path).class_names == ["cat", "dog"]
 
 
-def test_parts_of_a_set_are_no_classes_beside_a_table(tmp_path):
-    """HAM10000's layout: the photos in two folders, the diagnosis in a table with other columns."""
+def test_folders_of_parts_are_not_classes_beside_a_table(tmp_path):
+    """The layout of HAM10000: photos in two folders, the diagnosis in a table with other columns."""
     for number in range(40):
         write(tmp_path / f"images_part_{number % 2 + 1}" / f"ISIC_{number}.jpg", number, "JPEG")
     rows = [f"L{number // 2},ISIC_{number},{'nv' if number % 4 else 'mel'},{30 + number % 5}" for number in range(40)]
@@ -336,7 +336,7 @@ def test_a_stream_reads_the_same_table(tmp_path):
 # Files and folders
 
 
-def test_what_pillow_opens_is_used_and_other_files_are_counted(tmp_path):
+def test_files_that_pillow_recognizes_are_used_and_others_are_counted(tmp_path):
     write_classes(tmp_path, {"a": 9, "b": 10})
     write(tmp_path / "a" / "1.jfif", file_format="JPEG")
     write(tmp_path / "a" / "2.AVIF", file_format="AVIF")
@@ -383,7 +383,7 @@ def test_a_class_that_is_a_link_to_outside_or_to_a_hidden_folder_is_read(tmp_pat
     assert sum(counts(load(tmp_path / "set"))) == 20
 
 
-def test_a_folder_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_reported_in_one_line(tmp_path, monkeypatch):
     write_classes(tmp_path, {"a": 10, "b": 10})
     scan = os.scandir
 
@@ -397,7 +397,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_one_line(tmp_path, monkeypatch
         load(tmp_path)
 
 
-def test_what_runs_leave_in_the_set_is_no_class(tmp_path):
+def test_output_of_runs_in_the_folder_is_not_a_class(tmp_path):
     write_classes(tmp_path, {"a": 10, "b": 10, "report": 1, "wandb/run-1/media": 1, "runs/first/checkpoints": 1})
     (tmp_path / "runs" / "first" / "config.yaml").touch()
     for name in ("results.csv", "report.md"):

@@ -1,6 +1,6 @@
-"""The same figures with 1, 2 and 4 processes, any workers, loader and micro-batch, for sizes that do not divide.
+"""Results are equal with 1, 2 and 4 processes, any workers, loader and micro-batch, for sizes that do not divide.
 
-This file is the program as well: it imports torch once and forks the processes, which meet over gloo on a free port.
+This file is also the program: it imports torch once and forks the processes, which communicate over gloo.
 """
 
 import copy
@@ -21,7 +21,7 @@ from conftest import (
     weights_of,
 )
 
-# 80 training images in batches of 39, 39 and 2: of the last, with four processes three have nothing. 20 validate, 359 test.
+# 80 training images in batches of 39, 39 and 2: with four processes, three have an empty share of the last. 20 val, 359 test.
 UNEVEN = {"batch_size": 39, "drop_last": False, "log_every": 1, "augment": "light", "lr": 0.02}
 BATCHNORM = {
     "sync_batchnorm": True,
@@ -30,7 +30,7 @@ BATCHNORM = {
     "lr": 0.002,
     # channels last, torch's own BatchNorm of one process rounds more: 2e-6 between one process and several
     "channels_last": False,
-}  # with four processes, one has nothing of the last 6
+}  # with four processes, one has an empty share of the last 6
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "mlp, mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005},
@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 IN_MEMORY, ONE_BY_ONE = {"loader": "device"}, {"loader": "workers", "num_workers": 0}
-# name: number of processes, model, and the settings that may make no difference
+# name: number of processes, model, and the settings that must not change the results
 CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1, micro-batches, 2 workers": (1, "mlp", {"micro_batch_size": 5, "loader": "workers", "num_workers": 2}),
     "2, no worker": (2, "mlp", ONE_BY_ONE),
@@ -60,7 +60,7 @@ CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 def run_cells(folder: Path, cells: dict[str, tuple[int, str, dict[str, Any]]]) -> None:
-    """What each process does."""
+    """Runs in each process."""
     from pipeline.settings.config import Config
     from pipeline.training.loop import train
 
@@ -69,7 +69,7 @@ def run_cells(folder: Path, cells: dict[str, tuple[int, str, dict[str, Any]]]) -
 
 
 def batchnorm_facts(folder: Path) -> None:
-    """Against torch's own BatchNorm of the whole batch: outputs, gradients and running statistics, with an empty rank."""
+    """Compares with torch's BatchNorm of the whole batch: outputs, gradients, running statistics; one rank is empty."""
     import timm.layers
     import torch.distributed as dist
 
@@ -110,7 +110,7 @@ def batchnorm_facts(folder: Path) -> None:
 
 
 def work(folder: Path) -> None:
-    import pipeline.training.loop  # what the forked processes need, imported once
+    import pipeline.training.loop  # imported once for all forked processes
 
     assert pipeline.training
     for number in (1, 2, 4):
@@ -130,14 +130,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each model's run by one process that knows nothing of others, of workers or of micro-batches."""
+    """The run of each model in one process, without workers and micro-batches."""
     folder = tmp_path_factory.mktemp("plain")
     run_cells(folder, {name: (1, name, {}) for name in MODELS})
     return {name: folder / name for name in MODELS}
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_processes_workers_and_micro_batches_change_no_figure(folder, plain, name):
+def test_processes_workers_and_micro_batches_change_no_result(folder, plain, name):
     number, model, _ = CELLS[name]
     summary = json.loads((folder / name / "summary.json").read_text())
     assert summary["num_processes"] == number and summary["status"] == "completed"

@@ -1,6 +1,6 @@
-"""FSDP2: the figures and weights of DDP, checkpoints that a single process reads and the other way round, what is refused.
+"""FSDP2: the results and weights of DDP, checkpoints that one process can resume and vice versa, refused settings.
 
-This file is the program as well: it imports torch once and forks the processes, which meet over gloo on a free port.
+This file is also the program: it imports torch once and forks the processes, which communicate over gloo.
 """
 
 import json
@@ -39,7 +39,7 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def train_named(folder: Path, names: list[str], settings: dict[str, Any]) -> None:
-    """What each process does: the runs of these names, or what is left of them."""
+    """Runs in each process: trains, or resumes, the runs of these names."""
     from pipeline.settings.config import Config
     from pipeline.training.loop import train
 
@@ -49,7 +49,7 @@ def train_named(folder: Path, names: list[str], settings: dict[str, Any]) -> Non
 
 
 def shard_facts(folder: Path) -> None:
-    """How much of the weights, the average and the optimizer's state each process holds."""
+    """The size of the weights, the average and the optimizer state in each process."""
     from pipeline.training import loop
 
     name, facts = "vit, adamw", {}
@@ -71,7 +71,7 @@ def shard_facts(folder: Path) -> None:
 
 
 def work(folder: Path) -> None:
-    import pipeline.training.loop  # what the forked processes need, imported once
+    import pipeline.training.loop  # imported once for all forked processes
 
     assert pipeline.training
     assert in_processes(2, train_named, folder / "ddp", list(RUNS), {}) == [0, 0]
@@ -86,7 +86,7 @@ def work(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which work worked."""
+    """The folder with the runs of `work`."""
     folder = tmp_path_factory.mktemp("sharded")
     done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -94,19 +94,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_gradients(weights: dict[str, Any]) -> dict[str, Any]:
-    """Without the bias of the keys: its gradient is nothing but rounding, which Adam makes as large as any."""
+    """Removes the bias of the keys: its gradient is only rounding error, which Adam scales to full size."""
     split = {name: value.chunk(3) for name, value in weights.items() if name.endswith("qkv.bias")}
     return {**weights, **{name: torch.cat([parts[0], parts[2]]) for name, parts in split.items()}}
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """The same figures and weights, but for rounding."""
+    """Asserts equal metrics and weights up to rounding."""
     assert_close_figures(ours, theirs)
     assert_close_weights(with_gradients(weights_of(ours)), with_gradients(weights_of(theirs)), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_sharded_model_trains_as_a_copied_one(folder, name):
+def test_a_sharded_model_trains_like_a_replicated_one(folder, name):
     assert json.loads((folder / "fsdp" / name / "summary.json").read_text())["num_processes"] == 2
     assert_same_run(folder / "fsdp" / name, folder / "ddp" / name)
 
@@ -120,7 +120,7 @@ def test_each_process_holds_half_of_weights_average_and_moments(folder):
 
 
 @pytest.mark.parametrize("path", ["fsdp then one", "ddp then fsdp"])
-def test_a_checkpoint_goes_on_sharded_or_not(folder, path):
+def test_a_checkpoint_resumes_sharded_or_not(folder, path):
     assert_same_run(folder / path / "vit, adamw", folder / "ddp" / "vit, adamw")
     summary = json.loads((folder / path / "vit, adamw" / "summary.json").read_text())
     assert summary["num_processes"] == (1 if path.endswith("one") else 2) and summary["status"] == "completed"
@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_a_sharded_model_cannot_do_is_refused(what, run_training, monkeypatch):
+def test_settings_that_a_sharded_model_does_not_support_are_refused(what, run_training, monkeypatch):
     settings, environment = REFUSED[what]
     for name, value in {**SHARDED, **environment}.items():
         monkeypatch.setenv(name, value)

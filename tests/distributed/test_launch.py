@@ -1,4 +1,4 @@
-"""Launched as people launch it: two machines, restarts, a lost process, SLURM; what one process meets, all learn."""
+"""Launching: two machines, restarts, a lost process, SLURM; a failure in one process is reported by all."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 0.005,
     "ema_decay": 0.3,
 }
-KILLED_STEP = 7  # of ten; the last checkpoint before is that of step 6
+KILLED_STEP = 7  # of ten; the last checkpoint before it is step 6
 
 
 NOT_THERE = "path/to/set is not on this machine."
@@ -53,7 +53,7 @@ def train_and_die(folder: str, name: str, victim: int) -> None:
 
 
 def run_main(folder: str, name: str) -> None:
-    """What train.py does; what it says is kept by rank."""
+    """Runs train.py; writes its output to a file per rank."""
     import train
 
     rank = os.environ["RANK"]
@@ -93,8 +93,8 @@ def train_on_a_bad_image(folder: str, name: str) -> None:
 
 
 def fork_all(folder: str) -> None:
-    """Groups of two processes, one after another; leaves each group's exit statuses and seconds."""
-    import pipeline.training.loop  # what the forked processes need, imported once
+    """Runs groups of two processes in sequence; writes the exit statuses and seconds of each group."""
+    import pipeline.training.loop  # imported once for all forked processes
 
     assert pipeline.training
     ended = {}
@@ -112,7 +112,7 @@ def fork_all(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which fork_all worked."""
+    """The folder with the runs of fork_all."""
     folder = tmp_path_factory.mktemp("forked")
     done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -128,8 +128,8 @@ def end_of(forked: Path, name: str) -> tuple[list[int], list[str], dict[str, Any
     return statuses, [line for lines in last for line in lines], json.loads(path.read_text()) if path.is_file() else {}
 
 
-def test_processes_part_before_they_end(forked):
-    """Or torch may abort one that has ended well."""
+def test_processes_end_their_group_before_they_exit(forked):
+    """Otherwise torch may abort a process at exit."""
     found = sorted(path.name for path in forked.glob("*_group") if path.name.startswith("whole"))
     assert found == ["whole-0-out_of_group", "whole-1-out_of_group"]
 
@@ -143,13 +143,13 @@ def test_a_killed_process_ends_the_other_with_a_clear_message(forked):
     assert (forked / "killed" / "checkpoints" / "step-00000006" / "state.json").is_file()
 
 
-def test_nor_does_the_first_process_leave_the_other_waiting(forked):
+def test_a_killed_first_process_does_not_leave_the_other_waiting(forked):
     statuses, last, _ = end_of(forked, "killed first")
     assert statuses == [-signal.SIGKILL, 1]
     assert last[-1].startswith("error in process 1 of 2: Another process ended: it was killed")
 
 
-def test_what_is_wrong_for_one_process_ends_all_with_its_message(forked):
+def test_an_error_in_one_process_ends_all_with_its_message(forked):
     statuses, last, summary = end_of(forked, "no data")
     assert statuses == [1, 2] and summary == {}
     assert last[1] == f"error in process 1 of 2: {NOT_THERE}"
@@ -164,7 +164,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked)
 
 
 def assert_same_end(run_dir: Path, whole: Path) -> None:
-    """Two processes ended with the same figures and weights, to the last bit."""
+    """Asserts that two processes ended with bit-identical metrics and weights."""
     assert json.loads((run_dir / "summary.json").read_text())["num_processes"] == 2
     assert_identical(run_dir, whole)
 
@@ -187,7 +187,7 @@ def test_two_machines_train_as_one(forked, tmp_path):
     assert_same_end(tmp_path / "run", forked / "whole")
 
 
-def test_a_killed_process_is_restarted_and_ends_as_if_nothing_had_been(forked, tmp_path):
+def test_a_killed_process_is_restarted_and_the_result_is_unchanged(forked, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     done = run_process(*launcher, __file__, str(tmp_path), fresh=True, PYTHONPATH=PYTHONPATH, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -205,12 +205,12 @@ def free_port() -> int:
 
 
 def is_open(port: int) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process listens on the port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monkeypatch):
+def test_workers_are_divided_among_the_processes_of_one_machine_not_of_all(monkeypatch):
     from accelerate import Accelerator
 
     from pipeline.distributed.accelerator import processes_here
@@ -221,13 +221,13 @@ def test_workers_are_shared_out_over_the_processes_of_a_machine_not_of_all(monke
     assert processes_here(Accelerator()) == 4
 
 
-def test_restarts_need_a_name_to_go_on_with(monkeypatch, run_training):
+def test_restarts_need_a_run_name(monkeypatch, run_training):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="max_restarts needs a --run_name"):
         run_training(run_name=None)
 
 
-def test_accelerate_takes_every_launch_file():
+def test_accelerate_accepts_every_launch_file():
     from accelerate.commands.config.config_args import load_config_from_file
 
     paths = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -251,7 +251,7 @@ STUBS = {
 
 
 def run_job(folder: Path, status: int) -> tuple[int, list[str]]:
-    """Runs the SLURM script with commands that stand in for SLURM's and for train.py; returns its status and their calls."""
+    """Runs the SLURM script with stubs for the SLURM commands and python; returns its status and their calls."""
     for name, body in STUBS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -262,7 +262,7 @@ def run_job(folder: Path, status: int) -> tuple[int, list[str]]:
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
-def test_the_slurm_script_requeues_a_job_whose_time_is_up_and_no_other(tmp_path):
+def test_the_slurm_script_requeues_only_a_job_that_reached_its_time_limit(tmp_path):
     arguments = "train.py --run_name train-42 --lr 0.1 --batch_size_schedule {1: 2}"
     tasks = [f"{rank}/2 {rank}/2 node7 20042 {arguments}" for rank in (0, 1)]
     for status, end in ((0, []), (1, []), (128 + signal.SIGUSR1, ["requeue 42"])):

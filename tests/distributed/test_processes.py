@@ -1,6 +1,6 @@
-"""Real processes: two compute what one does, skip together what one cannot, and a run outlives its signals.
+"""Real processes: two give the results of one, skip a step together, and a run resumes after signals.
 
-Under torchrun this file is the program as well: one launch does the work of all tests of two processes.
+Under torchrun this file is also the program: one launch does the work of all tests of two processes.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def run_of(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     from pipeline.settings.config import Config
     from pipeline.training.loop import train
 
-    AcceleratorState._reset_state()  # not the processes' group
+    AcceleratorState._reset_state()  # but keep the process group
     config = Config(**{**SMALL_RUN, **UNEVEN, **settings, "output_dir": str(folder), "run_name": name})
     train(config)
     return config.run_dir
@@ -107,7 +107,7 @@ class Stepping:
         train_step(self.state, share, self.config, self.accelerator)
 
     def overflow_in(self, where: str) -> None:
-        """Makes the second rank's next backward pass infinite, if where is in the first pass, or else every one but that."""
+        """Makes the loss of the second rank infinite: in its next backward pass for "first pass...", else in all later ones."""
         backward, calls = self.accelerator.backward, []
 
         def overflowing(loss: torch.Tensor) -> None:
@@ -118,13 +118,13 @@ class Stepping:
         setattr(self.accelerator, "backward", overflowing)
 
     def digest(self) -> str:
-        """Of the weights, to the last bit."""
+        """SHA-256 of the weights."""
         parameters = [parameter.detach().flatten() for parameter in self.state.model.parameters()]
         return hashlib.sha256(torch.cat(parameters).numpy().tobytes()).hexdigest()
 
 
 def overflow_facts(where: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an overflow on the second rank leaves on this one, after a good step and before another."""
+    """The state of this rank after a step, then one with an overflow on the second rank, then another step."""
     from steps import cpu_scaler, everything, same
 
     stepping = Stepping(settings, cpu_scaler(1024.0))
@@ -143,7 +143,7 @@ def overflow_facts(where: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
     stepping.step(seed=2)
     return facts | {
-        "goes on": not same(everything(stepping.state), before) and stepping.state.skipped_steps == 1,
+        "continues": not same(everything(stepping.state), before) and stepping.state.skipped_steps == 1,
         "weights": stepping.digest(),
     }
 
@@ -156,7 +156,7 @@ def sharpness_facts(sam_sync: bool) -> str:
 
 
 def work(folder: Path) -> None:
-    """What each of the processes does; it leaves the runs and what each rank found."""
+    """Runs in each process; writes the runs and the facts of each rank."""
     from pipeline.distributed.shared_failure import end_process_group
 
     for name, settings in RUNS.items():
@@ -195,12 +195,12 @@ def test_two_processes_train_as_one(runs, name):
     assert_close_weights(weights_of(one / name), weights_of(two / name))
 
 
-def test_the_average_of_the_weights_is_told_of_beside_them(runs):
+def test_metrics_of_the_averaged_weights_are_logged_too(runs):
     lines = [line for line in lines_of(runs[1] / "adamw") if line["split"] == "val"]
     assert len(lines) == UNEVEN["epochs"] and all(line["ema_loss"] != line["loss"] for line in lines)
 
 
-def test_each_process_may_perturb_by_its_own_gradient(runs, ranks):
+def test_each_process_may_perturb_with_its_own_gradient(runs, ranks):
     together, own = ([rank[kind] for rank in ranks] for kind in ("together", "each its own"))
     assert together[0] == together[1] and own[0] == own[1] and own[0] != together[0]
     losses = {
@@ -214,19 +214,19 @@ def test_each_process_may_perturb_by_its_own_gradient(runs, ranks):
 def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks, where):
     for rank in ranks:
         facts = rank[where]
-        assert facts["unchanged"] and facts["goes on"]
+        assert facts["unchanged"] and facts["continues"]
         assert (facts["scale"], facts["skipped_steps"], facts["step"]) == (512.0, 1, 2)
     assert ranks[0][where]["weights"] == ranks[1][where]["weights"]
 
 
 def wait_for_lines(run_dir: Path, count: int, process: Any) -> None:
-    """Returns once metrics.jsonl has so many lines."""
+    """Waits until metrics.jsonl has `count` lines."""
     path = run_dir / "metrics.jsonl"
     wait_for(lambda: path.is_file() and path.read_bytes().count(b"\n") >= count, process=process)
 
 
 def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
-    """Starts the program, stops it some lines later by a signal; returns the arguments that it says go on with the run."""
+    """Starts the program and stops it with a signal after 30 lines; returns the printed arguments that resume the run."""
     earlier = len(lines_of(run_dir)) if run_dir.exists() else 0
     process = start_process(*arguments)
     wait_for_lines(run_dir, earlier + 30, process)
@@ -243,7 +243,7 @@ def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
 LONG_RUN = {"epochs": 30, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
 
 
-def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
+def test_a_run_stopped_by_signals_resumes_to_the_identical_result(tmp_path):
     arguments = ["train.py", *flags(output_dir=tmp_path, **LONG_RUN)]
     whole = start_process(*arguments, "--run_name=whole")
     stopped = tmp_path / "run"
@@ -261,7 +261,7 @@ def test_a_run_stopped_by_signals_goes_on_to_the_same_end(tmp_path):
 def test_a_second_signal_ends_the_program_at_once(tmp_path):
     process = start_process("train.py", *flags(output_dir=tmp_path, **LONG_RUN))
     wait_for_lines(tmp_path / "run", 1, process)
-    process.send_signal(signal.SIGSTOP)  # so that both come before the next step
+    process.send_signal(signal.SIGSTOP)  # so that both signals arrive before the next step
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
@@ -270,7 +270,7 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_help_is_no_failure_and_a_misspelt_setting_is_one_line():
+def test_help_ends_with_0_and_a_misspelt_setting_prints_one_line():
     told = run_process("train.py", "--help")
     assert told.returncode == 0 and "--batch_size_schedule" in told.stdout
     told = run_process("train.py", "--batchsize=16")
@@ -279,7 +279,7 @@ def test_help_is_no_failure_and_a_misspelt_setting_is_one_line():
     assert len(told.stderr.splitlines()) == 1
 
 
-def test_failures_in_training_end_with_1_and_say_what_was_wrong(tmp_path):
+def test_failures_in_training_end_with_1_and_print_the_reason(tmp_path):
     bad_image = write_pets(tmp_path / "pets")
     exploding = {"lr": 1e30, "warmup_epochs": 0, "scheduler": "constant", "epochs": 1, "run_name": "exploding"}
     unreadable = {
@@ -301,7 +301,7 @@ def test_failures_in_training_end_with_1_and_say_what_was_wrong(tmp_path):
 
 
 def write_pets(folder: Path) -> Path:
-    """Writes a folder dataset with one image that breaks off; returns that one's path."""
+    """Writes a folder dataset with one truncated image; returns its path."""
     from PIL import Image
 
     for split, number in (("train", 6), ("val", 2)):
@@ -343,7 +343,7 @@ def initial_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sam_rho", [0.0, 0.05])
-def test_a_frozen_backbone_stays_to_the_last_bit_and_trains_afterwards(small_convnet, sam_rho):
+def test_a_frozen_backbone_is_bit_identical_and_trains_afterwards(small_convnet, sam_rho):
     _, run_dir = small_convnet("frozen", freeze_epochs=1, sam_rho=sam_rho, keep_checkpoints=9)
     initial = initial_weights({"model_name": "test_resnet"})
     frozen, ended = checkpoint_of(run_dir, 5), checkpoint_of(run_dir, 10)
@@ -361,7 +361,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sam", "drop_path_rate": 0.2, "micro_batch_size": 8}])
-def test_gradient_checkpointing_changes_no_figure_and_no_weight(small_convnet, settings):
+def test_gradient_checkpointing_changes_no_metric_and_no_weight(small_convnet, settings):
     _, plain = small_convnet("plain", **settings)
     _, checkpointed = small_convnet("checkpointed", gradient_checkpointing=True, **settings)
     assert losses_of(checkpointed) == pytest.approx(losses_of(plain), rel=1e-6)
@@ -370,7 +370,7 @@ def test_gradient_checkpointing_changes_no_figure_and_no_weight(small_convnet, s
 
 
 def test_channels_last_gives_the_same_losses(small_convnet):
-    # at a rate that does not blow the rounding up
+    # with a learning rate that does not amplify rounding
     _, plain = small_convnet("plain", lr=0.002)
     _, channels_last = small_convnet("channels_last", lr=0.002, channels_last=True)
     assert losses_of(channels_last) == pytest.approx(losses_of(plain), rel=1e-4)
@@ -381,12 +381,12 @@ def test_channels_last_gives_the_same_losses(small_convnet):
     [
         ("test_resnet", None, True),
         ("test_resnet", False, False),
-        ("test_vit", None, False),  # its one convolution cuts the image into patches
+        ("test_vit", None, False),  # its one convolution is the patch embedding
         ("simple_mlp", None, False),
         ("simple_mlp", True, True),
     ],
 )
-def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_name, given, expected):
+def test_channels_last_defaults_to_true_for_convolutional_models(model_name, given, expected):
     import timm
     from accelerate import Accelerator
 
@@ -401,8 +401,8 @@ def test_channels_last_goes_with_convolutional_models_unless_it_is_set(model_nam
     "how, mode, settings",
     [(True, None, {"optimizer": "sam"}), ("reduce-overhead", "reduce-overhead", {"clip_grad_norm": 1.0})],
 )
-def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeypatch, how, mode, settings):
-    # traced as ever, but run without the C++ compiler, which takes a minute
+def test_a_compiled_model_trains_equally_and_keeps_its_names(run_training, monkeypatch, how, mode, settings):
+    # traced as usual, but without the C++ compiler, which takes a minute
     modes, plain_compile = [], torch.nn.Module.compile
 
     def compile_fast(model: torch.nn.Module, dynamic: bool | None, mode: str | None) -> None:
@@ -422,13 +422,13 @@ def test_a_compiled_model_trains_alike_and_keeps_its_names(run_training, monkeyp
 @pytest.mark.parametrize(
     "settings, most",
     [
-        ({}, 3),  # of one size for training, for evaluation one and another at its last, short batch
+        ({}, 3),  # one size for training; for evaluation two, because its last batch is short
         ({"drop_last": False, "batch_size_schedule": {1: 48, 2: 32}, "epochs": 3}, 2),
         ({"micro_batch_size": 5}, 2),
     ],
 )
-def test_no_epoch_but_the_first_compiles_a_model_anew(run_training, monkeypatch, settings, most):
-    """Whatever the sizes of its batches: the last one's of an epoch, those of a schedule, micro-batches."""
+def test_only_the_first_epoch_compiles_a_model(run_training, monkeypatch, settings, most):
+    """For all batch sizes: the last batch of an epoch, those of a schedule, micro-batches."""
     graphs, plain_compile = [], torch.nn.Module.compile
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -444,7 +444,7 @@ def test_no_epoch_but_the_first_compiles_a_model_anew(run_training, monkeypatch,
     assert 2 <= len(graphs) <= most
 
 
-def test_the_average_of_the_weights_is_what_is_kept_when_it_is_better(run_training):
+def test_the_averaged_weights_are_saved_if_they_are_better(run_training):
     settings = {
         "lr": 0.5,
         "scheduler": "constant",

@@ -1,4 +1,4 @@
-"""fitting, transforms, randaugment and mixing: what an image, a batch and a pair of samples become."""
+"""Cropping, augmentation and mixing of images, batches and pairs of samples."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def smooth(num_images: int, channels: int, side: int) -> torch.Tensor:
-    """Coloured gradients, so that an error of position shows as an error of level; uint8."""
+    """Coloured gradients, so that an error in position is an error in level; uint8."""
     coarse = noise(num_images, channels, 4, 4).float()
     return torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 255).to(torch.uint8)
 
@@ -51,7 +51,7 @@ def transform(preprocessing: Preprocessing, **settings: Any) -> BatchTransform:
 
 
 def raw(preprocessing: Preprocessing, **settings: Any) -> BatchTransform:
-    """A transform whose output is the levels themselves."""
+    """A transform whose output is the unnormalised levels."""
     neutral = {"mean": (0.0,) * preprocessing.channels, "std": (1 / 255,) * preprocessing.channels}
     return transform(Preprocessing(**{**vars(preprocessing), **neutral}), **settings)
 
@@ -69,10 +69,10 @@ def test_eval_fit_equals_resize_then_centre_crop(size: tuple[int, int], crop_pct
     fitted = fit_for_eval(photo(*size), photos(crop_pct=crop_pct))
     assert fitted.dtype == torch.uint8 and fitted.shape == (3, 24, 24) and fitted.is_contiguous()
     difference = (fitted.int() - expected.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02  # torch rounds its weights otherwise
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02  # torch rounds its weights differently
 
 
-def test_an_image_of_the_right_size_arrives_unchanged() -> None:
+def test_an_image_of_the_right_size_is_unchanged() -> None:
     pixels = noise(24, 24, 3)
     assert torch.equal(fit_for_eval(Image.fromarray(pixels.numpy()), photos()), pixels.permute(2, 0, 1))
     grey = noise(16, 16)
@@ -94,7 +94,7 @@ def test_training_fit_is_the_drawn_part_resized() -> None:
     assert part != (0, 0, 120, 90)
     expected = np.asarray(image.crop(part).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
     fitted = fit_for_training(image, photos(), draws).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(fitted - expected).mean() < 8  # the resize may look past the part's edge and average by whole factors
+    assert np.abs(fitted - expected).mean() < 8  # the resize may sample beyond the crop and average by whole factors
 
 
 def test_only_photos_that_are_augmented_are_cropped_before_the_device() -> None:
@@ -222,7 +222,7 @@ def test_offsets_are_uniform() -> None:
     assert counts.sum() == 5000 and 150 < counts.min() and counts.max() < 255
 
 
-def test_random_erasing_blanks_one_rectangle_of_the_asked_share_of_images() -> None:
+def test_random_erasing_erases_one_rectangle_in_the_given_fraction_of_images() -> None:
     images = torch.full((1000, 3, 16, 16), 255, dtype=torch.uint8)
     samples = np.arange(1000)
     output = transform(photos(16), random_erasing=0.3).train(images, samples, 0)
@@ -284,7 +284,7 @@ def test_epoch_sample_and_seed_change_the_augmentation(augment: str) -> None:
         assert (first != other).flatten(1).any(dim=1).sum() > 24
 
 
-def test_global_randomness_and_the_callers_images_are_left_alone() -> None:
+def test_global_generators_and_the_callers_images_are_unchanged() -> None:
     images = noise(16, 3, 16, 16)
     before, torch_state = images.clone(), torch.get_rng_state()
     numpy_state = np.random.get_state(legacy=False)["state"]["key"].copy()
@@ -306,7 +306,7 @@ def torchvision_policy(name: str) -> dict:
 
 
 def torchvision_operation(image: torch.Tensor, name: str, magnitude: float) -> torch.Tensor:
-    """What torchvision does to one image or batch, with bilinear sampling."""
+    """The operation of torchvision on an image or batch, with bilinear sampling."""
     from torchvision.transforms import v2
 
     ids = {"color": "Color", "autocontrast": "AutoContrast"}
@@ -339,7 +339,7 @@ def test_every_operation_and_magnitude_equals_torchvisions(channels: int, operat
     magnitudes = np.concatenate([magnitudes, -magnitudes]) if operation.signed else magnitudes
     is_affine = operation.name in randaugment.MATRICES
     images = smooth(len(magnitudes), channels, 20) if is_affine else noise(len(magnitudes), channels, 40, 40)
-    images[0] = 77  # flat images are a case of their own for contrast, autocontrast and equalize
+    images[0] = 77  # constant images are a special case for contrast, autocontrast and equalize
     names = np.array([operation.name] * len(magnitudes))
     output = randaugment.operate(images, names, magnitudes)
     expected = torch.stack(
@@ -356,7 +356,7 @@ def test_every_operation_and_magnitude_equals_torchvisions(channels: int, operat
         assert torch.equal(output, expected)
 
 
-def test_every_image_gets_its_own_operation_and_goes_back_to_its_place() -> None:
+def test_every_image_gets_its_own_operation_and_keeps_its_place() -> None:
     names = np.array([operation.name for operation in RANDAUGMENT.operations] * 3)
     magnitudes = np.linspace(0.1, 0.9, len(names), dtype=np.float32)
     images = noise(len(names), 3, 20, 20)
@@ -417,7 +417,7 @@ def test_mixed_slices_equal_the_whole(mixup: float, cutmix: float) -> None:
     assert not torch.equal(other_place, whole_images)
 
 
-def test_mixup_blends_images_and_labels_by_one_share_per_pair() -> None:
+def test_mixup_blends_images_and_labels_with_one_weight_per_pair() -> None:
     images = torch.arange(40.0).view(40, 1, 1, 1).expand(-1, 1, 4, 4)
     output, soft = mixed(images, torch.arange(40) % 2, 0.4, 0.0)
     first, second = output[0::2, 0, 0, 0], output[1::2, 0, 0, 0]
@@ -429,7 +429,7 @@ def test_mixup_blends_images_and_labels_by_one_share_per_pair() -> None:
     assert len(share.unique()) > 15
 
 
-def test_cutmix_pastes_the_partners_box_and_counts_its_true_area() -> None:
+def test_cutmix_pastes_the_partners_box_and_weights_labels_by_its_true_area() -> None:
     images = torch.arange(64.0).view(64, 1, 1, 1).repeat(1, 1, 16, 16)
     output, soft = mixed(images, torch.arange(64) % 2, 0.0, 1.0)
     pasted = output != images
@@ -493,7 +493,7 @@ def test_no_mixing_returns_the_images_and_exact_labels() -> None:
         ({"image_size": 0}, "must be 1 or more"),
     ],
 )
-def test_preprocessing_refuses_what_does_not_fit(wrong: dict, message: str) -> None:
+def test_preprocessing_refuses_inconsistent_values(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessing(**{**vars(photos()), **wrong})
 

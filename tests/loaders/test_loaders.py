@@ -1,4 +1,4 @@
-"""Loaders: both give the same batches; what was decoded is found again, and never wrongly; bad images are left out."""
+"""Loaders: both give the same batches; the cache of decoded images is valid or unused; bad images are skipped."""
 
 import io
 import multiprocessing
@@ -43,7 +43,7 @@ def noise(side: int, seed: int, width: int | None = None) -> np.ndarray:
 
 
 def table_of(images: list[bytes | None], name: str = "train") -> Split:
-    """A split with its images in a table; the labels are 0, 1, 0, 1, ..."""
+    """A split of images in a table, with labels 0, 1, 0, 1, ..."""
     rows = [{"bytes": image, "path": None} for image in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return Split(name, pa.table({"image": pa.array(rows, kind)}), "image", np.arange(len(images)) % 2)
@@ -59,7 +59,7 @@ def photo_split(count: int = 8) -> Split:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where decoded images are kept, inside tmp_path; any number of them is worth it."""
+    """The cache folder of decoded images, in tmp_path; caches any number of images."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -69,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each image that is decoded."""
+    """One entry for each image that is decoded."""
     calls: list[int] = []
 
     def counted(*arguments: Any) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_a_photo_does_not_depend_on_its_batch_or_worker() -> None:
     assert (later != whole).flatten(1).any(1).all()
 
 
-def test_photos_evaluate_alike_on_the_device_and_stay_there_only_when_asked(folder: Path) -> None:
+def test_photos_evaluate_equally_on_the_device_and_are_kept_there_only_on_request(folder: Path) -> None:
     split = photo_split()
     assert [choose_loader(split, PHOTOS, wanted, CPU) for wanted in ("auto", "device", "workers")] == [
         "workers", "device", "workers",
@@ -137,7 +137,7 @@ def test_photos_evaluate_alike_on_the_device_and_stay_there_only_when_asked(fold
     assert torch.equal(on_device, torch.stack(expected))
 
 
-def test_photos_on_the_device_get_the_parts_that_workers_would_cut() -> None:
+def test_photos_on_the_device_get_the_same_crops_as_in_workers() -> None:
     draws = np.random.default_rng(0).random((300, 22))
     assert random_parts(draws, 256).tolist() == [list(random_part(256, 256, row)) for row in draws]
     ramp = torch.arange(32).float()
@@ -146,7 +146,7 @@ def test_photos_on_the_device_get_the_parts_that_workers_would_cut() -> None:
     assert torch.equal(whole, picture[0])
     inside = picture[0, :, 4:20, 8:24].float()[None]
     expected = torch.nn.functional.interpolate(inside, 32, mode="bilinear")[0]
-    # the part's border pixels may look past it, where interpolate repeats the last one
+    # border pixels of a crop may sample beyond it, where interpolate repeats the last pixel
     assert (part[:, 2:-2, 2:-2] - expected[:, 2:-2, 2:-2]).abs().max() <= 0.5
 
 
@@ -161,7 +161,7 @@ def test_photos_on_the_device_train_from_the_larger_square(folder: Path) -> None
     assert not torch.equal(first, next(loader.train_epoch(1, 8, 1))[0])
 
 
-def test_a_small_share_of_a_large_photo_is_decoded_smaller_but_large_enough() -> None:
+def test_a_small_crop_of_a_large_photo_is_decoded_smaller_but_large_enough() -> None:
     large = table_of([encode(np.kron(noise(50, 1, 60), np.ones((10, 10, 1), np.uint8)), "JPEG")])
     sizes = []
 
@@ -193,7 +193,7 @@ def test_pixels_are_those_of_the_decoded_image(channels: int) -> None:
 # The cache
 
 
-def test_a_second_start_maps_what_the_first_decoded(folder: Path, decodings: list[int]) -> None:
+def test_a_second_start_maps_the_images_decoded_by_the_first(folder: Path, decodings: list[int]) -> None:
     split = small_split()
     first = all_of(device_images(split), split)
     assert len(decodings) == 40
@@ -206,7 +206,7 @@ def test_a_second_start_maps_what_the_first_decoded(folder: Path, decodings: lis
         assert column[7].as_py() == first[7].numpy().tobytes()
 
 
-def test_all_parts_of_a_table_share_one_file(folder: Path, decodings: list[int]) -> None:
+def test_all_splits_of_a_table_share_one_file(folder: Path, decodings: list[int]) -> None:
     split = small_split()
     train, val = split.select(np.arange(3, 40)), split.select(np.array([2, 0, 1]), "val")
     other_seed = split.select(np.random.default_rng(1).permutation(40)[:30])
@@ -216,7 +216,7 @@ def test_all_parts_of_a_table_share_one_file(folder: Path, decodings: list[int])
     assert len(decodings) == 40 + (37 + 3 + 30), "the table once, besides what the worker loader decoded"
 
 
-def test_for_a_small_part_of_a_table_the_rest_is_not_decoded(folder: Path, decodings: list[int]) -> None:
+def test_for_a_small_split_of_a_table_the_rest_is_not_decoded(folder: Path, decodings: list[int]) -> None:
     part = small_split().select(np.array([7, 3, 30]))
     assert torch.equal(all_of(device_images(part), part)[1], torch.from_numpy(noise(8, 3)).permute(2, 0, 1))
     assert len(decodings) == 3 and not list(folder.glob("*.arrow"))
@@ -240,7 +240,7 @@ def test_another_content_or_size_has_another_file(folder: Path, decodings: list[
     assert torch.equal(images, all_of(worker_images(split, preprocessing, "none"), split))
 
 
-def test_a_changed_file_of_a_folder_is_decoded_anew(folder: Path, decodings: list[int], tmp_path: Path) -> None:
+def test_a_changed_file_of_a_folder_is_decoded_again(folder: Path, decodings: list[int], tmp_path: Path) -> None:
     for row in range(20):
         path = tmp_path / "set" / "ab"[row % 2] / f"{row}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def test_a_changed_file_of_a_folder_is_decoded_anew(folder: Path, decodings: lis
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
-def test_a_damaged_file_is_noticed_and_made_anew(
+def test_a_damaged_file_is_detected_and_written_again(
     folder: Path, decodings: list[int], damage: str, capsys: pytest.CaptureFixture
 ) -> None:
     split = small_split()
@@ -297,7 +297,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     assert "could not be cached" in capsys.readouterr().err
 
 
-def test_what_a_killed_process_left_is_no_obstacle(folder: Path, decodings: list[int]) -> None:
+def test_leftovers_of_a_killed_process_are_ignored(folder: Path, decodings: list[int]) -> None:
     split = small_split()
     expected = all_of(device_images(split), split)
     (file,) = folder.glob("*.arrow")
@@ -322,7 +322,7 @@ def decode_slowly(folder: Path, results: Any) -> None:
     results.put((count, int(images.sum())))
 
 
-def test_of_processes_that_start_together_one_decodes(folder: Path) -> None:
+def test_only_one_of_several_processes_decodes(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     with pytest.MonkeyPatch.context() as patch:
@@ -336,7 +336,7 @@ def test_of_processes_that_start_together_one_decodes(folder: Path) -> None:
     assert answers == [(0, 192 * 780), (0, 192 * 780), (40, 192 * 780)]
 
 
-def test_the_cache_lies_where_datasets_keeps_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_in_the_cache_folder_of_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
     import datasets
@@ -351,7 +351,7 @@ def test_the_cache_lies_where_datasets_keeps_its_own(monkeypatch: pytest.MonkeyP
         assert cache_folder.cache_folder() == tmp_path / name / rest / "decoded"
 
 
-def test_the_embedded_digits_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_embedded_digits_are_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -382,7 +382,7 @@ def with_bad_images(count: int = 30) -> Split:
     return table_of([BAD.get(row, encode(noise(8, row))) for row in range(count)])
 
 
-def test_bad_images_are_left_out_and_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bad_images_are_skipped_and_reported(folder: Path, capsys: pytest.CaptureFixture) -> None:
     split = with_bad_images()
     parts = [split.select(np.arange(20)), split.select(np.arange(10, 30), "val"), small_split(4)]
     screened = without_bad_images(parts, 3, 2, shown=True)
@@ -396,7 +396,7 @@ def test_bad_images_are_left_out_and_named(folder: Path, capsys: pytest.CaptureF
     assert not capsys.readouterr().err
 
 
-def test_what_was_found_good_is_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_recorded_as_good_are_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.data import bad_images
 
     calls: list[int] = []
@@ -428,7 +428,7 @@ def test_many_bad_images_are_counted_and_all_bad_is_an_error(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("source", [device_images, worker_images])
-def test_a_bad_image_is_an_error_that_names_it(folder: Path, source: Any) -> None:
+def test_a_bad_image_raises_an_error_with_its_place(folder: Path, source: Any) -> None:
     split = with_bad_images()
     with pytest.raises(BadImage, match="^row 2 of train: The image is empty.*--on_bad_image skip"):
         all_of(source(split), split)
@@ -437,7 +437,7 @@ def test_a_bad_image_is_an_error_that_names_it(folder: Path, source: Any) -> Non
 
 
 def write_set(root: Path) -> Path:
-    """A folder of two classes, 60 images, five of them bad: of each kind one, and an animation, which is good."""
+    """A folder of two classes and 60 images: five bad ones, each of another kind, and an animation, which is good."""
     for row in range(60):
         path = root / "ab"[row % 2] / f"{row:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ from pipeline.settings.parser import from_yaml
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingFailed
 
-NUM_TRAIN, NUM_TEST = 203, 41  # neither divides by anything here
+NUM_TRAIN, NUM_TEST = 203, 41  # not divisible by any number used here
 CLASS_NAMES = ("cat", "dog", "owl")
 PIXELS = Preprocessing(image_size=8, channels=1, mean=(0.0,), std=(1.0,), source_size=8)
 
@@ -57,7 +57,7 @@ def label_of(number: int) -> int:
 
 
 def picture(number: int, side: int = 8) -> bytes:
-    """A grey PNG whose first two pixels are its number."""
+    """A grey PNG whose first two pixels encode its number."""
     pixels = np.full((side, side), 20 * label_of(number), np.uint8)
     pixels[0, :2] = divmod(number, 256)
     stream = io.BytesIO()
@@ -88,7 +88,7 @@ def write_arrow(folder: Path) -> None:
         rows = [{"image": {"bytes": picture(n), "path": None}, "label": label_of(n)} for n in numbers]
         table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
         (folder / name).mkdir()
-        kinds = {"train": pa.ipc.new_stream, "test": pa.ipc.new_file}  # both of Arrow's formats
+        kinds = {"train": pa.ipc.new_stream, "test": pa.ipc.new_file}  # both formats of Arrow
         with kinds[name](str(folder / name / "0.arrow"), table.schema) as writer:
             writer.write_table(table, max_chunksize=10)
 
@@ -102,7 +102,7 @@ def write_tar(folder: Path) -> None:
         with tarfile.open(folder / f"{name}.tar", "w") as archive:
             for number in numbers:
                 facts = json.dumps({"label": label_of(number)}).encode()
-                # either way of giving the label, before the image or after it
+                # both ways to store the label, before or after the image
                 label = (
                     (f"{number:05}.cls", str(label_of(number)).encode()) if number % 2 else (f"{number:05}.json", facts)
                 )
@@ -130,11 +130,11 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def hf_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`datasets` leaves its locks in a temporary folder."""
+    """Lets `datasets` write its locks to a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("hf_cache")
         patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-        patch.setenv("HF_DATASETS_CACHE", str(cache))  # of processes that are started
+        patch.setenv("HF_DATASETS_CACHE", str(cache))  # for started processes
         yield
 
 
@@ -163,7 +163,7 @@ def loader_of(split: Any, rank: int = 0, num_processes: int = 1, num_workers: in
 
 
 def numbers_of(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[list[int]]:
-    """The images' numbers, batch by batch; asserts that each comes with its label."""
+    """The numbers of the images, batch by batch; asserts that each has its label."""
     found = []
     for images, labels in batches:
         levels = (images[:, 0, 0, :2] * 255).round().long()
@@ -206,7 +206,7 @@ def test_streamed_splits_are_those_of_the_other_loaders(sets, kind):
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-def test_ranks_and_workers_share_an_epoch_and_an_evaluation_out(sets, num_processes):
+def test_ranks_and_workers_partition_an_epoch_and_an_evaluation(sets, num_processes):
     train = load_image_dataset(str(sets["parquet"]), streamed=True).train
     steps = -(-len(train) // 37)
     alone = loader_of(train)
@@ -221,7 +221,7 @@ def test_ranks_and_workers_share_an_epoch_and_an_evaluation_out(sets, num_proces
     assert sorted(evaluated) == sorted(flat(together))
 
 
-def test_a_stream_goes_on_at_the_right_sample(sets):
+def test_a_stream_resumes_at_the_right_sample(sets):
     train = load_image_dataset(str(sets["parquet"]), streamed=True).train
     whole = numbers_of(loader_of(train).train_epoch(2, 16, 11))
     for first in (1, 7, 10):
@@ -268,7 +268,7 @@ def test_workers_change_no_bit(sets, whole_run, run_training):
     assert_identical(run_dir, whole_run)
 
 
-def test_going_on_within_an_epoch_changes_no_bit(sets, whole_run, run_training, tmp_path):
+def test_resuming_within_an_epoch_changes_no_bit(sets, whole_run, run_training, tmp_path):
     cut_back(whole_run, tmp_path / "run", step=3)
     _, run_dir = run_training(**STREAM, dataset=str(sets["parquet"]))
     assert_identical(run_dir, whole_run)
@@ -281,7 +281,7 @@ def test_two_processes_train_as_one(sets, whole_run, tmp_path):
     assert_close_figures(tmp_path / "run", whole_run)
 
 
-def test_a_shard_that_is_lost_ends_the_run_and_it_goes_on_when_the_shard_is_back(
+def test_a_lost_shard_ends_the_run_which_resumes_when_the_shard_is_restored(
     sets, whole_run, run_training, tmp_path, monkeypatch
 ):
     folder = tmp_path / "set"
@@ -301,7 +301,7 @@ def test_a_shard_that_is_lost_ends_the_run_and_it_goes_on_when_the_shard_is_back
             run_training(**{**STREAM, "num_workers": 1}, dataset=str(folder))
     message = str(failure.value)
     assert re.fullmatch(r"Cannot read the shard .*train-1.parquet: .*4 attempts.*", message)
-    del failure  # its traceback keeps the worker alive, which has the run's lock
+    del failure  # its traceback keeps the worker alive, which holds the lock of the run
     gc.collect()
     run_dir = tmp_path / "run"
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
@@ -310,7 +310,7 @@ def test_a_shard_that_is_lost_ends_the_run_and_it_goes_on_when_the_shard_is_back
     assert_identical(run_dir, whole_run)
 
 
-def test_a_shard_that_comes_back_in_time_is_read(tmp_path, monkeypatch):
+def test_a_shard_that_is_restored_in_time_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "FIRST_WAIT_SECONDS", 0.2)
     path = tmp_path / "0.png"
     split = StreamedSplit(
@@ -326,7 +326,7 @@ def test_a_shard_that_comes_back_in_time_is_read(tmp_path, monkeypatch):
         split.encoded(0)
 
 
-def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, tmp_path):
+def test_sets_that_cannot_be_streamed_are_refused_with_an_alternative(sets, whole_run, tmp_path):
     with pytest.raises(ValueError, match="--loader stream"):
         load_image_dataset(str(sets["tar"]))
     with pytest.raises(ValueError, match="on_bad_image skip"):
@@ -345,7 +345,7 @@ def test_what_cannot_be_streamed_is_refused_with_a_way_out(sets, whole_run, tmp_
 
 @pytest.fixture
 def hub(sets, tmp_path) -> Iterator[Callable[..., tuple[Any, list[tuple[str, int, int]]]]]:
-    """Streams the Parquet set from a Hub on this machine; returns the ended process and the ranges it was sent."""
+    """Streams the Parquet set from a Hub on this machine; returns the ended process and the byte ranges that it read."""
     settings = {**STREAM, "val_fraction": 0, "num_workers": 2, "dataset": "owner/pets", "output_dir": tmp_path}
     home = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets")}
     with set_hub(sets["parquet"]) as (address, served):
@@ -366,7 +366,7 @@ def row_group_starts(path: Path) -> list[int]:
 
 
 def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, sets, tmp_path):
-    stumbles = ["train-0.parquet"] * 2  # the server fails twice, then is well again
+    stumbles = ["train-0.parquet"] * 2  # the server fails twice, then succeeds
 
     def fail(name: str, first: int) -> int:
         starts = row_group_starts(sets["parquet"] / name)
@@ -388,7 +388,7 @@ def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, 
     assert len(lines_of(tmp_path / "run")) > 10
 
 
-def test_a_hub_set_that_goes_away_ends_the_run_with_one_line(hub, tmp_path):
+def test_a_hub_set_that_becomes_unreachable_ends_the_run_with_one_line(hub, tmp_path):
     requests = itertools.count()
     ended, _ = hub(lambda name, first: 404 if next(requests) > 60 and name == "train-1.parquet" else 0)
     assert ended.returncode == 1
@@ -399,7 +399,7 @@ def test_a_hub_set_that_goes_away_ends_the_run_with_one_line(hub, tmp_path):
 
 
 def measure(folder: str) -> None:
-    """Prints the peak of this process's memory, in KiB, after an epoch of the set."""
+    """Prints the peak memory of this process, in KiB, after an epoch of the set."""
     split = load_image_dataset(folder, streamed=True).train
     preprocessing = Preprocessing(image_size=8, channels=1, mean=(0.0,), std=(1.0,))
     loader = loader_of(split)

@@ -1,4 +1,4 @@
-"""The order of a stream: lanes end together, and a chunk is read by one worker of one process wherever that is fair."""
+"""The order of a stream: lanes end together, and one worker of one process reads a chunk if shares stay balanced."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ def flat(lists: list[list[int]]) -> list[int]:
 
 
 def chunks_read(order: EpochOrder, lanes: int, num_processes: int, num_workers: int) -> list[list[int]]:
-    """What each worker of each process reads in an epoch."""
+    """The chunks that each worker of each process reads in an epoch."""
     read = []
     for rank in range(num_processes):
         own = lanes_of(rank, num_processes, lanes)
@@ -62,7 +62,7 @@ def test_few_chunks_are_cut_so_that_no_process_waits_for_another():
     assert one == [[0], [0]]  # a single row group is read by both
 
 
-def test_cuts_move_to_a_border_that_is_near():
+def test_cuts_move_to_a_nearby_border():
     assert lane_cuts(np.array([101, 199, 300, 400]), 4).tolist() == [0, 101, 199, 300, 400]
     assert lane_cuts(np.array([150, 400]), 4).tolist() == [0, 100, 200, 300, 400]
 

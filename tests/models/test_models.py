@@ -1,4 +1,4 @@
-"""Models are built, named, started from weights, saved and rebuilt as a user expects."""
+"""Models: names, creation, initial weights, saving and loading."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def images_of(size: int, in_chans: int = 3) -> torch.Tensor:
         ("vit_tiny_patch16_224", 32, 1, "vit_tiny_patch16_224"),
     ],
 )
-def test_a_model_trains_and_comes_back_bit_for_bit(tmp_path, name, image_size, in_chans, architecture):
+def test_a_model_trains_and_is_restored_bit_for_bit(tmp_path, name, image_size, in_chans, architecture):
     model, report = create_model(name, num_classes=5, in_chans=in_chans, image_size=image_size)
     assert report is None and model.training
     images = images_of(image_size, in_chans)
@@ -102,7 +102,7 @@ def test_a_model_trains_and_comes_back_bit_for_bit(tmp_path, name, image_size, i
     assert (described["interpolation"], described["crop_pct"]) == ("bilinear", 1.0)
 
 
-def test_timm_alone_rebuilds_a_saved_folder_after_import_pipeline(tmp_path):
+def test_timm_loads_a_saved_folder_after_import_pipeline(tmp_path):
     """Whatever is imported first after torch, in processes that know nothing else of ours."""
     expected = {}
     for name in ("resnet18", "simple_mlp"):
@@ -192,7 +192,7 @@ def test_the_hidden_sizes_are_rebuilt(tmp_path):
     ],
 )
 def test_a_small_stem_keeps_the_resolution(name, shrinks):
-    """The image shrinks 32 times in the ImageNet model, 8 or 16 times here: by what follows the stem."""
+    """The ImageNet model reduces the resolution 32 times; here the stages after the stem reduce it 8 or 16 times."""
     with torch.device("meta"):
         usual, small = timm.create_model(name), timm.create_model(with_small_stem(name))
         images = torch.zeros(1, 3, 64, 64)
@@ -204,7 +204,7 @@ def test_a_small_stem_of_resnet_is_one_3x3_convolution_without_pooling():
     model, _ = create_model("resnet18", num_classes=10, image_size=32, stem="small")
     assert isinstance(model.maxpool, nn.Identity)
     assert (model.conv1.kernel_size, model.conv1.stride, model.conv1.padding) == ((3, 3), (1, 1), (1, 1))
-    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962  # the CIFAR ResNet-18 of the field
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962  # the usual CIFAR ResNet-18
 
 
 def test_small_stems_of_pretrained_weights_are_the_centres_of_the_filters(tmp_path):
@@ -245,7 +245,7 @@ def test_every_small_stem_is_registered():
 
 @pytest.fixture
 def saved(tmp_path) -> tuple[nn.Module, Path]:
-    """A small model of 5 classes and the run folder that holds it."""
+    """A small model of 5 classes and its run folder."""
     model, _ = create_model("resnet18", num_classes=5, image_size=16)
     train_one_step(model, images_of(16))
     (tmp_path / "run").mkdir()
@@ -276,7 +276,7 @@ def test_init_from_takes_the_stem_of_the_folder_at_any_size(saved):
     assert continued.pretrained_cfg["architecture"] == "resnet18_small_stem"
 
 
-def test_init_from_refuses_what_does_not_fit(saved, tmp_path):
+def test_init_from_refuses_weights_that_do_not_fit(saved, tmp_path):
     run = saved[1]
     with pytest.raises(ValueError, match=r"conv1.weight \(64, 3, 3, 3\), the model has \(64, 3, 7, 7\)"):
         create_model("resnet18", num_classes=5, image_size=16, stem="imagenet", init_from=run)
@@ -289,7 +289,7 @@ def test_init_from_refuses_what_does_not_fit(saved, tmp_path):
         create_model("resnet18", num_classes=5, image_size=16, init_from=tmp_path / "weights.pth")
 
 
-def test_what_is_unused_is_reported(saved, tmp_path):
+def test_unused_tensors_are_reported(saved, tmp_path):
     tensors = load_file(saved[1] / "model" / "model.safetensors")
     missing = tensors.pop("bn1.bias")
     save_file({**tensors, "teacher.weight": missing}, tmp_path / "more.safetensors")
@@ -298,7 +298,7 @@ def test_what_is_unused_is_reported(saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
-def test_a_broken_weights_file_is_named(saved, content):
+def test_a_damaged_weights_file_is_reported_with_its_path(saved, content):
     file = saved[1] / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10] if content is None else content)
     for broken in (
@@ -311,14 +311,14 @@ def test_a_broken_weights_file_is_named(saved, content):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"architecture": "resnet118"}'])
-def test_a_broken_config_is_named(saved, text):
+def test_a_damaged_config_is_reported_with_its_path(saved, text):
     file = saved[1] / "model" / "config.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=str(file)):
         load_model(file.parent)
 
 
-def test_weights_of_another_model_are_named_by_load_model(saved):
+def test_load_model_reports_weights_of_another_model(saved):
     folder = saved[1] / "model"
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit its config.json"):
@@ -441,7 +441,7 @@ def test_pretrained_positions_are_resampled_and_reported(tmp_path):
         ("resnet118", {}, "Unknown model"),
     ],
 )
-def test_settings_that_a_model_cannot_follow_are_refused(name, arguments, message):
+def test_settings_that_a_model_does_not_support_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, **{"num_classes": 5, "image_size": 32, **arguments})
 
