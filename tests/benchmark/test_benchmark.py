@@ -1,4 +1,4 @@
-"""The benchmarks' commands: every figure is there, positive and consistent; never how fast something is."""
+"""The benchmarks' commands: every figure is present, positive and consistent. Speed is not tested."""
 
 import importlib.util
 import json
@@ -274,7 +274,7 @@ def test_contenders_take_turns():
     assert rows[0]["modules"] == 3 and (rows[0]["least"], rows[0]["most"], rows[0]["n"]) == (1.0, 4.0, 3)
 
 
-def test_made_images_are_the_same_for_the_same_seed_and_hard_to_compress():
+def test_synthetic_images_are_reproducible_and_hard_to_compress():
     assert made_image(32, 32, 5).tobytes() == made_image(32, 32, 5).tobytes() != made_image(32, 32, 6).tobytes()
 
 

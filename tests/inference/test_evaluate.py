@@ -1,4 +1,4 @@
-"""python -m pipeline.evaluate: a run's own figures to the last digit, other sets by the names of their classes."""
+"""python -m pipeline.evaluate: a run's test figures bit for bit, and other datasets with classes matched by name."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from pipeline.inference.saved_model import load_saved_model
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of three classes of eight photos each, no two of one size."""
+    """A folder of three classes with eight photos each, all of different sizes."""
     draw = np.random.default_rng(0)
     for number, name in enumerate(("bird", "cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_the_precision_is_that_of_the_runs_launcher(run_training, capsys, monkey
     assert printed["mixed_precision"] == "no" and printed["loss"] != summary["test"]["loss"]
 
 
-def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, photos, capsys):
+def test_a_run_on_photos_has_its_figures_on_every_split(run_training, photos, capsys):
     settings = {"dataset": str(photos), "image_size": 16, "num_workers": 0, "batch_size": 4, "val_fraction": 0.3}
     summary, run_dir = run_training(**settings, max_train_samples=None)
     assert figures(evaluated(capsys, run_dir)) == figures(summary["test"])
@@ -83,7 +83,7 @@ def test_a_run_on_photos_gives_its_figures_again_on_every_split(run_training, ph
     assert evaluated(capsys, run_dir, "--split", "train")["num_samples"] == 13
 
 
-def test_a_timm_folder_reaches_the_same_on_the_set_that_is_named(finished_run, capsys):
+def test_a_timm_folder_has_the_same_figures_on_the_same_dataset(finished_run, capsys):
     summary, run_dir = finished_run()
     printed = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation
     assert figures(printed) == figures(summary["test"])
@@ -148,7 +148,7 @@ def test_flip_is_in_the_commands_figures(finished_run, capsys):
     assert printed["tta"] == "flip" and printed["loss"] != summary["test"]["loss"]
 
 
-def test_two_processes_find_what_one_does(finished_run, capsys):
+def test_two_processes_give_the_figures_of_one(finished_run, capsys):
     summary, run_dir = finished_run()
     alone = evaluated(capsys, run_dir)
     done = torchrun(2, "pipeline.evaluate", str(run_dir), "--json", program="-m")

@@ -1,4 +1,4 @@
-"""python -m pipeline.export: what is exported gives the model's own logits, or is not there."""
+"""python -m pipeline.export: an export has the model's logits, or is not written."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def exported(capsys, *arguments, status=0):
 
 
 def logits_of(name, folder):
-    """The exported model, read with what its users have: neither our code nor, for ONNX, torch."""
+    """The exported model, read without our code and, for ONNX, without torch."""
     if name == "timm":
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     if name == "torchscript":

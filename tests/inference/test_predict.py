@@ -1,4 +1,4 @@
-"""python -m pipeline.predict: the preprocessing of validation, every file accounted for, three formats."""
+"""python -m pipeline.predict: the preprocessing of validation, a result for every file, three formats."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def photo_set(tmp_path_factory):
-    """A folder of two classes of ten photos, grey and coloured, no two of one size."""
+    """A folder of two classes of ten photos, grey and coloured, all of different sizes."""
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(0)
     for number, name in enumerate(("cat", "dog")):
@@ -73,7 +73,7 @@ def predicted(capsys, *arguments, status=0):
     "settings",
     [{}, {"image_size": 13}, {"image_size": 6, "model_name": "simple_mlp"}, {"dataset": "photos", **PHOTO_RUN}],
 )
-def test_images_become_the_input_that_validation_sees_bit_for_bit(finished_run, photo_set, settings):
+def test_images_are_preprocessed_as_in_validation_bit_for_bit(finished_run, photo_set, settings):
     _, run_dir = finished_run(**settings | ({"dataset": str(photo_set)} if "dataset" in settings else {}))
     parts = assemble(from_yaml(run_dir / "config.yaml"), Accelerator())
     saved = load_saved_model(str(run_dir))

@@ -1,4 +1,4 @@
-"""Reports: what they read, what they say, and that their page is whole, harmless and needs nothing else."""
+"""Reports: reading runs, tables and figures, and a page that is valid, safe and self-contained."""
 
 import csv
 import io
@@ -72,7 +72,7 @@ def write_summary(folder: Path, accuracies: tuple[float, ...], **changes: Any) -
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two optimizers with two seeds each, and one run in each unhappy state."""
+    """Two optimizers with two seeds each, and one run of each kind of failure."""
     folder = tmp_path_factory.mktemp("some") / "runs"
     write_run(folder / "sgd-0", (0.5, 0.8), seed=0)
     write_run(folder / "sgd-1", (0.6, 0.9), seed=1)
@@ -100,7 +100,7 @@ def report(runs: Path) -> Path:
 
 
 class Checker(HTMLParser):
-    """Collects what is wrong with a page: tags that are not closed, and what it would fetch."""
+    """Collects the errors of a page: unclosed tags, and requests that it would make."""
 
     VOID = {"meta", "link", "img", "input", "br"}
 
@@ -148,7 +148,7 @@ def test_the_page_is_complete_and_makes_no_request(report: Path):
     assert "default-src 'none'" in page
 
 
-def test_words_of_runs_cannot_become_markup(report: Path):
+def test_text_of_runs_is_escaped(report: Path):
     page = (report / "report.html").read_text()
     checker = Checker()
     checker.feed(page)

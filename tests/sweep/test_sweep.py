@@ -412,7 +412,7 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     assert trials_of(folder)[0]["value"] == best
 
 
-def test_the_trial_of_an_agent_that_was_killed_is_taken_over(tmp_path):
+def test_the_trial_of_a_killed_agent_is_resumed_by_another(tmp_path):
     path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="killed")
     agent = start_process("-m", "pipeline.sweep", str(path), "--output_dir", str(tmp_path))
     starts = tmp_path / "killed" / "trial-0001" / "starts"

@@ -53,7 +53,7 @@ def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None)
 
 
 def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path):
-    """Stopped as early termination stops it, started again as a preempted one is: with the argument that W&B then adds."""
+    """The trial is stopped as by early termination, and restarted as a preempted one, with the argument that W&B adds."""
     settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
     again = {**settings, "_wandb": {"resume": 1}}
     commands = iter([run_command("run", "run1", settings), run_command("resume", "run1", again), [{"type": "exit"}]])

@@ -1,4 +1,4 @@
-"""Faults: a full disk, a lost folder, lost workers, broken images; a run survives them or ends with what to do."""
+"""Faults: a full disk, a lost folder, lost workers, broken images. A run survives them or ends with advice."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ def at_steps(actions):
 
 
 def fill_disk():
-    """From now on no file takes a byte; Python ignores the signal that comes with it."""
+    """Makes every write to a file fail; Python ignores the signal that the system sends too."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
@@ -52,7 +52,7 @@ def room_afterwards():
 
 @pytest.fixture
 def whole(run_training):
-    """The run that meets no fault; its last epoch is its best."""
+    """The run without a fault; its last epoch is its best."""
     summary, run_dir = run_training(run_name="whole", **EVERY_STEP)
     assert summary["best"]["epoch"] == summary["epochs"] == 2
     return run_dir
@@ -75,7 +75,7 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
     assert "metrics.jsonl cannot be written" in told and "kept in memory" in told
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_saved_is_gone_on_from(
+def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_run_resumes_from_the_last_checkpoint(
     run_training, whole, capsys, tmp_path, room_afterwards
 ):
     with at_steps({4: fill_disk}), pytest.raises(
@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_kept_in_memory_while_it_cannot_be_written(run_tr
 
 
 @pytest.mark.parametrize("bring_back", ["moved back", "made anew, empty"])
-def test_a_run_outlives_the_loss_of_its_folder(run_training, whole, tmp_path, capsys, monkeypatch, bring_back):
+def test_a_run_survives_the_loss_of_its_folder(run_training, whole, tmp_path, capsys, monkeypatch, bring_back):
     monkeypatch.setattr(checkpoint_writer, "RETRY_SECONDS", 0.0)
     run_dir = tmp_path / "run"
 
@@ -120,7 +120,7 @@ def test_a_run_outlives_the_loss_of_its_folder(run_training, whole, tmp_path, ca
     assert {"config.yaml", "summary.json", "model", "checkpoints"} <= set(os.listdir(run_dir))
 
 
-def test_the_loss_of_the_best_checkpoint_is_told(run_training, tmp_path):
+def test_the_loss_of_the_best_checkpoint_is_reported(run_training, tmp_path):
     def lose():
         wait_for((tmp_path / "run" / "checkpoints" / "step-00000005").exists)  # a thread writes it
         shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -152,7 +152,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert "No space left on device" in ended.stderr and "To resume: python train.py --config" in ended.stderr
 
 
-def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_same(run_training, tmp_path):
+def test_a_killed_worker_process_ends_the_run_with_advice_and_the_run_resumes_identically(run_training, tmp_path):
     def kill_a_worker():
         own = [child.pid for child in multiprocessing.active_children() if child.pid not in others]
         os.kill(own[0], signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_a_killed_worker_process_ends_the_run_with_advice_and_it_goes_on_the_sam
     assert_identical(run_dir, whole)
 
 
-def test_what_the_writer_cannot_know_is_not_taken_for_a_full_disk(run_training, monkeypatch):
+def test_an_unexpected_error_of_the_writer_is_raised(run_training, monkeypatch):
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_training()

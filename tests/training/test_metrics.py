@@ -33,7 +33,7 @@ def test_batches_of_any_size_add_up_to_the_whole():
     assert abs(result["loss"] - cross_entropy(logits.double(), labels).item()) < 1e-12
 
 
-def test_ignored_samples_count_for_nothing():
+def test_ignored_samples_are_not_counted():
     logits = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
     labels = torch.tensor([0, IGNORED])
     sums = zero_sums(torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_the_calibration_error_is_that_of_the_paper_bin_by_bin():
     assert 0.1 < expected < 0.9 and math.isclose(calibration_error(bins), expected, rel_tol=1e-12)
 
 
-def test_certain_and_right_is_calibrated_and_certain_and_wrong_is_not():
+def test_certain_correct_predictions_are_calibrated_and_certain_wrong_ones_are_not():
     logits = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
     for labels, expected in (([0, 1], 0.0), ([1, 0], 1.0), ([0, 0], 0.5)):
         bins = zero_calibration(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Memory: micro_batch_size auto finds what fits, and running out of memory ends with what would."""
+"""Memory: micro_batch_size auto finds the size that fits, and running out of memory ends with advice."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pipeline.models.create import SimpleMLP
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """A device whose memory is out when a model takes more than so many images."""
+    """A device that runs out of memory if a model gets more than so many images."""
 
     def limit_to(most):
         def limited(self, images):
@@ -34,14 +34,14 @@ def test_auto_finds_the_largest_micro_batch_that_fits_and_changes_nothing_else(r
     assert written in (run_dir / "config.yaml").read_text()
 
 
-def test_a_model_that_does_not_fit_with_one_image_is_told_before_training(run_training, small_memory, tmp_path):
+def test_a_model_that_does_not_fit_with_one_image_is_reported_before_training(run_training, small_memory, tmp_path):
     small_memory(0)
     with pytest.raises(ValueError, match="does not fit.* with a single image.*gradient_checkpointing"):
         run_training(micro_batch_size="auto")
     assert not (tmp_path / "run").exists()
 
 
-def test_running_out_of_memory_ends_with_the_micro_batch_that_fits_and_the_run_goes_on_with_it(
+def test_running_out_of_memory_reports_a_micro_batch_size_with_which_the_run_resumes(
     run_training, small_memory, tmp_path
 ):
     _, whole = run_training(run_name="whole", batch_size_schedule={1: 24}, micro_batch_size=6)
@@ -53,7 +53,7 @@ def test_running_out_of_memory_ends_with_the_micro_batch_that_fits_and_the_run_g
     assert_close_figures(run_dir, whole, rel=1e-5)
 
 
-def test_another_error_of_the_device_is_not_taken_for_want_of_memory(run_training, monkeypatch):
+def test_another_error_of_the_device_is_not_treated_as_out_of_memory(run_training, monkeypatch):
     def broken(self, images):
         if self.training:
             raise RuntimeError("device-side assert triggered")

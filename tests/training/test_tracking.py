@@ -1,4 +1,4 @@
-"""Trackers: metrics.jsonl always, the others when asked for, and none of them can stop a run."""
+"""Trackers: metrics.jsonl always, the others if log_with names them, and none of them can stop a run."""
 
 import pytest
 from conftest import flags, lines_of, run_process
@@ -7,7 +7,7 @@ from pipeline.settings.config import Config
 from pipeline.training.tracking import end_wandb, tracker_names
 
 
-def test_only_the_trackers_asked_for_are_imported(tmp_path):
+def test_only_the_trackers_of_log_with_are_imported(tmp_path):
     code = """
 import sys
 from train import main
@@ -74,7 +74,7 @@ def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, 
         ({"status": "interrupted", "reason": "SIGUSR1"}, ["preempting", "finish 1"]),  # as a batch system does
     ],
 )
-def test_wandb_queues_a_trial_again_whose_machine_is_taken_back(summary, calls):
+def test_wandb_queues_a_preempted_trial_again(summary, calls):
     made = []
 
     class Run:
@@ -102,14 +102,14 @@ def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(run_training, mon
     assert summary["status"] == "completed" and len(lines_of(run_dir)) > 5
 
 
-def test_wandb_is_on_by_itself_under_its_agent(monkeypatch):
+def test_wandb_is_enabled_automatically_under_its_agent(monkeypatch):
     assert tracker_names(Config()) == []
     monkeypatch.setenv("WANDB_SWEEP_ID", "a-sweep")
     assert tracker_names(Config()) == ["wandb"]
     assert tracker_names(Config(log_with=["tensorboard", "wandb"])) == ["tensorboard", "wandb"]
 
 
-def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported(monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="pip install wandb"):
         tracker_names(Config(log_with="wandb"))

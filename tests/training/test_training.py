@@ -1,4 +1,4 @@
-"""The loop: what a run leaves, and that batches, processes and interruptions do not change what it computes."""
+"""The training loop: the files of a run, and results that do not depend on micro-batches, loaders and workers."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def train_losses(run_dir: Path) -> list[float]:
     return losses
 
 
-def test_a_run_leaves_the_folder_that_the_design_describes(run_training):
+def test_a_run_leaves_the_documented_files(run_training):
     summary, run_dir = run_training(keep_checkpoints=5)
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()} - {".lock"}
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json"}
@@ -49,7 +49,7 @@ def test_a_run_leaves_the_folder_that_the_design_describes(run_training):
         assert {"epoch", "loss", "accuracy", "top5_accuracy"} <= summary[part].keys()
 
 
-def test_every_line_says_where_it_belongs_and_what_was_reached(run_training):
+def test_every_line_has_its_place_and_its_figures(run_training):
     _, run_dir = run_training(clip_grad_norm=1.0)
     lines = lines_of(run_dir)
     assert all({"split", "epoch", "step", "samples", "seconds"} <= line.keys() for line in lines)
@@ -64,7 +64,7 @@ def test_every_line_says_where_it_belongs_and_what_was_reached(run_training):
     assert all(figures <= line.keys() for line in lines if line["split"] != "train")
 
 
-def test_a_step_looks_for_no_package_and_asks_for_no_stack(run_training, monkeypatch):
+def test_a_step_searches_no_package_and_formats_no_stack(run_training, monkeypatch):
     asked = []
     for module, name in ((importlib.util, "find_spec"), (traceback, "format_stack")):
         ask = getattr(module, name)
@@ -154,7 +154,7 @@ def test_loaders_and_workers_give_the_same_run(run_training, num_workers):
     assert_identical(workers, device)
 
 
-def test_a_setting_without_effect_is_told_at_the_start(run_training, capsys):
+def test_a_setting_without_effect_is_reported_at_the_start(run_training, capsys):
     run_training(epochs=1, momentum=0.8, optimizer="adamw")
     assert "warning: momentum 0.8 has no effect with optimizer adamw." in capsys.readouterr().err
 
@@ -190,7 +190,7 @@ def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_trai
 
 
 @pytest.mark.parametrize("drop_last, steps", [(True, [5, 2, 1]), (False, [5, 3, 1])])
-def test_a_growing_batch_is_told_of_everywhere_and_a_short_one_used_or_dropped(run_training, capsys, drop_last, steps):
+def test_a_growing_batch_is_reported_and_a_short_one_used_or_dropped(run_training, capsys, drop_last, steps):
     schedule = {"batch_size_schedule": {1: 30, 2: 500}, "epochs": 3, "micro_batch_size": 9, "drop_last": drop_last}
     summary, run_dir = run_training(log_every=1, **schedule)
     told = [
@@ -212,7 +212,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(run_training):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000005", "step-00000015"]
 
 
-def test_without_validation_images_the_test_split_serves_as_both_and_it_is_said(run_training, capsys):
+def test_without_validation_images_the_test_split_is_used_for_both_with_a_note(run_training, capsys):
     summary, _ = run_training(val_fraction=0.0)
     best, test = summary["best"], summary["test"]
     assert all(best[key] == test[key] for key in ("loss", "accuracy", "num_samples"))
@@ -233,7 +233,7 @@ def test_of_many_classes_the_plan_lists_the_first_and_the_last():
     assert text.startswith("c0 1 1 1; c1 1 1 1; ") and "c7 1 1 1; ...; c1997 1 1 1" in text
 
 
-def test_a_dry_run_tells_the_plan_and_leaves_nothing(run_training, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_leaves_no_files(run_training, tmp_path, capsys):
     run_training(dry_run=True, batch_size_schedule={1: 32}, epochs=3, optimizer="adamw", micro_batch_size=8)
     text = capsys.readouterr().out
     for word in (
@@ -263,7 +263,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(run_training, tmp_path, cap
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
-def test_what_is_wrong_is_told_before_any_data_is_loaded(run_training, monkeypatch, settings, words, tmp_path):
+def test_invalid_settings_are_reported_before_any_data_is_loaded(run_training, monkeypatch, settings, words, tmp_path):
     def load(*args, **kwargs):
         raise AssertionError("data was loaded")
 
