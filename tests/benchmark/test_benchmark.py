@@ -285,7 +285,7 @@ def test_a_real_child_returns_its_figures_and_reports_its_errors(tmp_path):
     with pytest.raises(ValueError, match="negative"):
         run_child("sets.make_set", {"set_folder": str(tmp_path), "num_images": 1, "side": -1})
     with pytest.raises(TrainingFailed, match="AttributeError"):
-        run_child("checkpoint.size_of", {})  # which wants a Path
+        run_child("checkpoint.size_of", {})  # which requires a Path
 
 
 def test_the_memory_of_a_process_includes_that_of_its_children():

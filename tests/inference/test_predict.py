@@ -165,7 +165,7 @@ def test_places_are_files_folders_patterns_and_a_list(photos):
     listed = [f"{dog / '7.png'}\n", "\n", f"{cat}\n", str(dog / "*.png")]
     found, problems, _ = prediction.find_images(["-"], listed)
     assert found == [str(dog / "7.png"), *everything[:10]] and len(problems) == 1
-    (photos / "a[1].png").write_text("")  # a name is taken for itself before it is taken for a pattern
+    (photos / "a[1].png").write_text("")  # an existing file takes precedence over a pattern
     assert prediction.find_images([str(photos / "a[1].png")])[0] == [str(photos / "a[1].png")]
 
 

@@ -47,7 +47,7 @@ run_dir = Path(settings["output_dir"]) / settings["run_name"]
 run_dir.mkdir(parents=True, exist_ok=True)
 
 def end(status, **more):
-    aside = run_dir / "aside"  # as train.py does: nobody reads half of it
+    aside = run_dir / "aside"  # as train.py does, so that no reader sees half of it
     aside.write_text(json.dumps({"status": status, "seconds": 1.5, "epochs": 3, **more}))
     aside.replace(run_dir / "summary.json")
 
@@ -254,18 +254,18 @@ def test_hyperbands_iterations_are_those_of_the_documentation():
 
 
 def test_hyperband_stops_trials_that_are_not_among_the_best():
-    def goes_on(history, others, maximize=False, strict=False):
+    def continues(history, others, maximize=False, strict=False):
         return keeps_up(history, others, Hyperband((2, 4), eta=3, strict=strict), maximize)
 
-    assert goes_on([9.0], [[1.0, 1.0]])  # it has not reached an iteration that counts
-    assert goes_on([9.0, 9.0], [])  # and the first to reach one has nobody to be compared with
+    assert continues([9.0], [[1.0, 1.0]])  # it has not reached an iteration that counts
+    assert continues([9.0, 9.0], [])  # the first trial to reach an iteration has no other to compare with
     others = [[9.0, loss] for loss in (1.0, 2.0, 3.0, 4.0, 5.0)]
-    assert [goes_on([0.0, loss], others) for loss in (0.5, 1.5, 2.5, 3.5)] == [True, True, True, False]
-    assert [goes_on([0.0, loss], others, strict=True) for loss in (0.5, 1.5, 2.5)] == [True, True, False]
-    assert [goes_on([0.0, value], others, maximize=True) for value in (3.5, 2.5)] == [True, False]
-    assert not goes_on([0.0, 3.5, 0.0], others)  # judged by the iteration, not by what comes after it
-    assert not goes_on([0.0, 0.0, 0.0, 2.0], [*others, [0.0, 0.0, 0.0, 1.0]])
-    assert not goes_on([0.0, math.nan], others)
+    assert [continues([0.0, loss], others) for loss in (0.5, 1.5, 2.5, 3.5)] == [True, True, True, False]
+    assert [continues([0.0, loss], others, strict=True) for loss in (0.5, 1.5, 2.5)] == [True, True, False]
+    assert [continues([0.0, value], others, maximize=True) for value in (3.5, 2.5)] == [True, False]
+    assert not continues([0.0, 3.5, 0.0], others)  # judged by the iteration, not by what comes after it
+    assert not continues([0.0, 0.0, 0.0, 2.0], [*others, [0.0, 0.0, 0.0, 1.0]])
+    assert not continues([0.0, math.nan], others)
 
 
 def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, capsys):
@@ -457,7 +457,7 @@ def test_an_agent_on_another_machine_is_dead_when_its_beat_stops(tmp_path, monke
     assert [row["status"] for row in rows_of(here.places(), sweep)] == ["running"]
     here.put_back_dead()
     assert [row["status"] for row in rows_of(here.places(), sweep)] == ["interrupted"]
-    there.end(claim.trial, "completed", 0.5, {})  # it lived after all: what it has now belongs to nobody
+    there.end(claim.trial, "completed", 0.5, {})  # it was alive: its result is discarded
     assert here.claim().place == 0
 
 

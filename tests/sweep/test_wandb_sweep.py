@@ -37,7 +37,7 @@ def run_command(kind: str, run_id: str, settings: dict[str, Any]) -> list[dict[s
 
 
 def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None) -> str:
-    """Makes a sweep and lets an agent work on it until it is told to exit; returns what the agent printed."""
+    """Creates a sweep and runs an agent until the server makes it exit; returns the output of the agent."""
     parameters = {name: {"values": [value]} for name, value in {**SETTINGS, **ODD}.items()}
     content = {"program": "train.py", "method": "grid", "metric": {"name": "val/accuracy"}, "parameters": parameters}
     content |= {"command": command} if command else {}

@@ -70,9 +70,9 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
     with at_steps({3: fill_disk_once_step_3_is_saved, 7: make_room}):
         _, run_dir = run_training(**EVERY_STEP)
     assert_identical(run_dir, whole)
-    told = capsys.readouterr().err
-    assert told.count("could not be written") >= 3 and "Step 3 is saved." in told
-    assert "metrics.jsonl cannot be written" in told and "kept in memory" in told
+    printed = capsys.readouterr().err
+    assert printed.count("could not be written") >= 3 and "Step 3 is saved." in printed
+    assert "metrics.jsonl cannot be written" in printed and "kept in memory" in printed
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_run_resumes_from_the_last_checkpoint(
@@ -138,7 +138,7 @@ def test_the_loss_of_the_best_checkpoint_is_reported(run_training, tmp_path):
 def test_a_disk_that_is_really_full(tmp_path):
     """Of 600 KiB: two checkpoints fit beside each other, the saved model does not."""
     if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("needs a mount namespace of its own")
+        pytest.skip("requires a new mount namespace")
     (tmp_path / "disk").mkdir()
     settings = flags(output_dir=str(tmp_path / "disk"))
     full = (
@@ -159,7 +159,7 @@ def test_a_killed_worker_process_ends_the_run_with_advice_and_the_run_resumes_id
 
     settings = {**EVERY_STEP, "loader": "workers", "num_workers": 2, "epochs": 3}
     _, whole = run_training(run_name="whole", **settings)
-    others = {child.pid for child in multiprocessing.active_children()}  # workers of runs that nobody has collected yet
+    others = {child.pid for child in multiprocessing.active_children()}  # workers of earlier runs
     message = "worker process .* was killed.*num_workers.*To resume: "
     with at_steps({7: kill_a_worker}), pytest.raises(TrainingFailed, match=message):
         run_training(**settings)

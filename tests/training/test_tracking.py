@@ -25,11 +25,11 @@ def test_tensorboard_receives_split_and_key(run_training):
     _, run_dir = run_training(log_with="tensorboard")
     (folder,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*") if path.parent.name == "tensorboard"}
     events = EventAccumulator(str(folder)).Reload()
-    told = {
+    logged = {
         line["step"]: line["loss"] for line in lines_of(run_dir) if line["split"] == "train" and "event" not in line
     }
     received = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert received == pytest.approx(told) and told
+    assert received == pytest.approx(logged) and logged
     assert {"train/lr", "train_epoch/accuracy", "val/accuracy", "test/accuracy"} <= set(events.Tags()["scalars"])
 
 

@@ -121,9 +121,9 @@ def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_trainin
         config, dataset.test, dataset, make_preprocessing(config, dataset, 8, model), accelerator, training=False
     )
     figures, confusion = evaluate(model, loader, accelerator)
-    told = summary["test"]
-    assert figures == {key: told[key] for key in figures} and told["accuracy"] > 0.5
-    assert confusion.tolist() == told["confusion_matrix"]
+    tested = summary["test"]
+    assert figures == {key: tested[key] for key in figures} and tested["accuracy"] > 0.5
+    assert confusion.tolist() == tested["confusion_matrix"]
     config_json = json.loads((run_dir / "model" / "config.json").read_text())
     assert config_json["label_names"] == [str(digit) for digit in range(10)]
     assert config_json["pretrained_cfg"]["input_size"] == [1, 8, 8]
@@ -193,10 +193,10 @@ def test_a_failure_in_a_later_epoch_leaves_the_earlier_checkpoint_whole(run_trai
 def test_a_growing_batch_is_reported_and_a_short_one_used_or_dropped(run_training, capsys, drop_last, steps):
     schedule = {"batch_size_schedule": {1: 30, 2: 500}, "epochs": 3, "micro_batch_size": 9, "drop_last": drop_last}
     summary, run_dir = run_training(log_every=1, **schedule)
-    told = [
+    printed = [
         line.split("batch ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")
     ]
-    assert told == ["16", "30", "500"]
+    assert printed == ["16", "30", "500"]
     lines = [line for line in lines_of(run_dir) if line["split"] == "train"]
     plain = [line for line in lines if "event" not in line]
     assert [sum(line["epoch"] == epoch for line in plain) for epoch in (1, 2, 3)] == steps
