@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.data import reading_cache
 from pipeline.data.known_datasets import DatasetRow
+from pipeline.data.label_columns import describe, find_label_column, is_unlabelled, is_value, label_classes, label_ids
 from pipeline.data.splits import Reading, Split, file_state, find_splits
+from pipeline.images.files import first_of
 
 PREFERRED_IMAGES = ("image", "img")
-PREFERRED_LABELS = ("label", "labels", "fine_label", "class", "target", "category")
 HUB_SECONDS = 10.0  # timeout of a request
 OUT_OF_REACH = "The Hub was not reached ({}). The last version that was read is used."
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # written by save_to_disk: of a DatasetDict, of a Dataset
@@ -96,14 +95,25 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
 
     saved = any((folder / mark).exists() for mark in SAVED_MARKS)
     try:
+        unused = [] if saved else files_of_no_split(datasets.load_dataset_builder(path), folder)
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except load_errors() as error:
         raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
-    reading = _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
+    splits, class_names, notes = _to_splits(loaded, f"The folder {path}", None, label_column, (path,))
+    reading = splits, class_names, [*notes, *unused]
     reading_cache.store(request, state, reading)
     return reading
+
+
+def files_of_no_split(builder: Any, folder: Path) -> list[str]:
+    """A note on the Parquet and Arrow files below the folder that `datasets` puts into no split."""
+    used = {os.path.realpath(path) for paths in builder.config.data_files.values() for path in paths}
+    files = sorted(path for pattern in ("*.parquet", "*.arrow") for path in folder.rglob(pattern))
+    unused = [str(path) for path in files if os.path.realpath(path) not in used]
+    advice = "Name it after a split (train-2.parquet), or move it out of the folder"
+    return [f"Not used, because they belong to no split: {first_of(unused)}. {advice}."] if unused else []
 
 
 def find_image_column(features: Any, source: str) -> str:
@@ -117,32 +127,9 @@ def find_image_column(features: Any, source: str) -> str:
         return (preferred or images)[0]
     found = f"several image columns ({', '.join(images)})" if images else "no image column"
     raise ValueError(
-        f"{source} has {found}. Its columns: {_describe(features)}. One column must hold images (type Image, binary, or "
+        f"{source} has {found}. Its columns: {describe(features)}. One column must hold images (type Image, binary, or "
         "a struct of bytes and path); if there are several, one must be named image."
     )
-
-
-def find_label_column(features: Any, source: str, given: str | None) -> str:
-    """The label column: `given` if not None, else the only one or the one of PREFERRED_LABELS.
-
-    Candidates are the ClassLabel columns, or if there is none, the integer and string columns. Raises ValueError, with a list
-    of the columns, if `given` is no such column, or if none or several are candidates.
-    """
-    import datasets
-
-    class_labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    kinds = ("int", "uint", "string", "large_string")
-    values = [name for name, feature in features.items() if _is_value(feature, kinds)]
-    if given is not None:
-        if given not in class_labels + values:
-            raise ValueError(f"--label_column {given} is not a label column. {source} has: {_describe(features)}.")
-        return given
-    candidates = class_labels or values
-    preferred = [name for name in PREFERRED_LABELS if name in candidates]
-    if len(candidates) == 1 or preferred:
-        return (preferred or candidates)[0]
-    found = f"several columns that may be the label ({', '.join(candidates)})" if candidates else "no label column"
-    raise ValueError(f"{source} has {found}. Its columns: {_describe(features)}. Name one with --label_column.")
 
 
 def _to_splits(
@@ -153,21 +140,22 @@ def _to_splits(
     names = list(loaded)
     found = row.splits if row else {"train": names[0]} if len(names) == 1 else find_splits(names, source)
     found = {ours: theirs for ours, theirs in found.items() if theirs in names}
-    if "train" not in found:
-        raise ValueError(f"{source} has no training split. Its splits: {', '.join(names)}.")
-    features = loaded[found["train"]].features
+    if not found:
+        raise ValueError(f"{source} has no split that is train, val or test. Its splits: {', '.join(names)}.")
+    first = loaded[next(iter(found.values()))]
+    features = first.features
     image_column = find_image_column(features, source)
     label_column = find_label_column(features, source, label_column)
     known = row.label_columns.get(label_column) if row else None
-    classes, class_names = label_classes(loaded[found["train"]], label_column, known)
-    splits, notes = {}, []
+    classes, class_names = label_classes(first, label_column, known)
+    splits, notes = {}, unused_note(names, found, row)
     for ours, theirs in found.items():
         dataset = loaded[theirs]
         if dataset.features.get(label_column) != features[label_column]:
-            raise ValueError(f"{source}: column {label_column} differs between {found['train']} and {theirs}.")
+            raise ValueError(f"{source}: column {label_column} differs between {found[next(iter(found))]} and {theirs}.")
         if is_unlabelled(dataset, label_column):
             if ours == "train":
-                raise ValueError(f"{source}: column {label_column} of {theirs} holds no label, only -1 or null.")
+                raise ValueError(f"{source}: column {label_column} of {theirs} holds no label, only null, NaN or -1.")
             notes.append(f"The split {theirs} has no labels and is not used.")
             continue
         if not isinstance(dataset.features[image_column], datasets.Image):
@@ -177,6 +165,12 @@ def _to_splits(
         labels = label_ids(dataset, label_column, classes, where)
         splits[ours] = Split(ours, dataset.data, image_column, labels, origin=theirs)
     return splits, class_names, notes
+
+
+def unused_note(names: list[str], found: dict[str, str], row: DatasetRow | None) -> list[str]:
+    """A note on splits of a set that is not a known one that are neither train, val nor test."""
+    unused = [name for name in names if name not in found.values()]
+    return [f"Not used, because they are neither train, val nor test: {', '.join(unused)}."] if unused and row is None else []
 
 
 def check_paths(images: Any, roots: tuple[str, ...], where: str) -> None:
@@ -192,59 +186,5 @@ def check_paths(images: Any, roots: tuple[str, ...], where: str) -> None:
             )
 
 
-def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tuple[list[Any], list[str]]:
-    """The values of the column in the order of their label ids, and the class names.
-
-    The names are those of a ClassLabel column or, for an integer column of a known dataset, those of DATASETS. Otherwise the
-    classes are the sorted distinct values of the training split.
-    """
-    import pyarrow.compute as pc
-
-    feature = train.features[column]
-    names = getattr(feature, "names", None)
-    if names is None and known is not None and _is_value(feature, ("int", "uint")):
-        names = list(known)
-    if names is not None:
-        return list(range(len(names))), list(names)
-    values = sorted(value for value in pc.unique(train.data.column(column)).to_pylist() if value is not None)
-    if values and not isinstance(values[0], str):
-        values = [value for value in values if value >= 0]  # label_ids rejects negative labels
-    return values, [str(value) for value in values]
-
-
-def is_unlabelled(dataset: Any, column: str) -> bool:
-    import pyarrow.compute as pc
-
-    return set(pc.unique(dataset.data.column(column)).to_pylist()) <= {-1, None} and len(dataset) > 0
-
-
-def label_ids(dataset: Any, column: str, classes: list[Any], where: str) -> np.ndarray:
-    """Label ids, int64 [N]. Raises ValueError, with the first such row, if a label is missing or not a class."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values = dataset.data.column(column)
-    ids = pc.fill_null(pc.index_in(values, value_set=pa.array(classes, values.type)), -1).to_numpy()
-    wrong = np.flatnonzero(ids < 0)
-    if len(wrong):
-        row = int(wrong[0])
-        expected = f"0..{len(classes) - 1}" if classes == list(range(len(classes))) else f"one of {classes[:20]}"
-        raise ValueError(
-            f"Row {row} of {where} has {column} {values[row].as_py()!r}, expected {expected} "
-            f"({len(wrong)} such rows). Repair or remove these rows, or name another column with --label_column."
-        )
-    return ids.astype(np.int64)
-
-
-def _is_value(feature: Any, kinds: tuple[str, ...]) -> bool:
-    """Whether a feature is a plain column of one of the kinds, where int means int8 to int64."""
-    return str(getattr(feature, "dtype", "")).rstrip("0123456789") in kinds and not hasattr(feature, "names")
-
-
 def _holds_encoded_images(feature: Any) -> bool:
-    return _is_value(feature, ("binary", "large_binary")) or isinstance(feature, dict) and "bytes" in feature
-
-
-def _describe(features: Any) -> str:
-    """The columns and their types, for error messages."""
-    return ", ".join(f"{name} ({getattr(kind, 'dtype', type(kind).__name__)})" for name, kind in features.items())
+    return is_value(feature, ("binary", "large_binary")) or isinstance(feature, dict) and "bytes" in feature

@@ -20,7 +20,7 @@ from pipeline.common.files import written_aside
 from pipeline.data.cache_folder import cache_folder, locked
 from pipeline.data.splits import Reading, Split, file_state
 
-FORMAT = 1  # increase it when the content of a record changes its meaning
+FORMAT = 2  # increase it when the content of a record changes its meaning
 
 
 class MappedTable:

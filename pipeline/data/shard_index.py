@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.hub import (
+from pipeline.data.hub import files_of_no_split, find_image_column, is_table_folder, load_errors, unused_note
+from pipeline.data.image_folder import read_image_folder
+from pipeline.data.known_datasets import DatasetRow
+from pipeline.data.label_columns import (
+    ONE_LABEL,
     PREFERRED_LABELS,
-    find_image_column,
     find_label_column,
-    is_table_folder,
     is_unlabelled,
     label_classes,
     label_ids,
-    load_errors,
 )
-from pipeline.data.image_folder import read_image_folder
-from pipeline.data.known_datasets import DatasetRow
 from pipeline.data.shards import (
     ARROW_FILE_MAGIC,
     CHUNK_NAMES,
@@ -79,7 +78,8 @@ def stream_folder(folder: Path, label_column: str | None) -> Reading:
         builder = datasets.load_dataset_builder(path)
     except load_errors() as error:
         raise ValueError(f"Could not read the files in {path}: {str(error).rstrip('.')}.") from error
-    return _stream_files(builder, f"The folder {path}", None, label_column)
+    splits, class_names, notes = _stream_files(builder, f"The folder {path}", None, label_column)
+    return splits, class_names, [*notes, *files_of_no_split(builder, folder)]
 
 
 def stream_parquet_files(files: dict[str, str], row: DatasetRow) -> Reading:
@@ -110,26 +110,26 @@ def _to_splits(
     names = list(files)
     found = row.splits if row else {"train": names[0]} if len(names) == 1 else find_splits(names, source)
     found = {ours: theirs for ours, theirs in found.items() if theirs in names}
-    if "train" not in found:
-        raise ValueError(f"{source} has no training split. Its splits: {', '.join(names)}.")
+    if not found:
+        raise ValueError(f"{source} has no split that is train, val or test. Its splits: {', '.join(names)}.")
     indexes = {}
     for ours, theirs in found.items():
         try:
             indexes[ours] = INDEXERS[kind](files[theirs], features, label_column, source)
         except LostShard as error:
             raise ValueError(str(error)) from error
-    train = indexes["train"]
+    train = next(iter(indexes.values()))
     known = row.label_columns.get(train.column) if row else None
     classes, class_names = label_classes(train.labels, train.column, known)
     splits: dict[str, StreamedSplit] = {}
-    notes = []
+    notes = unused_note(names, found, row)
     for ours, theirs in found.items():
         index = indexes[ours]
         if (index.column, index.labels.features) != (train.column, train.labels.features):
-            raise ValueError(f"{source}: column {train.column} differs between {found['train']} and {theirs}.")
+            raise ValueError(f"{source}: column {train.column} differs between {next(iter(found.values()))} and {theirs}.")
         if is_unlabelled(index.labels, index.column):
             if ours == "train":
-                raise ValueError(f"{source}: column {index.column} of {theirs} holds no label, only -1 or null.")
+                raise ValueError(f"{source}: column {index.column} of {theirs} holds no label, only null, NaN or -1.")
             notes.append(f"The split {theirs} has no labels and is not used.")
             continue
         ids = label_ids(index.labels, index.column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")
@@ -260,6 +260,9 @@ def _index_tar(files: list[str], features: Any, label_column: str | None, source
     file_of: list[int] = []
     for number, (images, label_of) in enumerate(found):
         without = sorted(images.keys() - label_of.keys())
+        listed = next((key for key, label in label_of.items() if isinstance(label, (list, dict))), None)
+        if listed is not None:
+            raise ValueError(f"{files[number]}: the label of {listed} is a list or an object. {ONE_LABEL}")
         if without:
             raise ValueError(f"{files[number]}: {without[0]} has no label ({len(without)} such images). {TAR_LAYOUT}")
         spans += images.values()
