@@ -6,8 +6,7 @@ from accelerate import Accelerator
 
 from pipeline.optim.ema import create_ema
 from pipeline.optim.optimizers import create_optimizer
-from pipeline.training.metrics import zero_sums
-from pipeline.training.state import TrainState
+from pipeline.training.state import begin_state
 from pipeline.training.step import Share
 
 
@@ -22,10 +21,10 @@ def make_state(config, scaler=None, model_name="resnet10t", dtype=torch.float64)
     model.to(dtype)
     ema = create_ema(model, config)
     optimizer = create_optimizer(model, config, "no" if scaler is None else "fp16")
-    model, optimizer = accelerator.prepare(model, optimizer)
+    state = begin_state(model, optimizer, accelerator, ema)
     if scaler is not None:  # from here on Accelerate unscales before it clips
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    return TrainState(model, optimizer, zero_sums(torch.device("cpu")), torch.tensor(-1), ema), accelerator
+    return state, accelerator
 
 
 def batch(size=16, seed=0, dtype=torch.float64):

@@ -56,21 +56,18 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tuple[float, float]]:
     """The learning rate and the loss of each step until the loss diverges; steps that the fp16 scaler skipped are omitted."""
-    import torch
-
     from pipeline.optim.optimizers import set_lr
     from pipeline.settings.batch_size import steps_per_epoch
     from pipeline.training.loop import freeze_backbone
-    from pipeline.training.metrics import COUNT, LOSS, zero_sums
-    from pipeline.training.state import TrainState
+    from pipeline.training.metrics import COUNT, LOSS
+    from pipeline.training.state import begin_state
     from pipeline.training.step import Share, train_step
 
     config, loader = parts.config, parts.loaders["train"]
     batch_size = config.batch_size or 1
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
-    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
-    bad_step = torch.tensor(-1, device=accelerator.device)
-    state = TrainState(model.train(), optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
+    state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
+    state.model.train()
     batches = itertools.chain.from_iterable(
         loader.train_epoch(epoch, batch_size, num_batches) for epoch in itertools.count()
     )

@@ -17,7 +17,6 @@ from pipeline.benchmark.measuring import Row, Section, summarise
 from pipeline.common.console import progress_bar
 from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 from pipeline.settings.config import Config
-from pipeline.training.metrics import zero_sums
 
 Call = Callable[[], object]
 Calls = dict[str, Call]
@@ -107,14 +106,12 @@ def make_model_and_batch(args: argparse.Namespace, accelerator: Any) -> tuple[nn
 
 def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, accelerator: Any) -> Call:
     """A training step of a run (forward, backward, optimizer, metrics) on a copy of the model."""
-    from pipeline.training.state import TrainState
+    from pipeline.training.state import begin_state
     from pipeline.training.step import Share, train_step
 
     own = copy.deepcopy(model)
-    prepared, optimizer = accelerator.prepare(own, create_optimizer(own, config, accelerator.mixed_precision))
-    set_lr(optimizer, LR)
-    bad_step = torch.tensor(-1, device=images.device)
-    state = TrainState(prepared, optimizer, zero_sums(images.device), bad_step)
+    state = begin_state(own, create_optimizer(own, config, accelerator.mixed_precision), accelerator)
+    set_lr(state.optimizer, LR)
     share = Share(images, labels, len(images), epochs=0.0)
     return lambda: train_step(state, share, config, accelerator)
 

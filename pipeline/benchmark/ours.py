@@ -16,9 +16,8 @@ from pipeline.run_folder.paths import name_run
 from pipeline.settings.parser import read_config
 from pipeline.training.build import Parts, assemble, check_settings, load_images
 from pipeline.training.loop import train_epoch
-from pipeline.training.metrics import zero_sums
 from pipeline.training.run import Run
-from pipeline.training.state import TrainState
+from pipeline.training.state import TrainState, begin_state
 
 # override the given settings: the clock ends the run, and it has no external trackers
 OWN = ["--epochs=1000", "--resume=never", "--run_name=run", "--log_with=null", "--checkpoint_every_steps=null"]
@@ -73,9 +72,7 @@ def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState
     parts = assemble(config, accelerator)
     load_images(parts, accelerator)
     run = TimedRun(parts.config, accelerator, system_facts(accelerator))
-    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
-    bad_step = torch.tensor(-1, device=accelerator.device)
-    state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
+    state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     run.begin(state)
     return parts, run, state
 

@@ -5,14 +5,13 @@ A step is one optimizer update on one global batch. Processes and micro-batches 
 
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.data.shards import LostShard
-from pipeline.distributed.accelerator import make_accelerator, prepared, system_facts
+from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
 from pipeline.loaders.sources import is_lost_worker
@@ -26,11 +25,11 @@ from pipeline.settings.config import Config
 from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
 from pipeline.training.evaluation import evaluate
 from pipeline.training.finish import closing_table, finish, stop
-from pipeline.training.metrics import figures, zero_sums
+from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
 from pipeline.training.plan import plan_text
 from pipeline.training.run import Run
-from pipeline.training.state import TrainState, average_buffers
+from pipeline.training.state import TrainState, average_buffers, begin_state
 from pipeline.training.step import Share, train_step
 
 
@@ -74,9 +73,7 @@ def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
 def train_in(run: Run, parts: Parts) -> dict[str, Any]:
     """Trains from the run's newest checkpoint, or from the start, to its end and returns the summary."""
     accelerator = run.accelerator
-    model, optimizer = prepared(parts.model, parts.optimizer, accelerator)
-    bad_step = torch.tensor(-1, device=accelerator.device)
-    state = TrainState(model, optimizer, zero_sums(accelerator.device), bad_step, parts.ema)
+    state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     run.begin(state)
     try:
         with failing_together():

@@ -10,10 +10,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.distributed.accelerator import prepared
 from pipeline.distributed.fsdp import gathered, load_weights
 from pipeline.optim.optimizers import load_state_tensors, state_tensors
 from pipeline.optim.schedule import History
 from pipeline.run_folder.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
+from pipeline.training.metrics import zero_sums
 
 COUNTED = ("epoch", "batch", "step", "samples", "skipped_steps", "seconds", "train_seconds")
 RECORDED = ("history", "logged", "last_loss")
@@ -23,7 +25,7 @@ RECORDED = ("history", "logged", "last_loss")
 class TrainState:
     """The state of a run: what a checkpoint contains, except for the fp16 scaler, which Accelerate holds.
 
-    model, optimizer: as Accelerate prepared them. ema: the moving average of the weights, or None. sums: this rank's
+    model, optimizer: as Accelerate wrapped them. ema: the moving average of the weights, or None. sums: this rank's
     metrics.zero_sums of the current epoch. epoch: finished epochs; batch: finished batches of the current epoch. step, samples,
     skipped_steps (by the fp16 scaler): counts over the whole run. logged: the part of the sums, over all ranks, that has been
     logged; last_loss: the last logged loss. seconds, train_seconds: over the whole run.
@@ -53,6 +55,15 @@ class TrainState:
     def place(self, epoch: int) -> dict[str, Any]:
         """The keys that every line of metrics.jsonl has besides its split. epoch: the epoch of the line, counted from 1."""
         return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
+
+
+def begin_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, ema: ModelEmaV3 | None = None
+) -> TrainState:
+    """The state before the first step, with model and optimizer wrapped by Accelerate. Every rank calls it."""
+    wrapped, wrapped_optimizer = prepared(model, optimizer, accelerator)
+    bad_step = torch.tensor(-1, device=accelerator.device)
+    return TrainState(wrapped, wrapped_optimizer, zero_sums(accelerator.device), bad_step, ema)
 
 
 def average_buffers(state: TrainState, accelerator: Accelerator) -> None:

@@ -77,8 +77,7 @@ class Stepping:
         from pipeline.optim.ema import create_ema
         from pipeline.optim.optimizers import create_optimizer, set_lr
         from pipeline.settings.config import Config
-        from pipeline.training.metrics import zero_sums
-        from pipeline.training.state import TrainState
+        from pipeline.training.state import begin_state
 
         AcceleratorState._reset_state()
         torch.manual_seed(0)
@@ -88,11 +87,10 @@ class Stepping:
         model = timm.create_model("test_resnet", num_classes=3, in_chans=1)
         ema = create_ema(model, self.config)
         optimizer = create_optimizer(model, self.config, "no" if scaler is None else "fp16")
-        model, optimizer = self.accelerator.prepare(model, optimizer)
+        self.state = begin_state(model, optimizer, self.accelerator, ema)
         if scaler is not None:  # from here on Accelerate unscales before it clips
             self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
-        set_lr(optimizer, 0.01)
-        self.state = TrainState(model, optimizer, zero_sums(self.accelerator.device), torch.tensor(-1), ema)
+        set_lr(self.state.optimizer, 0.01)
 
     def step(self, seed: int, pixel: float | None = None) -> None:
         """A step on this rank's half of a batch of 12; pixel: put into the second rank's first image."""
