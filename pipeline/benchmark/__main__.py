@@ -12,90 +12,69 @@ from types import FrameType
 import pipeline.benchmark
 from pipeline.benchmark.measuring import Section
 from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
-from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.common.stopping import Interrupted
+from pipeline.common.suggestions import did_you_mean
 from pipeline.common.system import usable_cores
-
-Parser = argparse.ArgumentParser
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+from pipeline.settings.command_line import CommandParser, above_zero, at_least, exit_status, one_of
+from pipeline.settings.config import FIELDS
 
 
-def at_least_zero(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def made_set(parser: Parser, num_images: int = 5120) -> None:
+def made_set(parser: CommandParser, num_images: int = 5120) -> None:
     parser.add_argument(
-        "--num_images", type=at_least_one, default=num_images, metavar="N", help="images of the synthetic set"
+        "--num_images", type=at_least(1), default=num_images, metavar="N", help="images of the synthetic set"
     )
-    parser.add_argument("--made_size", type=at_least_one, default=32, metavar="N", help="side of its images in pixels")
+    parser.add_argument("--made_size", type=at_least(1), default=32, metavar="N", help="side of its images in pixels")
 
 
-def timed_steps(parser: Parser, seconds: float = 3.0) -> None:
+def timed_steps(parser: CommandParser, seconds: float = 3.0) -> None:
     parser.add_argument("--seconds", type=above_zero, default=seconds, metavar="S", help="timed seconds of each measurement")
-    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="untimed steps before")
+    parser.add_argument("--warmup_steps", type=at_least(1), default=3, metavar="N", help="untimed steps before")
     made_set(parser)
 
 
-def loop_arguments(parser: Parser) -> None:
+def loop_arguments(parser: CommandParser) -> None:
     timed_steps(parser)
     parser.add_argument("--fast", action="store_true", help="also measure ours with bf16 and channels_last")
     text = "also measure the bare loop with channels_last, and ours without"
     parser.add_argument("--layouts", action="store_true", help=text)
     text = "worker processes of the peers' loaders"
-    parser.add_argument("--peer_workers", type=at_least_zero, default=usable_cores(), metavar="N", help=text)
+    parser.add_argument("--peer_workers", type=at_least(0), default=usable_cores(), metavar="N", help=text)
 
 
-def loaders_arguments(parser: Parser) -> None:
+def loaders_arguments(parser: CommandParser) -> None:
     text = "numbers of worker processes to measure"
-    parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
-    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images per batch")
-    parser.add_argument("--num_photos", type=at_least_one, default=256, metavar="N", help="synthetic JPEG photos")
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=up_to(2), metavar="N", help=text)
+    parser.add_argument("--batch_size", type=at_least(1), default=128, metavar="N", help="images per batch")
+    parser.add_argument("--num_photos", type=at_least(1), default=256, metavar="N", help="synthetic JPEG photos")
     parser.add_argument("--seconds", type=above_zero, default=1.0, metavar="S", help="timed seconds of each loader and round")
     made_set(parser, num_images=2560)
 
 
-def optimizers_arguments(parser: Parser) -> None:
+def optimizers_arguments(parser: CommandParser) -> None:
     parser.add_argument("--model_name", default="resnet18", help="any model of train.py")
-    parser.add_argument("--stem", choices=("imagenet", "small", "auto"), default="imagenet", help="as in train.py")
-    parser.add_argument("--batch_size", type=at_least_one, default=128, metavar="N", help="images per step")
-    parser.add_argument("--image_size", type=at_least_one, default=32, metavar="N", help="side in pixels")
-    either, text = ("true", "false"), "keep images and convolutions in channels-last order"
-    parser.add_argument("--channels_last", type=str.lower, choices=either, default="false", help=text)
+    parser.add_argument("--stem", type=one_of("imagenet", "small", "auto"), default="imagenet", help="as in train.py")
+    parser.add_argument("--batch_size", type=at_least(1), default=128, metavar="N", help="images per step")
+    parser.add_argument("--image_size", type=at_least(1), default=32, metavar="N", help="side in pixels")
+    text = "true or false: keep images and convolutions in channels-last order"
+    parser.add_argument("--channels_last", type=one_of("true", "false"), default="false", help=text)
     slow = "time limit of a row, which runs at least once"
     parser.add_argument("--seconds_per_row", type=above_zero, default=60.0, metavar="S", help=slow)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure on")
+    parser.add_argument("--device", type=one_of("cpu", "cuda"), default="cpu", help="device to measure on, cpu or cuda")
 
 
-def checkpoint_arguments(parser: Parser) -> None:
-    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="steps per block")
+def checkpoint_arguments(parser: CommandParser) -> None:
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps per block")
     text = "images of the epoch that shares refer to (CIFAR-10's)"
-    parser.add_argument("--epoch_images", type=at_least_one, default=50_000, metavar="N", help=text)
+    parser.add_argument("--epoch_images", type=at_least(1), default=50_000, metavar="N", help=text)
     made_set(parser)
 
 
-def scaling_arguments(parser: Parser) -> None:
+def scaling_arguments(parser: CommandParser) -> None:
     parser.add_argument(
-        "--processes", type=at_least_one, nargs="+", default=[1, 2], metavar="N", help="numbers of processes"
+        "--processes", type=at_least(1), nargs="+", default=[1, 2], metavar="N", help="numbers of processes"
     )
-    parser.add_argument("--steps", type=at_least_one, default=10, metavar="N", help="timed steps of each measurement")
-    parser.add_argument("--warmup_steps", type=at_least_one, default=3, metavar="N", help="untimed steps before")
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="timed steps of each measurement")
+    parser.add_argument("--warmup_steps", type=at_least(1), default=3, metavar="N", help="untimed steps before")
     parser.add_argument("--strong", action="store_true", help="batch_size is for all processes together, not per process")
     made_set(parser)
 
@@ -103,21 +82,21 @@ def scaling_arguments(parser: Parser) -> None:
 FACTORS = ("loader", "pin_memory", "precision", "compile", "batch_size", "memory")
 
 
-def efficiency_arguments(parser: Parser) -> None:
+def efficiency_arguments(parser: CommandParser) -> None:
     timed_steps(parser, seconds=2.0)
     text = "numbers of worker processes to measure"
-    parser.add_argument("--workers", type=at_least_zero, nargs="+", default=up_to(2), metavar="N", help=text)
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=up_to(2), metavar="N", help=text)
     text = (
         f"factors to vary, one at a time: {', '.join(FACTORS)}; memory is gradient checkpointing and micro-batches; "
         "compile takes minutes on a CPU, pin_memory matters on a GPU only"
     )
     default = ["loader", "precision", "batch_size"]
-    parser.add_argument("--factors", choices=FACTORS, nargs="+", default=default, metavar="FACTOR", help=text)
+    parser.add_argument("--factors", type=one_of(*FACTORS), nargs="+", default=default, metavar="FACTOR", help=text)
 
 
-def lr_arguments(parser: Parser) -> None:
+def lr_arguments(parser: CommandParser) -> None:
     parser.add_argument(
-        "--num_steps", type=at_least_one, default=100, metavar="N", help="steps, each with one learning rate"
+        "--num_steps", type=at_least(1), default=100, metavar="N", help="steps, each with one learning rate"
     )
     parser.add_argument("--lr_start", type=above_zero, default=1e-5, metavar="LR", help="first learning rate")
     parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="last learning rate")
@@ -139,7 +118,7 @@ class Command:
     """
 
     help: str
-    add_arguments: Callable[[Parser], None]
+    add_arguments: Callable[[CommandParser], None]
     rounds: int | None
     settings: bool = True
 
@@ -160,28 +139,22 @@ COMMANDS = {
 }
 
 
-def make_parser() -> Parser:
+def make_parser() -> CommandParser:
     """A subcommand for each of COMMANDS, with its own and the common arguments."""
-    parser = Parser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings = "Any setting of train.py may follow, --name value. The default, --dataset synthetic, is generated."
     real = "Any setting of train.py may follow, --name value."
     for name, command in COMMANDS.items():
         epilog = None if not command.settings else real if name == "lr" else settings
-        own = subparsers.add_parser(
-            name,
-            help=command.help,
-            description=command.help,
-            epilog=epilog,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        own = subparsers.add_parser(name, help=command.help, description=command.help, epilog=epilog)
         command.add_arguments(own)
         if command.rounds is not None:
             text = "measurements of each row"
-            own.add_argument("--rounds", type=at_least_one, default=command.rounds, metavar="N", help=text)
+            own.add_argument("--rounds", type=at_least(1), default=command.rounds, metavar="N", help=text)
         text = f"folder to write benchmark-{name}.jsonl and the chart benchmark-{name}.png to"
         own.add_argument("--output", type=Path, metavar="DIR", help=text)
+        own.set_defaults(parser=own)
     return parser
 
 
@@ -189,7 +162,7 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def measure(args: argparse.Namespace, settings: list[str], arguments: list[str]) -> None:
+def measure(args: argparse.Namespace, settings: list[str], arguments: list[str]) -> int:
     """Measures, prints each table when it is complete, and writes the files. Raises ValueError, TrainingFailed, OSError."""
     facts = machine_facts(arguments)
     if args.output is not None:
@@ -204,31 +177,33 @@ def measure(args: argparse.Namespace, settings: list[str], arguments: list[str])
             draw(args.output / f"benchmark-{args.command}.png", sections, facts)
     if args.output is not None:
         print(f"\n{args.output / f'benchmark-{args.command}'}.jsonl and .png")
+    return 0
+
+
+def check_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A benchmark's own arguments and the settings of train.py after them. Ends the program for what is neither."""
+    parser = make_parser()
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        parser.error(f"Unknown benchmark {command!r}.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
+    args, settings = parser.parse_known_args(arguments)
+    own = vars(args).pop("parser")
+    known = [f"--{name}" for name in ("config", *FIELDS)] if COMMANDS[args.command].settings else []
+    for argument in settings:
+        if not known or (argument.startswith("--") and argument.split("=")[0] not in known):
+            own.fail_for_unknown(argument, known)
+    return args, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns the exit status: 0 completed, 1 a measurement failed, 2 invalid input, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    args, settings = parser.parse_known_args(arguments)
-    if settings and not COMMANDS[args.command].settings:
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    args, settings = check_arguments(arguments)
     earlier = signal.signal(signal.SIGTERM, stop)
     try:
-        measure(args, settings, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as interruption:
-        return 128 + interruption.signal_number
-    except KeyboardInterrupt:
-        return 130
+        return exit_status(lambda: measure(args, settings, arguments))
     finally:
         signal.signal(signal.SIGTERM, earlier)
-    return 0
 
 
 if __name__ == "__main__":

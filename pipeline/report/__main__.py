@@ -17,38 +17,23 @@ from pipeline.report.content import best_tested, make_report
 from pipeline.report.pages import html_page, markdown_page
 from pipeline.report.read_sweeps import read_records
 from pipeline.report.tables import results_csv
+from pipeline.settings.command_line import CommandFailed, CommandParser, at_least, exit_status, fraction
 
 PAGE = "report.html"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     description = "Write a report on runs into one folder: an HTML page, Markdown, figures and a CSV file."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=description, allow_abbrev=False)
+    parser = CommandParser(prog="python -m pipeline.report", description=description)
     text = "run folders, a sweep's folder, or a folder of runs"
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP|FOLDER", help=text)
-    text = "folder to write; an earlier report in it is replaced (default: %(default)s)"
+    text = "folder to write; an earlier report in it is replaced"
     parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help=text)
     text = "mark runs with at least this test accuracy, for example 0.9"
     parser.add_argument("--target", type=fraction, metavar="FRACTION", help=text)
-    text = "show the best run's N most confident mistakes; loads its model and dataset (default: %(default)s)"
-    parser.add_argument("--mistakes", type=whole_number, default=0, metavar="N", help=text)
+    text = "show the best run's N most confident mistakes; loads its model and dataset"
+    parser.add_argument("--mistakes", type=at_least(0), default=0, metavar="N", help=text)
     return parser
-
-
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1; 90 % is 0.9")
-    return value
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
 
 
 def check_output(folder: Path) -> None:
@@ -89,18 +74,19 @@ def write_report(paths: Sequence[Path], output: Path, target: float | None, num_
     return f"{len(runs)} runs, {len(report.files)} figure files: {output / PAGE}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a report; returns the exit status: 0 completed, 1 the report could not be written, 2 invalid input."""
-    args = make_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Writes the report and prints its path. Raises ValueError for invalid input, CommandFailed if it cannot be written."""
     try:
         print(write_report(args.paths, args.output, args.target, args.mistakes))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"error: The report could not be written: {error}", file=sys.stderr)
-        return 1
+        raise CommandFailed(f"The report could not be written: {error}") from error
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes a report; returns the exit status: 0 done, 1 when it could not be written, 2 for what cannot be reported on."""
+    args = make_parser().read(argv)
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

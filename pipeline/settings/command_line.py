@@ -1,12 +1,14 @@
 """Shared by the commands: argument types, one-line error messages, exit statuses."""
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.parser import fail
 
@@ -15,23 +17,34 @@ class CommandFailed(RuntimeError):
     """The command cannot continue, or its result is wrong. No partial output is left."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that suggests close matches of a misspelt option and exits with status 2 and one line."""
 
     def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **settings)
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message}{'' if message.endswith('?') else '.'} All arguments: {self.prog} --help")
+        fail(f"{message}{'' if message.endswith(('?', '.')) else '.'} All arguments: {self.prog} --help")
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses the arguments; options and positional arguments in any order. argv None reads sys.argv."""
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
-            name = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            fail(f"Unknown option {name!r}.{did_you_mean(name, known)} All options: {self.prog} --help")
+            self.fail_for_unknown(unknown[0])
         return args
+
+    def fail_for_unknown(self, argument: str, also_known: Iterable[str] = ()) -> NoReturn:
+        """Exits with status 2 for an unknown argument; also_known: more options that it may be a misspelling of."""
+        name = argument.split("=")[0]
+        known = [*(option for action in self._actions for option in action.option_strings), *also_known]
+        fail(f"Unknown option {name!r}.{did_you_mean(name, known)} All options: {self.prog} --help")
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -56,6 +69,30 @@ def at_least(least: int) -> Callable[[str], int]:
     return check
 
 
+def above_zero(text: str) -> float:
+    """An argument type that accepts finite numbers above 0."""
+    value = number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An argument type that accepts numbers from 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 1; 90 % is 0.9")
+    return value
+
+
+def number(text: str) -> float:
+    """The number in the text; NaN, for which every comparison is false, if there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def check_output(path: Path | None) -> None:
     """Raises ValueError unless `path` can be the name of a new file."""
     if path is not None and path.is_dir():
@@ -65,7 +102,10 @@ def check_output(path: Path | None) -> None:
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Runs a command; returns its status, or 2 for invalid input, 1 for a failure, 130 for Ctrl-C. Prints errors as one line."""
+    """Runs a command; returns its status, or 2 for invalid input, 1 for a failure, 128 + n after signal n.
+
+    Prints errors as one line.
+    """
     try:
         return command()
     except ValueError as error:
@@ -74,8 +114,10 @@ def exit_status(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # `| head` closed the pipe; also avoid the flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CommandFailed, OSError) as error:
+    except (CommandFailed, TrainingFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as interruption:
+        return 128 + interruption.signal_number
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.common.files import write_atomically
 from pipeline.common.stopping import Signals
 from pipeline.common.system import usable_cores
+from pipeline.settings.command_line import CommandFailed, CommandParser, at_least, exit_status
 from pipeline.sweep.file import Sweep, check_trials, read_sweep
 from pipeline.sweep.trials import (
     Outcome,
@@ -30,26 +31,20 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.sweep", description=__doc__, allow_abbrev=False)
+def make_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m pipeline.sweep", description=__doc__)
     parser.add_argument("file", type=Path, help="a W&B sweep file")
-    parser.add_argument("--num_trials", type=at_least_one, metavar="N", help="largest number of trials, over all agents")
+    parser.add_argument("--num_trials", type=at_least(1), metavar="N", help="largest number of trials, over all agents")
     parser.add_argument(
-        "--num_parallel", type=at_least_one, default=1, metavar="N", help="trials at once on this machine; default: 1"
+        "--num_parallel", type=at_least(1), default=1, metavar="N", help="trials at once on this machine"
     )
     parser.add_argument("--name", help="name of the sweep and its folder; default: the name in the file, else the file's name")
     text = "folder for the sweep's folder; default: output_dir of the file, else runs"
     parser.add_argument("--output_dir", type=Path, help=text)
     text = "Optuna storage shared by the agents: a journal file, or a URL such as sqlite:///x.db or postgresql://host/base"
     parser.add_argument("--storage", help=f"{text}; default: a journal in the sweep's folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of random draws and of the search; default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random draws and of the search")
     return parser
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 class Agent:
@@ -192,16 +187,9 @@ def check_names(configs: Sequence[Any]) -> None:
         check_settings(config)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep; returns the exit status: 0 completed, 1 no trial completed, 2 invalid input, 128 + n for signal n."""
-    args = make_parser().parse_args(argv)
-    try:
-        sweep, study, folder = prepare(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def run(args: argparse.Namespace) -> int:
+    """Runs the sweep and prints its table. Raises ValueError for an invalid file or settings, CommandFailed after that."""
+    sweep, study, folder = prepare(args)
     from optuna.exceptions import StorageInternalError
 
     from pipeline.sweep.table import result_table, rows_of
@@ -215,16 +203,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = rows_of(study.places(), sweep)
     except (StorageInternalError, OSError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
-        print(
-            f"error: The sweep's storage or folder failed: {cause}. To resume, run the same command again.",
-            file=sys.stderr,
-        )
-        return 1
+        raise CommandFailed(
+            f"The sweep's storage or folder failed: {cause}. To resume, run the same command again."
+        ) from error
     print(f"\n{result_table(rows, sweep)}\n\ntable      {folder}/results.csv, trials.jsonl")
     if signal_number:
         print("To resume, run the same command again.")
         return 128 + signal_number
     return 0 if any(row["status"] == "completed" for row in rows) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sweep; returns the exit status: 0 done, 1 no trial succeeded, 2 wrong file or settings, 128 + n by signal n."""
+    args = make_parser().read(argv)
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What the commands share: types of arguments, and mistakes that cost one line."""
+
+import argparse
+import importlib
+
+import pytest
+
+from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.settings.command_line import CommandFailed, above_zero, at_least, exit_status, fraction, one_of
+
+# a command, what it needs at least, and a misspelt option
+COMMANDS = {
+    "evaluate": (["RUN"], "--splitt", "--split"),
+    "predict": (["RUN", "a.png"], "--topk", "--top_k"),
+    "export": (["RUN"], "--fromat", "--format"),
+    "report.__main__": (["RUN"], "--mistake", "--mistakes"),
+    "sweep.__main__": (["sweep.yaml"], "--num_trails", "--num_trials"),
+    "benchmark.__main__": (["loop"], "--peer_worker", "--peer_workers"),
+}
+
+
+def mistake(capsys: pytest.CaptureFixture, command: str, arguments: list[str]) -> str:
+    """The line that a command writes for wrong arguments."""
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module(f"pipeline.{command}").main(arguments)
+    told = capsys.readouterr()
+    assert exit.value.code == 2 and not told.out
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1
+    return told.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("form", [["{}", "1"], ["{}=1"]])
+def test_every_command_names_the_option_that_was_meant(command, form, capsys):
+    needed, wrong, meant = COMMANDS[command]
+    message = mistake(capsys, command, [*needed, *(part.format(wrong) for part in form)])
+    name = command.removesuffix(".__main__")
+    assert f"Unknown option {wrong!r}. Did you mean {meant!r}" in message and f"python -m pipeline.{name}" in message
+
+
+@pytest.mark.parametrize(
+    "command, arguments, words",
+    [
+        ("evaluate", ["RUN", "--split", "tset"], ["'tset' is not one of", "Did you mean 'test'?"]),
+        ("predict", ["RUN", "a.png", "--top_k", "0"], ["--top_k", "'0' is not a whole number of 1 or more."]),
+        ("predict", ["RUN"], ["PATH"]),
+        ("report.__main__", ["RUN", "--target", "90"], ["'90' is not a fraction from 0 to 1; 90 % is 0.9."]),
+        ("report.__main__", ["RUN", "--mistakes", "-1"], ["'-1' is not a whole number of 0 or more"]),
+        ("sweep.__main__", ["sweep.yaml", "--num_parallel", "two"], ["'two' is not a whole number of 1 or more"]),
+        ("benchmark.__main__", ["loop", "--seconds", "0"], ["'0' is not a number above 0"]),
+        ("benchmark.__main__", ["lop"], ["Unknown benchmark 'lop'. Did you mean 'loop'?"]),
+        ("benchmark.__main__", ["loop", "--modle_name", "x"], ["'--modle_name'. Did you mean '--model_name'"]),
+        ("benchmark.__main__", ["optimizers", "--model_name", "x", "--lr", "1"], ["Unknown option '--lr'"]),
+        ("benchmark.__main__", ["efficiency", "--factors", "loder"], ["Did you mean 'loader'?"]),
+    ],
+)
+def test_a_wrong_argument_costs_one_line(command, arguments, words, capsys):
+    message = mistake(capsys, command, arguments)
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (at_least(0), {"0": 0, "12": 12}, ["-1", "1.5", "", "many"]),
+        (at_least(2), {"2": 2}, ["1"]),
+        (above_zero, {"1e-3": 0.001, "7": 7.0}, ["0", "-1", "inf", "nan", ""]),
+        (fraction, {"0": 0.0, "0.5": 0.5, "1": 1.0}, ["-0.1", "1.1", "nan", "half"]),
+        (one_of("a", "b"), {"a": "a"}, ["c", "A", ""]),
+    ],
+)
+def test_types_of_arguments_take_what_they_say_and_nothing_else(kind, good, bad):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not"):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (ValueError("wrong"), 2, "error: wrong\n"),
+        (CommandFailed("failed"), 1, "error: failed\n"),
+        (TrainingFailed("diverged"), 1, "error: diverged\n"),
+        (OSError(28, "No space left"), 1, "error: [Errno 28] No space left\n"),
+        (Interrupted(15), 143, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_failures_are_exit_statuses(error, status, line, capsys):
+    def command() -> int:
+        raise error
+
+    assert exit_status(command) == status
+    assert capsys.readouterr().err == line
+    assert exit_status(lambda: 3) == 3
