@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.benchmark.measuring import Row
 from pipeline.common.stopping import TrainingFailed
+from pipeline.common.system import end_tree, tree_memory
 
 SAMPLE_SECONDS = 0.2  # between two samples of a child's memory
 ENDING_SECONDS = 60.0  # from SIGTERM to SIGKILL; torchrun takes 30 of them to end its processes
@@ -33,7 +34,7 @@ def run_child(
 
     The function is called with the arguments, which are sent as JSON, and with `folder`, a folder that is deleted afterwards.
     launcher: modules and arguments before the child's own (`-m torch.distributed.run ...`); options: of Python.
-    Adds `seconds_to_start` (to result["first_step_at"]), `peak_memory_bytes` (the largest sampled PSS of the process and its
+    Adds `seconds_to_start` (to result["first_step_at"]), `peak_memory_bytes` (the largest sampled memory of the process and its
     descendants, None if the system does not report it), and `stderr`.
     Raises ValueError with the error message of the child, TrainingFailed if it failed without one.
     """
@@ -62,7 +63,9 @@ def run_program(command: Sequence[str], result_path: Path, environment: Mapping[
         try:
             peak = watch_memory(process)
         finally:
-            end(process)
+            end_tree(process, ENDING_SECONDS)
+            with contextlib.suppress(ProcessLookupError):  # descendants that it left in its session
+                os.killpg(process.pid, signal.SIGKILL)
         stderr.seek(0)
         output = stderr.read()
     if process.returncode:
@@ -82,59 +85,13 @@ def raise_failure(status: int, output: str) -> None:
     raise TrainingFailed(f"A contender failed: {lines[-1]}")
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends the process, if it runs, and all other processes of its session."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            try:
-                process.wait(ENDING_SECONDS)
-            finally:  # also after a second Ctrl-C
-                process.kill()
-                process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def watch_memory(process: subprocess.Popen) -> int | None:
     """Waits for the process; returns the largest sampled memory of its process tree in bytes, None if unknown."""
     peak = 0
     while True:
-        peak = max(peak, tree_pss(process.pid))
+        peak = max(peak, tree_memory(process.pid))
         try:
             process.wait(SAMPLE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
         return peak or None
-
-
-def tree_pss(pid: int) -> int:
-    """Memory of a process and its descendants in bytes; 0 if unknown.
-
-    The sum of PSS in /proc/PID/smaps_rollup (https://docs.kernel.org/filesystems/proc.html), which divides shared pages among
-    all processes that map them, including other programs.
-    """
-    return sum(map(pss, descendants(pid)))
-
-
-def descendants(pid: int) -> list[int]:
-    """The process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for known in found:  # the list grows during the iteration
-        found += children.get(known, [])
-    return found
-
-
-def pss(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))

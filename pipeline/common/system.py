@@ -1,7 +1,9 @@
-"""The machine of the process: its usable cores, running processes, and the memory allocator."""
+"""The machine of the process: usable cores, memory, running processes, and the memory allocator."""
 
+import contextlib
 import ctypes
 import os
+import subprocess
 
 import psutil
 
@@ -14,6 +16,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_memory() -> int:
+    """Bytes of main memory."""
+    return int(psutil.virtual_memory().total)
+
+
 def is_alive(process: int) -> bool:
     """Whether a process with this number runs on this machine. A zombie does not."""
     try:
@@ -22,6 +29,43 @@ def is_alive(process: int) -> bool:
         return True
     except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False
+
+
+def process_tree(process: int) -> list[psutil.Process]:
+    """The process and all its descendants on this machine; empty when it has ended."""
+    try:
+        root = psutil.Process(process)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def tree_memory(process: int) -> int:
+    """Bytes of memory of a process and its descendants; memory that processes share is divided among them. 0 if unknown.
+
+    It is the PSS of Linux (https://docs.kernel.org/filesystems/proc.html). Other systems report only the unshared memory.
+    """
+    total = 0
+    for one in process_tree(process):
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            memory = one.memory_full_info()
+            total += getattr(memory, "pss", memory.uss)
+    return total
+
+
+def end_tree(process: subprocess.Popen, seconds: float) -> None:
+    """Asks a process to end, kills it after `seconds`, and kills every descendant that is left."""
+    tree = process_tree(process.pid)
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+    finally:  # also after a second Ctrl-C
+        for one in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):  # psutil never signals another process of the same number
+                one.kill()
+        process.wait()
 
 
 def keep_freed_memory() -> None:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from pipeline.common.system import usable_cores
+from pipeline.common.system import machine_memory, usable_cores
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.shards import StreamedSplit
 from pipeline.data.splits import Split
@@ -29,7 +28,7 @@ def device_memory(device: torch.device) -> int:
     """The memory of the GPU, or of the machine for a CPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_memory()
 
 
 def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:

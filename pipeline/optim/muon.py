@@ -1,6 +1,5 @@
 """Muon: orthogonalised momentum for weight matrices and filters, AdamW for all other parameters, in one optimizer."""
 
-import difflib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -9,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.backends.mkldnn import MkldnnModule
 from torch.optim.adamw import adamw
+
+from pipeline.common.suggestions import check_known
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c in p(r) = a + b r + c r^2, https://kellerjordan.github.io/posts/muon
 MIN_NORM = 1e-7  # a gradient with a smaller Frobenius norm gets a smaller update; zeros get zeros
@@ -113,10 +114,7 @@ def _check_group(group: dict[str, Any]) -> None:
             f"Muon requires parameters with two or more dimensions, got shape {thin[0]}. "
             "Put biases and norms in a group with use_muon=False."
         )
-    if group["lr_scaling"] not in LR_SCALINGS:
-        close = difflib.get_close_matches(str(group["lr_scaling"]), LR_SCALINGS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"Unknown lr_scaling '{group['lr_scaling']}'.{hint} Known: {', '.join(sorted(LR_SCALINGS))}.")
+    check_known("lr_scaling", group["lr_scaling"], LR_SCALINGS)
     beta1, beta2 = group["betas"]
     ranges = {
         "lr": (group["lr"] >= 0, "zero or more"),

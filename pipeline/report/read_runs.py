@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.common.system import is_alive
 from pipeline.run_folder import lock
 from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import FIELDS, Config
@@ -227,9 +228,6 @@ def is_running(run_dir: Path) -> bool:
         if holder.get("machine") != os.uname().nodename:
             silence = time.time() - path.stat().st_mtime
             return "machine" in holder and silence < lock.SILENT_BEATS * lock.BEAT_SECONDS
-        os.kill(int(str(holder.get("process"))), 0)
-        return True
-    except PermissionError:  # it is alive and belongs to another user
-        return True
-    except (OSError, ValueError, OverflowError):
+        return is_alive(int(str(holder.get("process"))))
+    except (OSError, ValueError):
         return False

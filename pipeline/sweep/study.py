@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.common import console
 from pipeline.common.randomness import address
+from pipeline.common.system import is_alive
 from pipeline.sweep.file import Sweep
 from pipeline.sweep.hyperband import keeps_up
 from pipeline.sweep.space import WHOLE, Parameter
@@ -271,13 +272,3 @@ def suggested(trial: optuna.Trial | FrozenTrial, parameter: Parameter) -> Any:
 def reported(trial: FrozenTrial) -> list[float]:
     """The reported values of the metric, ordered by iteration."""
     return [value for _, value in sorted(trial.intermediate_values.items())]
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        return True
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True

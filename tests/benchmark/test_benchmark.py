@@ -19,11 +19,12 @@ from conftest import ROOT, run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loop, lr, startup
 from pipeline.benchmark.__main__ import COMMANDS, main, make_parser
-from pipeline.benchmark.children import descendants, run_child, tree_pss
+from pipeline.benchmark.children import run_child
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.common.stopping import TrainingFailed
+from pipeline.common.system import process_tree, tree_memory
 from pipeline.settings.parser import read_config
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
@@ -52,7 +53,7 @@ def in_this_process(monkeypatch, tmp_path):
         assert child.main(list(command[command.index("pipeline.benchmark.child") + 1 :])) == 0
         result = json.loads(result_path.read_text())
         printed = "import time:       300 |        300 | torch\n" if "importtime" in command else ""
-        result |= {"peak_memory_bytes": tree_pss(os.getpid()), "stderr": printed}
+        result |= {"peak_memory_bytes": tree_memory(os.getpid()), "stderr": printed}
         return result | {"seconds_to_start": result.get("first_step_at", began) - began}
 
     monkeypatch.setattr(children, "run_program", run_program)
@@ -293,8 +294,8 @@ def test_the_memory_of_a_process_includes_that_of_its_children():
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     parent = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     try:
-        wait_for(lambda: tree_pss(parent.pid) >= 51_200_000)
-        assert len(descendants(parent.pid)) == 2
+        wait_for(lambda: tree_memory(parent.pid) >= 51_200_000)
+        assert len(process_tree(parent.pid)) == 2
     finally:
         os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
@@ -303,12 +304,12 @@ def test_the_memory_of_a_process_includes_that_of_its_children():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_benchmark_and_its_contenders(number):
     process = start_process("-m", "pipeline.benchmark", "loop", "--num_images=2000", "--model_name=simple_mlp")
-    wait_for(lambda: len(descendants(process.pid)) > 1, process=process)
-    contenders = descendants(process.pid)[1:]
+    wait_for(lambda: len(process_tree(process.pid)) > 1, process=process)
+    contenders = process_tree(process.pid)[1:]
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in printed
-    assert not any(Path(f"/proc/{pid}").exists() for pid in contenders)
+    assert not any(contender.is_running() for contender in contenders)
 
 
 def test_help_and_parsing_import_no_torch():

@@ -1,14 +1,17 @@
 """The setup of the process for its machine."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from conftest import run_process
 
-from pipeline.common.system import is_alive
+from pipeline.common.system import end_tree, is_alive, process_tree, tree_memory
 from pipeline.training.step import seed_generators
 
 PROGRAM = """
@@ -63,3 +66,22 @@ def test_a_process_is_alive_until_it_has_ended():
     assert not is_alive(process.pid)
     process.wait()
     assert not any(is_alive(number) for number in (process.pid, -1, 2**40))
+
+
+def test_a_process_is_ended_with_all_that_it_started():
+    """Descendants in sessions of their own too, as torchrun starts its workers."""
+    inner = "import time; time.sleep(60)"
+    program = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"subprocess.run([sys.executable, '-S', '-c', {inner!r}], start_new_session=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-S", "-c", program])
+    limit = time.monotonic() + 30
+    while len(process_tree(process.pid)) < 2 and time.monotonic() < limit:
+        time.sleep(0.01)
+    tree = process_tree(process.pid)
+    assert len(tree) == 2 and tree_memory(process.pid) > 2**20
+    end_tree(process, seconds=0.1)
+    psutil.wait_procs(tree, timeout=30)
+    assert process.returncode == -signal.SIGKILL and not any(is_alive(one.pid) for one in tree)
+    assert process_tree(process.pid) == [] and tree_memory(process.pid) == 0
