@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 
-from pipeline.data.from_settings import load_data
 from pipeline.data.splits import Split
-from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.decode import decode_image
-from pipeline.loaders.build import make_loader
+from pipeline.inference.saved_evaluation import put_on_split
+from pipeline.inference.saved_model import load_saved_model
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
-from pipeline.settings.parser import from_yaml
-from pipeline.training.build import choose_image_size, make_preprocessing
 
 SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report: bounds of its longer side in pixels
 
@@ -37,18 +33,18 @@ def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake]
     """The `how_many` mistakes of the highest confidence, in decreasing order, and the number of all mistakes.
 
     Evaluates the model of model/ in fp32 on the dataset of config.yaml. Raises ValueError if one of the two is missing or
-    their classes differ.
+    their classes differ, CommandFailed for an image that cannot be read.
     """
+    saved = load_saved_model(str(run_dir))
+    if saved.config is None:
+        raise ValueError(f"{run_dir} has no config.yaml, so it has no dataset of its own.")
     # the machine of the report may not support the run's precision or compilation
-    config = dataclasses.replace(from_yaml(run_dir / "config.yaml"), mixed_precision="no", compile=False)
-    accelerator = make_accelerator(config)
-    dataset = load_data(config, accelerator)
-    model = load_model(run_dir / "model").to(accelerator.device).eval()
-    if read_config(run_dir / "model" / CONFIG_FILE).get("label_names") != dataset.class_names:
+    config = dataclasses.replace(saved.config, mixed_precision="no", compile=False, gradient_checkpointing=False)
+    on_split = put_on_split(saved, config, "test")
+    dataset = on_split.dataset
+    if saved.label_names != dataset.class_names:
         raise ValueError(f"The classes of {run_dir / 'model'} differ from those of dataset {config.dataset}.")
-    preprocessing = make_preprocessing(config, dataset, choose_image_size(config, dataset), model)
-    loader = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
-    probabilities = predict(model, loader)
+    probabilities = predict(on_split.model, on_split.loader)
     labels = torch.from_numpy(dataset.test.labels)
     confidences, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.common import console
@@ -17,6 +18,7 @@ from pipeline.distributed.accelerator import fit_to_machine, make_accelerator, s
 from pipeline.images.decode import BadImage
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.loaders.build import make_loader
+from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.settings.command_line import CommandFailed
 from pipeline.settings.config import Config
 from pipeline.training.evaluation import evaluate
@@ -44,6 +46,45 @@ class EvaluatedModel(nn.Module):
         return logits if self.order is None else logits[:, self.order]
 
 
+@dataclasses.dataclass(frozen=True)
+class OnSplit:
+    """A saved model on its device, with the loader of a split in the model's preprocessing."""
+
+    accelerator: Accelerator
+    dataset: ImageDataset
+    model: nn.Module
+    loader: AnyLoader
+
+
+def put_on_split(
+    saved: SavedModel, config: Config, split: str, *, device: str = "auto", own_set: bool = True, flip: bool = False
+) -> OnSplit:
+    """Loads the dataset of the settings and matches its classes to those of the model. Every rank must call it.
+
+    own_set: whether it is the dataset of the model's run; flip: as in EvaluatedModel. Raises ValueError if model and dataset
+    do not fit together, CommandFailed for an image that cannot be read.
+    """
+    accelerator = make_accelerator(config, device)
+    dataset = load_data(config, accelerator)
+    if accelerator.is_main_process:
+        for note in [] if own_set else dataset.notes:
+            console.warn(note)
+    order = class_order(saved, dataset, shown=accelerator.is_main_process)
+    preprocessing = saved.preprocessing
+    if own_set:  # folders of earlier versions lack source_size
+        preprocessing = dataclasses.replace(preprocessing, source_size=dataset.image_size)
+    config = with_channels_last(config, saved.model, accelerator)
+    model = fit_to_machine(saved.model, config, accelerator)
+    evaluated = EvaluatedModel(model, order if order is None else order.to(accelerator.device), flip)
+    try:
+        loader = make_loader(config, getattr(dataset, split), dataset, preprocessing, accelerator, training=False)
+        with accelerator.local_main_process_first():  # as in training: the other ranks read its cache
+            loader.load()
+    except BadImage as error:
+        raise CommandFailed(str(error)) from error
+    return OnSplit(accelerator, dataset, evaluated.eval(), loader)
+
+
 def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     """The figures of `python -m pipeline.evaluate` on rank 0, None on other ranks. Every rank must call it.
 
@@ -53,29 +94,16 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
         check_dataset_name(args.dataset)
     saved = load_saved_model(args.model)
     config = settings_of(saved, args)
-    accelerator = make_accelerator(config, args.device)
-    dataset = load_data(config, accelerator)
-    if accelerator.is_main_process:
-        for note in dataset.notes if args.dataset is not None else []:
-            console.warn(note)
-    order = class_order(saved, dataset, shown=accelerator.is_main_process)
-    preprocessing = saved.preprocessing
-    if args.dataset is None:  # folders of earlier versions lack source_size
-        preprocessing = dataclasses.replace(preprocessing, source_size=dataset.image_size)
-    config = with_channels_last(config, saved.model, accelerator)
-    model = fit_to_machine(saved.model, config, accelerator)
-    evaluated = EvaluatedModel(model, order if order is None else order.to(accelerator.device), args.tta == "flip")
-    split = getattr(dataset, args.split)
+    own_set, flip = args.dataset is None, args.tta == "flip"
+    on_split = put_on_split(saved, config, args.split, device=args.device, own_set=own_set, flip=flip)
+    accelerator, dataset = on_split.accelerator, on_split.dataset
     calibration = zero_calibration(accelerator.device)
+    start = perf_counter()
     try:
-        loader = make_loader(config, split, dataset, preprocessing, accelerator, training=False)
-        with accelerator.local_main_process_first():  # as in training: the other ranks read its cache
-            loader.load()
-        start = perf_counter()
-        figures, confusion = evaluate(evaluated, loader, accelerator, calibration)
-        seconds = perf_counter() - start
+        figures, confusion = evaluate(on_split.model, on_split.loader, accelerator, calibration)
     except BadImage as error:
         raise CommandFailed(str(error)) from error
+    seconds = perf_counter() - start
     result = {
         "model": args.model,
         "dataset": config.dataset,
