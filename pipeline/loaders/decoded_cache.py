@@ -1,8 +1,11 @@
-"""Decodes a split once: caches its images as fixed-size uint8 in a memory-mapped file, which the first use writes.
+"""Decodes a split once: caches its images as fixed-size uint8 in a memory-mapped array, which the first use writes.
 
-It is an Arrow file with one column of fixed-size binary and one row for each row of the whole table, null for an image that
-cannot be decoded. Splits of one table (train and validation, for every seed) therefore share one file, and the processes of a
-machine share one copy in memory.
+images.npy       uint8 [rows of the whole table, *shape]; black where an image could not be decoded
+is_decoded.npy   bool [rows of the whole table]
+checksums.json   CRC-32 of the blocks of both files
+
+Splits of one table (train and validation, for every seed) share one folder, and the processes of a machine share one copy in
+memory.
 """
 
 import hashlib
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor
 
 from pipeline.common.console import progress_bar, warn
-from pipeline.common.files import written_aside
+from pipeline.common.files import folder_written_aside, write_json
 from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked
 from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
 
-FORMAT = 1  # increase it when the content of the file changes its meaning
-SMALLEST_SHARE = 0.25  # a split that is a smaller fraction of its table is decoded alone, without a cache file
+FORMAT = 2  # increase it when the content of the folder changes its meaning
+IMAGES, IS_DECODED, CHECKSUMS = "images.npy", "is_decoded.npy", "checksums.json"
+SMALLEST_SHARE = 0.25  # a split that is a smaller fraction of its table is decoded alone, without a cache folder
 BLOCK = 2**24  # bytes per checksum
 CHUNK = 64  # images per task of a thread
 
@@ -42,15 +46,15 @@ def resident_images(
     rows, num_rows = split.table_rows, split.table_length
     fingerprint, num_bytes = split.fingerprint()
     key = hashlib.sha256(json.dumps([FORMAT, fingerprint, shape, edition]).encode()).hexdigest()
-    path = cache_folder() / f"{key[:32]}.arrow"
-    is_useful = len(rows) >= SMALLEST_SHARE * num_rows or path.is_file()
+    folder = cache_folder() / f"{key[:32]}.decoded"
+    is_useful = len(rows) >= SMALLEST_SHARE * num_rows or folder.is_dir()
     if not (is_useful and is_worth_keeping(num_bytes, num_rows)):
         return decode_rows(rows, rows, shape, fit, num_threads, shown)[0], np.arange(len(rows))
-    with locked(path):
-        found = read_images(path, num_rows, shape, num_threads, shown)
+    with locked(folder):
+        found = read_images(folder, num_rows, shape, num_threads, shown)
         if found is None:
             decoded = decode_rows(np.arange(num_rows), rows, shape, fit, num_threads, shown)
-            found = keep_images(path, *decoded, num_threads, shown)
+            found = keep_images(folder, *decoded, num_threads, shown)
     images, is_decoded = found
     for row in rows[~is_decoded[rows]]:  # its file may have become readable
         images[row] = fit(row)
@@ -89,72 +93,59 @@ def decode_rows(
 
 
 def keep_images(
-    path: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int, shown: bool
+    folder: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int, shown: bool
 ) -> tuple[Tensor, np.ndarray]:
-    """Writes the file and returns its memory-mapped content, or the given arrays if it cannot be written."""
+    """Writes the folder and returns its memory-mapped content, or the given arrays if it cannot be written."""
     try:
-        write_images(path, images, is_decoded, num_threads)
+        write_images(folder, images, is_decoded, num_threads)
     except OSError as error:
         if shown:
-            warn(f"The decoded images could not be cached in {path.parent}: {error.strerror or error}. Training continues.")
+            warn(f"The decoded images could not be cached in {folder.parent}: {error.strerror or error}. Training continues.")
         return images, is_decoded
-    return read_images(path, len(images), tuple(images.shape[1:]), num_threads, shown) or (images, is_decoded)
+    return read_images(folder, len(images), tuple(images.shape[1:]), num_threads, shown) or (images, is_decoded)
 
 
-def write_images(path: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int) -> None:
-    """Writes the cache file. Raises OSError and leaves no partial file."""
-    import pyarrow as pa
-
-    width = images[0].numel()
-    sums = checksums(images.numpy().reshape(-1), is_decoded, num_threads)
-    schema = pa.schema([pa.field("image", pa.binary(width))], metadata={"checksums": json.dumps(sums)})
-    buffers = [pa.py_buffer(np.packbits(is_decoded, bitorder="little")), pa.py_buffer(images.numpy().reshape(-1))]
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(images), buffers)
-    with written_aside(path) as aside:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(pa.record_batch([column], schema=schema))
+def write_images(folder: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int) -> None:
+    """Writes the cache folder. Raises OSError and leaves no partial folder."""
+    with folder_written_aside(folder) as aside:
+        np.save(aside / IMAGES, images.numpy())  # a full disk raises OSError; a memory map would get SIGBUS
+        np.save(aside / IS_DECODED, is_decoded)
+        write_json(aside / CHECKSUMS, checksums(aside, num_threads))
 
 
 def read_images(
-    path: Path, num_rows: int, shape: tuple[int, ...], num_threads: int, shown: bool
+    folder: Path, num_rows: int, shape: tuple[int, ...], num_threads: int, shown: bool
 ) -> tuple[Tensor, np.ndarray] | None:
     """The images, memory-mapped copy-on-write, and which of them decoded.
 
-    None if the file is missing or, with a warning, if it is damaged.
+    None if the folder is missing or, with a warning, if it is damaged.
     """
-    if not path.is_file():
+    if not folder.is_dir():
         return None
     try:
-        return map_images(path, num_rows, shape, num_threads)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pa.ArrowInvalid is a ValueError
+        return map_images(folder, num_rows, shape, num_threads)
+    except (OSError, ValueError) as error:
         if shown:
-            warn(f"The decoded images in {path} are damaged ({error}). They are decoded again.")
+            warn(f"The decoded images in {folder} are damaged ({error}). They are decoded again.")
         return None
 
 
-def map_images(path: Path, num_rows: int, shape: tuple[int, ...], num_threads: int) -> tuple[Tensor, np.ndarray]:
-    """Like read_images, but raises OSError, ValueError, KeyError or TypeError for a damaged file."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as file:
-        address = file.read_buffer(1).address
-        with pa.ipc.open_file(file) as reader:
-            batch = reader.get_batch(0)
-    column, sums = batch.column(0), json.loads(batch.schema.metadata[b"checksums"])
-    bits, values = column.buffers()
-    if len(column) != num_rows or column.type.byte_width != int(np.prod(shape)):
-        raise ValueError(f"it contains {len(column)} images of {column.type}")
-    pixels = np.memmap(path, np.uint8, "c", values.address - address, (num_rows, *shape))
-    is_decoded = np.ones(num_rows, bool)
-    if column.null_count:
-        is_decoded = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_rows, bitorder="little").astype(bool)
-    if checksums(pixels.reshape(-1), is_decoded, num_threads) != sums:
-        raise ValueError("its checksums differ")
-    return torch.from_numpy(pixels), is_decoded
+def map_images(folder: Path, num_rows: int, shape: tuple[int, ...], num_threads: int) -> tuple[Tensor, np.ndarray]:
+    """Like read_images, but raises OSError or ValueError for a damaged folder."""
+    if json.loads((folder / CHECKSUMS).read_text()) != checksums(folder, num_threads):
+        raise ValueError("the checksums differ")
+    images, is_decoded = np.load(folder / IMAGES, mmap_mode="c"), np.load(folder / IS_DECODED)
+    if images.shape != (num_rows, *shape) or is_decoded.shape != (num_rows,):
+        raise ValueError(f"it contains an array of shape {images.shape}")
+    return torch.from_numpy(images), is_decoded
 
 
-def checksums(pixels: np.ndarray, is_decoded: np.ndarray, num_threads: int) -> list[int]:
-    """CRC-32 of is_decoded, then of each block of the pixels."""
-    blocks = [pixels[start : start + BLOCK] for start in range(0, len(pixels), BLOCK)]
+def checksums(folder: Path, num_threads: int) -> dict[str, list[int]]:
+    """CRC-32 of each block of the two arrays' files. Raises OSError or ValueError for a missing or empty file."""
+    found = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        return [zlib.crc32(is_decoded.tobytes()), *pool.map(zlib.crc32, blocks)]
+        for name in (IMAGES, IS_DECODED):
+            content = np.memmap(folder / name, np.uint8, "r")
+            blocks = [content[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
+            found[name] = list(pool.map(zlib.crc32, blocks))
+    return found

@@ -199,11 +199,9 @@ def test_a_second_start_maps_the_images_decoded_by_the_first(folder: Path, decod
     assert len(decodings) == 40
     assert torch.equal(all_of(device_images(small_split()), split), first) and len(decodings) == 40
     assert torch.equal(first, all_of(worker_images(split), split))
-    (file,) = folder.glob("*.arrow")
-    with pa.memory_map(str(file)) as source:
-        column = pa.ipc.open_file(source).read_all().column("image")
-        assert column.type == pa.binary(3 * 8 * 8) and len(column) == 40
-        assert column[7].as_py() == first[7].numpy().tobytes()
+    (kept,) = folder.glob("*.decoded")
+    assert np.array_equal(np.load(kept / "images.npy"), first) and np.load(kept / "is_decoded.npy").all()
+    assert first.dtype == torch.uint8 and first.shape == (40, 3, 8, 8)
 
 
 def test_all_splits_of_a_table_share_one_file(folder: Path, decodings: list[int]) -> None:
@@ -212,14 +210,14 @@ def test_all_splits_of_a_table_share_one_file(folder: Path, decodings: list[int]
     other_seed = split.select(np.random.default_rng(1).permutation(40)[:30])
     for part in (train, val, other_seed):
         assert torch.equal(all_of(device_images(part), part), all_of(worker_images(part), part))
-    assert len(list(folder.glob("*.arrow"))) == 1
+    assert len(list(folder.glob("*.decoded"))) == 1
     assert len(decodings) == 40 + (37 + 3 + 30), "the table once, besides what the worker loader decoded"
 
 
 def test_for_a_small_split_of_a_table_the_rest_is_not_decoded(folder: Path, decodings: list[int]) -> None:
     part = small_split().select(np.array([7, 3, 30]))
     assert torch.equal(all_of(device_images(part), part)[1], torch.from_numpy(noise(8, 3)).permute(2, 0, 1))
-    assert len(decodings) == 3 and not list(folder.glob("*.arrow"))
+    assert len(decodings) == 3 and not list(folder.glob("*.decoded"))
 
 
 @pytest.mark.parametrize("what", ["pixels", "size", "channels", "filter"])
@@ -236,7 +234,7 @@ def test_another_content_or_size_has_another_file(folder: Path, decodings: list[
     else:
         preprocessing = Preprocessing(24, 3, (0.5,) * 3, (0.2,) * 3, "bicubic", 0.875)
     images = all_of(device_images(split, preprocessing, "none"), split)
-    assert len(decodings) == 16 and len(list(folder.glob("*.arrow"))) == 2
+    assert len(decodings) == 16 and len(list(folder.glob("*.decoded"))) == 2
     assert torch.equal(images, all_of(worker_images(split, preprocessing, "none"), split))
 
 
@@ -260,17 +258,20 @@ def test_a_changed_file_of_a_folder_is_decoded_again(folder: Path, decodings: li
     assert not torch.equal(load(), before) and len(decodings) == 40
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+@pytest.mark.parametrize("name", ["images.npy", "is_decoded.npy", "checksums.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "flipped header", "empty", "other", "missing"])
 def test_a_damaged_file_is_detected_and_written_again(
-    folder: Path, decodings: list[int], damage: str, capsys: pytest.CaptureFixture
+    folder: Path, decodings: list[int], damage: str, name: str, capsys: pytest.CaptureFixture
 ) -> None:
     split = small_split()
     expected = all_of(device_images(split), split)
-    (file,) = folder.glob("*.arrow")
+    (file,) = folder.glob(f"*.decoded/{name}")
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged = {"truncated": content[:-100], "flipped": content, "empty": b"", "other": b"\x89PNG" * 500}[damage]
+    content[len(content) // 2 if damage == "flipped" else 10] ^= 1
+    damaged = {"truncated": content[:-30], "empty": b"", "other": b"\x89PNG" * 500}.get(damage, content)
     file.write_bytes(bytes(damaged))
+    if damage == "missing":
+        file.unlink()
     assert torch.equal(all_of(device_images(split), split), expected) and len(decodings) == 80
     assert "are damaged" in capsys.readouterr().err
     assert torch.equal(all_of(device_images(split), split), expected) and len(decodings) == 80
@@ -286,7 +287,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
 
     monkeypatch.setattr(os, "fsync", full_disk)
     images = all_of(device_images(split), split)
-    assert "could not be cached" in capsys.readouterr().err and not list(folder.glob("*.arrow"))
+    assert "could not be cached" in capsys.readouterr().err and not list(folder.glob("*.decoded"))
     assert not [path for path in folder.iterdir() if path.suffix != ".lock"], "nothing is left aside"
     monkeypatch.undo()
     folder.parent.mkdir(exist_ok=True)
@@ -300,11 +301,11 @@ def test_a_cache_that_cannot_be_written_only_warns(
 def test_leftovers_of_a_killed_process_are_ignored(folder: Path, decodings: list[int]) -> None:
     split = small_split()
     expected = all_of(device_images(split), split)
-    (file,) = folder.glob("*.arrow")
+    (file,) = folder.glob("*.decoded")
     left = file.with_name(f".{file.name}.{os.getpid()}@{os.uname().nodename}.tmp")
     file.rename(left)
     assert torch.equal(all_of(device_images(split), split), expected) and len(decodings) == 80
-    assert file.is_file() and not left.exists()
+    assert file.is_dir() and not left.exists()
 
 
 def decode_slowly(folder: Path, results: Any) -> None:
