@@ -2,18 +2,22 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 from pipeline.report.figure_style import FAINT, INK, PAPER, Look
-from pipeline.report.tables import Cell, Row, Table
+from pipeline.report.tables import Cell, Table
 
-# The page asks nobody for anything, whatever a name in it may say.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-PIXELS_PER_POINT = 1.45  # of a figure: its letters are then as large as a table's
+SVG = "http://www.w3.org/2000/svg"
+HREF = "{http://www.w3.org/1999/xlink}href"
+RUN_ID = re.compile(r"run-(\d+)-")  # Look.line gives it
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$&])")
+
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 @dataclass(frozen=True)
@@ -67,136 +71,71 @@ class Page:
 
 
 def html_page(page: Page, look_of: Mapping[str, Look]) -> str:
-    """The whole page; every word that came from a run is escaped, and the content policy forbids any request."""
-    css, js = (Path(__file__).with_name(f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
-    links = "".join(f'<li><a href="#{section.id}">{escape(section.title)}</a></li>' for section in page.sections)
-    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in page.overview)
-    sections = "\n".join(html_section(section, look_of) for section in page.sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(page.title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{css}</style>
-</head>
-<body>
-<header>
-<h1>{escape(page.title)}</h1>
-<dl>{terms}</dl>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</header>
-<main>
-{sections}
-</main>
-<script>
-{js}</script>
-</body>
-</html>
-"""
+    """The whole page. jinja2 escapes every word that comes from a run, and the content policy forbids any request."""
+    import jinja2
+    from markupsafe import Markup
 
-
-def html_section(section: Section, look_of: Mapping[str, Look]) -> str:
-    blocks = [html_block(block, section, look_of) for block in section.blocks]
-    axes = next((tuple(block.by_axis) for block in section.blocks if isinstance(block, Views)), ())
-    title = f'<h2 id="{section.id}-title">{escape(section.title)}</h2>'
-    content = "\n".join([title, *([switch(axes)] if len(axes) > 1 else []), *blocks])
-    return f'<section id="{section.id}" aria-labelledby="{section.id}-title">\n{content}\n</section>'
-
-
-def switch(axes: Sequence[str]) -> str:
-    """The choice of the horizontal axis; hidden until the script runs, and on paper."""
-    inputs = "".join(
-        f'<label><input type="radio" name="axis" value="{axis}"{" checked" if axis == axes[0] else ""}> {axis}</label>'
-        for axis in axes
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return f'<fieldset class="switch" hidden><legend>horizontal axis</legend>{inputs}</fieldset>'
+    kinds: dict[str, type] = {"table": Table, "figure": Figure, "views": Views, "gallery": Gallery}
+    environment.tests |= {name: partial(is_a, kind) for name, kind in kinds.items()}
+    environment.filters |= {"inline_svg": lambda figure: Markup(inline_svg(figure)), "base64": as_base64}
+    own = {ending: Markup((folder / f"page.{ending}").read_text(encoding="utf-8")) for ending in ("css", "js")}
+    helpers = {"axes_of": axes_of, "numeric_columns": numeric_columns, "is_numeric": is_numeric}
+    template = environment.get_template("page.html.jinja")
+    return template.render(page=page, look_of=look_of, **own, **helpers)
 
 
-def html_block(block: Block, section: Section, look_of: Mapping[str, Look]) -> str:
-    if isinstance(block, str):
-        return f"<p>{escape(block)}</p>"
-    if isinstance(block, Table):
-        return html_table(block, section, look_of)
-    if isinstance(block, Figure):
-        return f"<figure>{inline_svg(block)}</figure>"
-    if isinstance(block, Gallery):
-        return f'<ul class="gallery">{"".join(map(html_picture, block.pictures))}</ul>'
-    first = next(iter(block.by_axis))
-    views = (
-        f'<div data-axis="{axis}"{"" if axis == first else " hidden"}>{inline_svg(figure)}</div>'
-        for axis, figure in block.by_axis.items()
-    )
-    return f"<figure>{''.join(views)}</figure>"
+def is_a(kind: type, block: Block) -> bool:
+    return isinstance(block, kind)
 
 
-def html_picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    lines = "<br>".join(map(escape, picture.lines))
-    return f'<li><img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">{lines}</li>'
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
-def html_table(table: Table, section: Section, look_of: Mapping[str, Look]) -> str:
-    """The table with its title where that is not the section's, in a box of its own that scrolls sideways."""
-    numeric = [all(is_numeric(row.cells[place]) for row in table.rows) for place in range(len(table.columns))]
-    headings = "".join(
-        f'<th scope="col"{number_class(right)}><button type="button">{escape(column)}</button></th>'
-        for column, right in zip(table.columns, numeric)
-    )
-    rows = "\n".join(html_row(row, numeric, look_of) for row in table.rows)
-    title = "" if table.title == section.title else f"<h3>{escape(table.title)}</h3>"
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    label = escape(table.title)
-    return (
-        f'{title}{note}<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table id="table-{table.id}">'
-        f"<thead><tr>{headings}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
-    )
+def axes_of(section: Section) -> tuple[str, ...]:
+    """The horizontal axes between which a section's figures can be switched."""
+    return next((tuple(block.by_axis) for block in section.blocks if isinstance(block, Views)), ())
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    """For each column whether all its cells hold numbers or nothing."""
+    return [all(is_numeric(row.cells[place]) for row in table.rows) for place in range(len(table.columns))]
 
 
 def is_numeric(cell: Cell) -> bool:
-    return cell.key is None or not isinstance(cell.key, str)
-
-
-def number_class(right: bool) -> str:
-    return ' class="number"' if right else ""
-
-
-def html_row(row: Row, numeric: Sequence[bool], look_of: Mapping[str, Look]) -> str:
-    """A row; one about a run knows the run's index, and its name has the run's colour beside it."""
-    look = look_of.get(row.run or "")
-    attributes = f' data-run="{look.index}"' if look else ""
-    attributes += ' class="marked"' if row.marked else ""
-    cells = []
-    for cell, right in zip(row.cells, numeric):
-        kind = "" if cell.key is None or isinstance(cell.key, str) else ' data-kind="number"'
-        key = "" if cell.key is None else f' data-key="{escape(str(cell.key))}"{kind}'
-        colour = (
-            f'<span class="swatch" style="background:{look.colour}"></span>' if look and cell.text == row.run else ""
-        )
-        cells.append(f"<td{key}{number_class(right)}>{colour}{escape(cell.text)}</td>")
-    return f"<tr{attributes}>{''.join(cells)}</tr>"
+    return not isinstance(cell.key, str)
 
 
 def inline_svg(figure: Figure) -> str:
-    """matplotlib's SVG as a part of the page: its ids unique there, its colours the page's, its lines known by run."""
-    text = figure.svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="run-(\d+)-[^"]*"', r'data-run="\1"', text)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r'\bid="([^"]*)"', lambda found: f'id="{figure.stem}-{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{figure.stem}-", text)
-    for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (PAPER, "--paper")):
-        text = text.replace(colour, f"var({variable})")
-    view_box = re.search(r'viewBox="[^"]*"', text)
-    assert view_box is not None, "matplotlib gives one"
-    opening = (
-        f'<svg {view_box[0]} role="img" aria-label="{escape(figure.alt)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return opening + text[text.index(">") + 1 :]
+    """matplotlib's SVG as an element of the page: its ids unique there, its colours the page's, its lines known by run."""
+    svg = ElementTree.fromstring(figure.svg)
+    for parent in list(svg.iter()):
+        for child in [child for child in parent if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style")]:
+            parent.remove(child)
+    for element in svg.iter():
+        for name, value in element.attrib.items():
+            for colour, variable in ((INK, "--ink"), (FAINT, "--faint"), (PAPER, "--paper")):
+                value = value.replace(colour, f"var({variable})")
+            if name == HREF:
+                value = value.replace("#", f"#{figure.stem}-")
+            element.set(name, value.replace("url(#", f"url(#{figure.stem}-"))
+        id = element.attrib.pop("id", None)
+        run = RUN_ID.match(id or "")
+        if run is not None:
+            element.set("data-run", run[1])
+        elif id is not None:
+            element.set("id", f"{figure.stem}-{id}")
+    svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": figure.alt}
+    return ElementTree.tostring(svg, encoding="unicode")
 
 
 def markdown_page(page: Page) -> str:
@@ -236,8 +175,7 @@ def markdown_image(alt: str, stem: str) -> str:
 
 def markdown_table(table: Table, section: Section) -> str:
     lines = [f"| {' | '.join(map(markdown_escape, table.columns))} |"]
-    numeric = [all(is_numeric(row.cells[place]) for row in table.rows) for place in range(len(table.columns))]
-    lines.append(f"| {' | '.join('---:' if right else '---' for right in numeric)} |")
+    lines.append(f"| {' | '.join('---:' if right else '---' for right in numeric_columns(table))} |")
     for row in table.rows:
         first, *others = (markdown_escape(cell.text) for cell in row.cells)
         lines.append(f"| {' | '.join([f'**{first}**' if row.marked else first, *others])} |")
