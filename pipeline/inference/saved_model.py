@@ -12,8 +12,8 @@ from torch import nn
 from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.models.create import input_settings, load_model, load_published
-from pipeline.models.timm_folder import CONFIG_FILE, read_config
+from pipeline.models.create import input_settings, load_published
+from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
 from pipeline.settings.config import Config
 from pipeline.settings.parser import from_yaml
 

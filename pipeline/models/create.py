@@ -20,7 +20,6 @@ from timm.models import (
 from torch import nn
 
 from pipeline.common.suggestions import check_known, did_you_mean
-from pipeline.models.small_models import SimpleMLP
 from pipeline.models.small_stems import (
     SMALL_IMAGE_SIZE,
     SMALL_STEM_SUFFIX,
@@ -33,27 +32,10 @@ from pipeline.models.timm_folder import (
     LoadReport,
     check_model_folder,
     classifier_names,
-    load_model,
     load_weights,
     read_config,
-    save_model,
     weights_file,
 )
-
-__all__ = [
-    "InputSettings",
-    "LoadReport",
-    "SimpleMLP",
-    "check_model_name",
-    "create_model",
-    "default_image_size",
-    "input_settings",
-    "is_small_stem_possible",
-    "load_model",
-    "load_published",
-    "load_weights",
-    "save_model",
-]
 
 STEM_CHOICES = ("auto", "imagenet", "small")
 

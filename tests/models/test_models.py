@@ -19,12 +19,9 @@ from pipeline.models.create import (
     create_model,
     default_image_size,
     input_settings,
-    is_small_stem_possible,
-    load_model,
-    load_weights,
-    save_model,
 )
-from pipeline.models.small_stems import SMALL_STEM_SUFFIX, SMALL_STEMS, with_small_stem
+from pipeline.models.small_stems import SMALL_STEM_SUFFIX, SMALL_STEMS, is_small_stem_possible, with_small_stem
+from pipeline.models.timm_folder import load_model, load_weights, save_model
 
 
 def save(model: nn.Module, folder: Path, image_size: int, in_chans: int = 3) -> None:

@@ -5,7 +5,7 @@ import torch
 from conftest import assert_close_figures, lines_of, timeless
 
 from pipeline.common.stopping import TrainingFailed
-from pipeline.models.create import SimpleMLP
+from pipeline.models.small_models import SimpleMLP
 
 
 @pytest.fixture
