@@ -15,8 +15,8 @@ from pipeline.common.randomness import permutation
 from pipeline.data.splits import Split
 from pipeline.images.augment import BatchTransform
 from pipeline.loaders.mixing import mix
-from pipeline.loaders.shares import IGNORED, largest_share, share_of
 from pipeline.loaders.sources import DeviceImages, WorkerImages
+from pipeline.settings.batch_size import IGNORED, largest_share, share_of
 
 DATA_ORDER = 1  # the purpose in the address of a draw; pipeline.images.crop and pipeline.images.augment define others
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.common.randomness import address, uniforms
 from pipeline.images.augment import inside
-from pipeline.loaders.shares import IGNORED
+from pipeline.settings.batch_size import IGNORED
 
 MIX, MIXUP, CUTMIX = 2004, 2005, 2006  # the purpose in the address of a draw
 

@@ -12,9 +12,9 @@ from pipeline.images.augment import BatchTransform
 from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.mixing import mix
-from pipeline.loaders.shares import IGNORED
 from pipeline.loaders.sources import FittedImages, identity
 from pipeline.loaders.stream_order import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
+from pipeline.settings.batch_size import IGNORED
 
 AHEAD_BATCHES = 8  # a chunk is fetched so many batches before its first sample is needed
 

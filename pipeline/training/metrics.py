@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.loaders.shares import IGNORED
+from pipeline.settings.batch_size import IGNORED
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
 

@@ -10,9 +10,8 @@ from pipeline.common import console
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.distributed.accelerator import system_facts
 from pipeline.distributed.fsdp import blocks_of
-from pipeline.loaders.shares import largest_share
 from pipeline.optim.optimizers import lr_of_step, peak_lr
-from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
+from pipeline.settings.batch_size import batch_size_at, largest_share, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
 

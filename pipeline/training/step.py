@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from pipeline.common.randomness import address
 from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.distributed.fsdp import whole
-from pipeline.loaders.shares import IGNORED, largest_share, share_of
 from pipeline.optim.ema import update_ema
 from pipeline.optim.optimizers import sam_rho
 from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.settings.batch_size import IGNORED, largest_share, share_of
 from pipeline.settings.config import Config
 from pipeline.training.metrics import add_batch
 from pipeline.training.state import TrainState

@@ -15,7 +15,7 @@ from pipeline.images.crop import NUM_FIT_DRAWS, fit_for_eval, fit_for_training, 
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.randaugment import NUM_BINS, RANDAUGMENT, TRIVIALAUGMENT
 from pipeline.loaders.mixing import mix
-from pipeline.loaders.shares import IGNORED
+from pipeline.settings.batch_size import IGNORED
 
 POLICIES = {"randaugment": RANDAUGMENT, "trivialaugment": TRIVIALAUGMENT}
 BLENDS = ["brightness", "color", "contrast", "sharpness"]

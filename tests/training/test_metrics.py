@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipeline.loaders.shares import IGNORED
+from pipeline.settings.batch_size import IGNORED
 from pipeline.training.metrics import (
     add_batch,
     add_calibration,
