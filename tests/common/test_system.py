@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 import torch
-from conftest import run_process
+from conftest import run_process, wait_for
 
 from pipeline.common.system import end_tree, is_alive, process_tree, tree_memory
 from pipeline.training.step import seed_generators
@@ -76,9 +75,7 @@ def test_a_process_is_ended_with_all_that_it_started():
         f"subprocess.run([sys.executable, '-S', '-c', {inner!r}], start_new_session=True)"
     )
     process = subprocess.Popen([sys.executable, "-S", "-c", program])
-    limit = time.monotonic() + 30
-    while len(process_tree(process.pid)) < 2 and time.monotonic() < limit:
-        time.sleep(0.01)
+    wait_for(lambda: len(process_tree(process.pid)) == 2)
     tree = process_tree(process.pid)
     assert len(tree) == 2 and tree_memory(process.pid) > 2**20
     end_tree(process, seconds=0.1)
