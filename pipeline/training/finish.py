@@ -38,7 +38,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     except BadCheckpoint as error:
         raise TrainingFailed(
             f"The checkpoint of the best epoch, {entry['epoch']}, is lost: {error}. Restore it and resume, or "
-            f"{run.new_run(checkpoint_path(run.config.run_dir, state.step))}, the weights of the last epoch."
+            f"start {run.new_run(checkpoint_path(run.config.run_dir, state.step))}, the weights of the last epoch."
         ) from error
     load_weights(model, weights)
     test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)

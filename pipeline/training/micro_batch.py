@@ -100,7 +100,7 @@ def out_of_memory_advice(
 ) -> str:
     """What to do after training ran out of memory, with the micro_batch_size that fits, which may change in a resumed run.
 
-    new_run: how to start a new run, for the settings that may not change, as Run.new_run returns it.
+    new_run: the text of Run.new_run, for settings that may not change.
     """
     used = most_images(config, accelerator.num_processes)
     used = min(config.images_at_once or used, used)
@@ -113,5 +113,6 @@ def out_of_memory_advice(
     else:
         what = "A single image does not fit: start a new run with a smaller model or image_size"
     return (
-        f"Out of memory with {used} images at once ({first_line}). {what}. {MEMORY_SETTINGS} also save memory: {new_run}."
+        f"Out of memory with {used} images at once ({first_line}). {what}. {MEMORY_SETTINGS} also save memory; "
+        f"they require {new_run}."
     )

@@ -154,7 +154,7 @@ class Run:
             raise TrainingFailed(
                 f"The loss of step {bad_step} in epoch {state.epoch + 1} was not finite, "
                 f"near a learning rate of {lr:.3g}; {before}. "
-                f"Lower --lr, lengthen --warmup_epochs or set --clip_grad_norm 1: {self.new_run()}."
+                f"Lower --lr, lengthen --warmup_epochs or set --clip_grad_norm 1; this requires {self.new_run()}."
             )
 
     def save(self, state: TrainState) -> None:
@@ -205,10 +205,10 @@ class Run:
         return f"To resume: python train.py --config {self.config.run_dir / 'config.yaml'}"
 
     def new_run(self, start: Path | None = None) -> str:
-        """How to change settings that are fixed in a run: a new run from `start`, or from the last checkpoint if there is one."""
+        """Names a new run, for settings that may not change in this one, from `start` or the last checkpoint."""
         if start is None and self.submitted >= 0:
             start = checkpoint_path(self.config.run_dir, self.submitted)
-        return "start a new run with another --run_name" + ("" if start is None else f" and --init_from {start}")
+        return "a new run, with another --run_name" + ("" if start is None else f" and --init_from {start}")
 
     def end(self, summary: dict[str, Any]) -> None:
         """Syncs metrics.jsonl, then writes summary.json and closes the trackers. Raises OSError."""
@@ -229,12 +229,12 @@ class Run:
 def check_scale(scale: float, skipped_steps: int, new_run: str) -> None:
     """Raises TrainingFailed if the fp16 loss scale has collapsed, because hardly any step is applied then.
 
-    new_run: how to start a new run, as Run.new_run returns it.
+    new_run: the text of Run.new_run.
     """
     if scale < SMALLEST_SCALE:
         raise TrainingFailed(
             f"The fp16 loss scale fell to {scale:g} and {skipped_steps} steps were skipped: gradients overflow at any "
-            f"scale. Use --mixed_precision bf16 or no, lower --lr, or set --clip_grad_norm 1: {new_run}."
+            f"scale. Use --mixed_precision bf16 or no, lower --lr, or set --clip_grad_norm 1; this requires {new_run}."
         )
 
 

@@ -213,9 +213,9 @@ def test_an_overflow_skips_the_whole_step_and_changes_nothing(optimizer, overflo
 
 
 def test_a_collapsed_scale_stops_the_run_with_advice():
-    check_scale(SMALLEST_SCALE, 3, "start a new run")
-    with pytest.raises(TrainingFailed, match="loss scale fell to.*17 steps were skipped.*bf16.*start a new run"):
-        check_scale(SMALLEST_SCALE / 2, 17, "start a new run")
+    check_scale(SMALLEST_SCALE, 3, "a new run")
+    with pytest.raises(TrainingFailed, match="loss scale fell to.*17 steps were skipped.*bf16.*requires a new run"):
+        check_scale(SMALLEST_SCALE / 2, 17, "a new run")
 
 
 def test_the_average_follows_its_formula_and_does_not_depend_on_the_batch_size():
