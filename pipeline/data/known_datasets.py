@@ -25,8 +25,6 @@ class DatasetRow:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
-    num_train: int
-    num_test: int
 
     @property
     def label_column(self) -> str:
@@ -75,8 +73,6 @@ DATASETS: dict[str, DatasetRow] = {
         mean=(0.3053,),
         std=(0.3758,),
         flip=False,
-        num_train=1438,
-        num_test=359,
     ),
     "mnist": DatasetRow(
         hub_id="ylecun/mnist",
@@ -89,8 +85,6 @@ DATASETS: dict[str, DatasetRow] = {
         mean=(0.1307,),
         std=(0.3081,),
         flip=False,
-        num_train=60_000,
-        num_test=10_000,
     ),
     "fashion_mnist": DatasetRow(
         hub_id="zalando-datasets/fashion_mnist",
@@ -103,8 +97,6 @@ DATASETS: dict[str, DatasetRow] = {
         mean=(0.2860,),
         std=(0.3530,),
         flip=True,
-        num_train=60_000,
-        num_test=10_000,
     ),
     "cifar10": DatasetRow(
         hub_id="uoft-cs/cifar10",
@@ -117,8 +109,6 @@ DATASETS: dict[str, DatasetRow] = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         flip=True,
-        num_train=50_000,
-        num_test=10_000,
     ),
     "cifar100": DatasetRow(
         hub_id="uoft-cs/cifar100",
@@ -131,8 +121,6 @@ DATASETS: dict[str, DatasetRow] = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         flip=True,
-        num_train=50_000,
-        num_test=10_000,
     ),
     "oxford_iiit_pet": DatasetRow(
         hub_id="timm/oxford-iiit-pet",
@@ -145,7 +133,5 @@ DATASETS: dict[str, DatasetRow] = {
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         flip=True,
-        num_train=3_680,
-        num_test=3_669,
     ),
 }
