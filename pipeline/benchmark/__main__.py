@@ -143,8 +143,8 @@ def make_parser() -> CommandParser:
     """A subcommand for each of COMMANDS, with its own and the common arguments."""
     parser = CommandParser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    settings = "Any setting of train.py may follow, --name value. The default, --dataset synthetic, is generated."
-    real = "Any setting of train.py may follow, --name value."
+    settings = "Accepts every setting of train.py too. The default is --dataset synthetic, a generated set."
+    real = "Accepts every setting of train.py too."
     for name, command in COMMANDS.items():
         epilog = None if not command.settings else real if name == "lr" else settings
         own = subparsers.add_parser(name, help=command.help, description=command.help, epilog=epilog)
@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace, settings: list[str], arguments: list[str])
 
 
 def check_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A benchmark's own arguments and the settings of train.py after them. Ends the program for what is neither."""
+    """A benchmark's own arguments and the settings of train.py after them. Exits with status 2 for an unknown argument."""
     parser = make_parser()
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if command is not None and command not in COMMANDS:

@@ -37,7 +37,7 @@ def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake]
     """
     saved = load_saved_model(str(run_dir))
     if saved.config is None:
-        raise ValueError(f"{run_dir} has no config.yaml, so it has no dataset of its own.")
+        raise ValueError(f"{run_dir} has no config.yaml, which names its dataset. Pass the folder of a run.")
     # the machine of the report may not support the run's precision or compilation
     config = dataclasses.replace(saved.config, mixed_precision="no", compile=False, gradient_checkpointing=False)
     on_split = put_on_split(saved, config, "test")

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a report; returns the exit status: 0 done, 1 when it could not be written, 2 for what cannot be reported on."""
+    """Writes a report; returns the exit status: 0 completed, 1 the report could not be written, 2 invalid input."""
     args = make_parser().read(argv)
     return exit_status(lambda: run(args))
 

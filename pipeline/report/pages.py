@@ -1,4 +1,4 @@
-"""A report's sections as one HTML page that needs nothing else, and as Markdown with pictures beside it."""
+"""Renders a report as one self-contained HTML page, and as Markdown with separate figure files."""
 
 import base64
 import re
@@ -13,7 +13,7 @@ from pipeline.report.tables import Cell, Table
 
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
-RUN_ID = re.compile(r"run-(\d+)-")  # Look.line gives it
+RUN_ID = re.compile(r"run-(\d+)-")  # ids of Look.line
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$&])")
 
 ElementTree.register_namespace("", SVG)
@@ -22,7 +22,7 @@ ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: the stem of its files in figures/, what it shows in words, its SVG."""
+    """One figure. stem: name of its files in figures/ without the ending; alt: description; svg: the SVG file."""
 
     stem: str
     alt: str
@@ -31,14 +31,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Views:
-    """One figure over several horizontal axes (epoch, step, time), of which the page shows one."""
+    """One figure with several horizontal axes (epoch, step, time); the page shows one of them at a time."""
 
     by_axis: Mapping[str, Figure]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with a caption of a few lines; stem: that of its file in figures/."""
+    """A PNG with a caption of a few lines. stem: name of its file in figures/ without the ending."""
 
     stem: str
     alt: str
@@ -63,7 +63,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """overview: terms and what is to be said of them, above all sections."""
+    """overview: pairs of term and text at the top of the page."""
 
     title: str
     overview: tuple[tuple[str, str], ...]
@@ -71,7 +71,7 @@ class Page:
 
 
 def html_page(page: Page, look_of: Mapping[str, Look]) -> str:
-    """The whole page. jinja2 escapes every word that comes from a run, and the content policy forbids any request."""
+    """The HTML page. jinja2 escapes all text of runs, and the content security policy forbids requests."""
     import jinja2
     from markupsafe import Markup
 
@@ -102,12 +102,12 @@ def as_base64(content: bytes) -> str:
 
 
 def axes_of(section: Section) -> tuple[str, ...]:
-    """The horizontal axes between which a section's figures can be switched."""
+    """The horizontal axes of a section's figures that the page can switch between."""
     return next((tuple(block.by_axis) for block in section.blocks if isinstance(block, Views)), ())
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """For each column whether all its cells hold numbers or nothing."""
+    """For each column, whether all its cells are numbers or empty."""
     return [all(is_numeric(row.cells[place]) for row in table.rows) for place in range(len(table.columns))]
 
 
@@ -116,7 +116,7 @@ def is_numeric(cell: Cell) -> bool:
 
 
 def inline_svg(figure: Figure) -> str:
-    """matplotlib's SVG as an element of the page: its ids unique there, its colours the page's, its lines known by run."""
+    """The figure's SVG as an element of the page, with unique ids, the page's colours, and data-run on the lines of runs."""
     svg = ElementTree.fromstring(figure.svg)
     for parent in list(svg.iter()):
         for child in [child for child in parent if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style")]:
@@ -139,7 +139,7 @@ def inline_svg(figure: Figure) -> str:
 
 
 def markdown_page(page: Page) -> str:
-    """The same sections as Markdown; figures are files of figures/, of which the first axis is shown and the others linked."""
+    """The page as Markdown with the files of figures/. Of Views it shows the first axis and links to the others."""
     parts = [f"# {markdown_escape(page.title)}"]
     parts.append("\n".join(f"- {markdown_escape(term)}: {markdown_escape(text)}" for term, text in page.overview))
     for section in page.sections:

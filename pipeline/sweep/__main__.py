@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep; returns the exit status: 0 done, 1 no trial succeeded, 2 wrong file or settings, 128 + n by signal n."""
+    """Runs the sweep; returns the exit status: 0 completed, 1 no trial completed, 2 invalid input, 128 + n for signal n."""
     args = make_parser().read(argv)
     return exit_status(lambda: run(args))
 
