@@ -129,11 +129,11 @@ class SweepStudy:
             sampler=PlaceSampler(seed),
             load_if_exists=True,
         )
-        begun = self.study.user_attrs.get("sweep")
+        stored = self.study.user_attrs.get("sweep")
         ours = json.dumps({**sweep.fixed_content, "seed": seed}, sort_keys=True)
-        if begun is None:
+        if stored is None:
             self.study.set_user_attr("sweep", ours)
-        elif begun != ours:
+        elif stored != ours:
             raise ValueError(
                 f"The sweep {sweep.name} in {storage} was started with another file or --seed. Choose another --name."
             )
@@ -147,15 +147,15 @@ class SweepStudy:
         return {place: trial for trial, place in self.with_places(self.study.get_trials(deepcopy=False))}
 
     def with_places(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, int]]:
-        placed, begun = [], 0
+        placed, started = [], 0
         for trial in sorted(trials, key=lambda trial: trial.number):
             if "surplus" in trial.user_attrs:
                 continue
             if "put_back" in trial.user_attrs:
                 placed.append((trial, trial.user_attrs["put_back"]))
             else:
-                placed.append((trial, begun))
-                begun += 1
+                placed.append((trial, started))
+                started += 1
         return placed
 
     def claim(self) -> Claim | None:
