@@ -241,8 +241,8 @@ def test_help_imports_no_torch(command):
 
 
 def test_the_readmes_five_minutes_run_as_written(tmp_path):
-    """The commands of 'Own data in five minutes', with the project's folder as the working folder would be."""
-    text = (ROOT / "README.md").read_text().split("### Own data in five minutes", 1)[1]
+    """The commands of 'Own photos in five minutes', with the project's folder as the working folder would be."""
+    text = (ROOT / "README.md").read_text().split("### Own photos in five minutes", 1)[1]
     commands = text.split("```sh\n", 1)[1].split("```", 1)[0]
     assert [line.split()[:3] for line in commands.splitlines()] == [
         ["python", "train.py", "--dataset"],
