@@ -12,10 +12,7 @@ from conftest import ROOT, run_process
 from test_house import COMMANDS, FLOORS
 
 from pipeline.data.known_datasets import DATASETS
-from pipeline.models.create import check_model_name
-from pipeline.optim.optimizers import OPTIMIZERS, check_optimizer_name
 from pipeline.optim.schedule import SCHEDULES, check_scheduler_name
-from pipeline.run_folder.resume import FREE_SETTINGS
 from pipeline.settings.command_line import CommandParser
 from pipeline.settings.parser import read_config
 
@@ -103,6 +100,9 @@ def check_script(name: str, arguments: list[str]) -> str:
         if "NAME" in kept[place + 1]:
             del kept[place : place + 2]
     config = read_config(kept)
+    from pipeline.models.create import check_model_name
+    from pipeline.optim.optimizers import check_optimizer_name
+
     check_optimizer_name(config.optimizer)
     check_scheduler_name(config.scheduler)
     check_model_name(config.model_name)
@@ -263,11 +263,15 @@ def test_every_guarantee_of_resuming_names_test_files_that_exist():
 
 
 def test_resuming_names_the_settings_that_may_change():
+    from pipeline.run_folder.resume import FREE_SETTINGS
+
     text = (ROOT / "docs" / "resuming.md").read_text().split("### What may change\n\n")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", text)) - {"stream"} == FREE_SETTINGS
 
 
 def test_the_table_of_optimizers_has_their_defaults():
+    from pipeline.optim.optimizers import OPTIMIZERS
+
     rows = {name.strip("`"): (float(lr), float(decay)) for name, _, lr, decay in table("docs/optimizers.md", "## Optimizers")}
     assert rows == {name: (row.lr, row.weight_decay) for name, row in OPTIMIZERS.items()}
     schedules = [row[0].split("`")[1] for row in table("docs/optimizers.md", "## Learning-rate schedules")]

@@ -1,6 +1,11 @@
 """The house: rooms and floors of pipeline/, and what the tree itself must satisfy."""
 
 import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,3 +97,23 @@ def test_models_are_wrapped_and_train_states_built_in_one_place():
 def test_tests_mirror_the_rooms():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert folders == FLOORS.keys()
+
+
+def test_a_wheel_has_every_file_of_the_package_and_every_requirement(tmp_path):
+    """Built from a copy, offline."""
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    shutil.copytree(ROOT / "pipeline", source / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-test.txt"):
+        shutil.copy(ROOT / name, source / name)
+    files = {str(path.relative_to(source)) for path in (source / "pipeline").rglob("*") if path.is_file()}
+    offline = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(wheels), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    (wheel,) = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    assert packed == files | {"train.py"}
+    required = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
+    assert set(re.findall(r"^Requires-Dist: ([^;\n]*)$", metadata, re.MULTILINE)) == required
+    assert metadata.endswith((ROOT / "README.md").read_text())

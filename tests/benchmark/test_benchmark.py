@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -15,17 +14,16 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, run_process, start_process, wait_for
+from conftest import run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loop, lr, startup
-from pipeline.benchmark.__main__ import COMMANDS, main, make_parser
+from pipeline.benchmark.__main__ import COMMANDS, main
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.common.stopping import TrainingFailed
 from pipeline.common.system import process_tree, tree_memory
-from pipeline.settings.parser import read_config
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
 PEERS = [
@@ -350,16 +348,6 @@ def test_invalid_settings_are_reported_in_one_line(argv, words, capsys):
     assert main(argv) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and all(word in printed for word in words)
-
-
-def test_the_commands_of_the_readme_are_understood():
-    text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^python -m pipeline.benchmark ([^#\n]*)", text, re.MULTILINE)
-    assert len(commands) > 5
-    for command in commands:
-        args, settings = make_parser().parse_known_args(shlex.split(command))
-        assert not settings or COMMANDS[args.command].settings
-        read_config(settings)
 
 
 def test_help_names_every_benchmark(capsys):
