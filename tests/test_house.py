@@ -99,6 +99,23 @@ def test_tests_mirror_the_rooms():
     assert folders == FLOORS.keys()
 
 
+def test_help_of_every_command_imports_nothing_heavy():
+    commands = [f"pipeline.{name}" for name in (*sorted(COMMANDS), "sweep.__main__", "report.__main__", "benchmark.__main__")]
+    heavy = "torch torchvision timm accelerate datasets pandas wandb tensorboard matplotlib optuna jinja2"
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n        importlib.import_module(name).main(['--help'])\n"
+        "    except SystemExit as exit:\n        assert exit.code == 0\n"
+        "    else:\n        raise AssertionError('did not exit')\n"
+        f"    print(name, 'imported:', *sorted(set('{heavy}'.split()) & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *commands], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert [line for line in done.stdout.splitlines() if "imported:" in line] == [f"{name} imported:" for name in commands]
+    for name in commands:
+        assert f"usage: python -m {name.removesuffix('.__main__')} " in done.stdout
+
+
 def test_a_wheel_has_every_file_of_the_package_and_every_requirement(tmp_path):
     """Built from a copy, offline."""
     source, wheels = tmp_path / "source", tmp_path / "wheels"

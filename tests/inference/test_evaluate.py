@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, run_process, torchrun
+from conftest import ROOT, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -227,17 +227,6 @@ def test_a_run_that_has_not_ended_is_distinguished_from_a_folder_that_is_no_run(
     (tmp_path / "empty").mkdir()
     assert evaluate.main([str(tmp_path / "empty")]) == 2
     assert "neither a run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["evaluate", "predict", "export"])
-def test_help_imports_no_torch(command):
-    program = (
-        f"import sys, pipeline.{command} as command\n"
-        "try:\n    command.main(['--help'])\nexcept SystemExit as exit:\n    assert exit.code == 0\n"
-        "assert not {'torch', 'numpy', 'timm'} & sys.modules.keys()"
-    )
-    done = run_process("-c", program, fresh=True)
-    assert done.returncode == 0 and f"python -m pipeline.{command}" in done.stdout, done.stderr
 
 
 def test_the_readmes_five_minutes_run_as_written(tmp_path):
