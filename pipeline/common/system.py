@@ -4,8 +4,14 @@ import contextlib
 import ctypes
 import os
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES, OLD_GLIBCS_MOST = 2**30, 2**25
@@ -79,3 +85,29 @@ def keep_freed_memory() -> None:
     if set_option is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         set_option(M_MMAP_THRESHOLD, KEPT_BYTES) or set_option(M_MMAP_THRESHOLD, OLD_GLIBCS_MOST)
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextlib.contextmanager
+def decoding_threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that decode images, each with one OpenMP thread; on the way out, calls not yet begun are cancelled.
+
+    Otherwise each of them starts as many OpenMP threads as there are cores to resize an image.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # threads that start later take the number that was set last
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """The tensor on the device, without waiting for a CUDA copy.
+
+    CUDA reads pageable memory before the call returns. Other devices may read it later, when a temporary array is gone
+    (https://github.com/pytorch/pytorch/issues/189690), so they wait.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")

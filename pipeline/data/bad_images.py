@@ -5,13 +5,13 @@ A file beside the decoded images records which images decode: one byte for each 
 
 import dataclasses
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.common.console import progress_bar, warn
 from pipeline.common.files import written_aside
+from pipeline.common.system import decoding_threads
 from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked
 from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage, decode_pixels
@@ -35,21 +35,21 @@ def without_bad_images(splits: list[Split], channels: int, num_threads: int, sho
 
     An image that is in two splits counts once. shown: whether to show a progress bar and warnings.
     """
-    kept: list[Split] = []
+    kept: dict[Split, Split] = {}  # one split that serves as two stays one
     messages: dict[tuple[str, int], str] = {}  # by table and row
-    for split in splits:
+    for split in dict.fromkeys(splits):
         bad = bad_images(split, channels, num_threads, shown)
         messages |= {(split.fingerprint()[0], int(split.table_rows[row])): message for row, message in bad.items()}
         good = np.delete(np.arange(len(split)), list(bad))
         if not len(good):
             raise BadImage(f"No image of the {split.name} split can be decoded. The first: {bad[0]}")
-        kept.append(split.select(good) if bad else split)
+        kept[split] = split.select(good) if bad else split
     if shown:
         for message in list(messages.values())[:NUM_NAMED]:
             warn(f"{message} The image is skipped.")
         if len(messages) > NUM_NAMED:
             warn(f"{len(messages) - NUM_NAMED:,} more images cannot be decoded and are skipped.")
-    return Screened(kept, list(messages.values()))
+    return Screened([kept[split] for split in splits], list(messages.values()))
 
 
 def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> dict[int, str]:
@@ -84,7 +84,7 @@ def check(split: Split, rows: np.ndarray, channels: int, num_threads: int, shown
         return found
 
     bad: dict[int, str] = {}
-    with ThreadPoolExecutor(num_threads) as pool, progress_bar(len(rows), 0, "checking", shown, unit="image") as bar:
+    with decoding_threads(num_threads) as pool, progress_bar(len(rows), 0, "checking", shown, unit="image") as bar:
         for start, found in zip(range(0, len(rows), CHUNK), pool.map(decode_chunk, range(0, len(rows), CHUNK))):
             bad |= found
             bar.update(min(CHUNK, len(rows) - start))

@@ -214,7 +214,7 @@ def _with_validation(
         return train, own_val
     if val_fraction == 0:
         notes.append("val_fraction 0: the test split is used as validation, so the best epoch is selected on it.")
-        return train, test.select(np.arange(len(test)), "val")
+        return train, test  # the same object, so that its images are held once
     size = round(len(train) * val_fraction)
     if not 0 < size < len(train):
         raise ValueError(

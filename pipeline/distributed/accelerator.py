@@ -20,6 +20,7 @@ from pipeline.distributed import fsdp
 from pipeline.distributed.sync_batchnorm import convert_batchnorm
 from pipeline.settings.config import Config
 
+FEWEST_SAFE_CHANNELS = 16  # of the input of a strided 1x1 convolution in channels_last on a CPU
 TIMEOUT = timedelta(hours=1)  # of collective operations: one process of a machine may be downloading the dataset
 
 
@@ -143,14 +144,37 @@ def prepared(
 
 
 def with_channels_last(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:
-    """The settings with channels_last filled in: true for a model with several convolutions, unless it is sharded.
+    """The settings with channels_last filled in: true for a convolutional model, unless it is sharded or unsafe on the CPU.
 
-    One convolution alone is the patch embedding of a transformer and does not count.
+    The single convolution that embeds the patches of a transformer does not count. Raises ValueError when channels_last
+    is set for a model whose backward pass would corrupt memory.
     """
-    if config.channels_last is not None:
-        return config
-    num_convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    return dataclasses.replace(config, channels_last=num_convolutions > 1 and not will_be_sharded(accelerator))
+    unsafe = unsafe_in_channels_last(model) if accelerator.device.type == "cpu" else None
+    if config.channels_last is None:
+        num_convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        chosen = num_convolutions > 1 and unsafe is None and not will_be_sharded(accelerator)
+        return dataclasses.replace(config, channels_last=chosen)
+    if config.channels_last and unsafe is not None:
+        raise ValueError(
+            f"channels_last true would corrupt memory on a CPU: convolution {unsafe} of {config.model_name} has a 1x1 kernel, "
+            f"a stride and fewer than {FEWEST_SAFE_CHANNELS} input channels (oneDNN issue 6035). Leave channels_last out."
+        )
+    return config
+
+
+def unsafe_in_channels_last(model: nn.Module) -> str | None:
+    """The name of a convolution whose backward pass writes beyond its buffer in channels_last on a CPU; None without one.
+
+    oneDNN's weight gradient of a strided 1x1 convolution overruns its workspace when the input has fewer channels than a
+    block (8 with AVX2, 16 with AVX-512): https://github.com/uxlfoundation/oneDNN/issues/6035. With torch 2.14.1 and AVX2,
+    2, 3, 4, 8, 12 and 15 channels ended in a segmentation fault or a damaged heap, in float32 and bfloat16; 16 channels,
+    stride 1, larger kernels, groups and contiguous tensors did not.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels < FEWEST_SAFE_CHANNELS:
+            if module.kernel_size == (1, 1) and max(module.stride) > 1:
+                return name
+    return None
 
 
 def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pipeline.common.randomness import uniforms
 from pipeline.common.suggestions import check_known
+from pipeline.common.system import to_device
 from pipeline.images import randaugment
 from pipeline.images.crop import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, random_part
 from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
@@ -100,7 +101,7 @@ class BatchTransform:
         return self._normalise(images)
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self.device)
 
     def _crop_and_flip(self, images: torch.Tensor, samples: np.ndarray, epoch: int) -> torch.Tensor:
         """Shifts small images by up to an eighth of their side, padded with black; mirrors half of all images if allowed.
@@ -167,7 +168,7 @@ def resized_parts(images: torch.Tensor, parts: np.ndarray, size: int) -> torch.T
 
     parts: int64 [B, 4], left, top, right, bottom. Bilinear without antialiasing, because the scale is at most S / size.
     """
-    corners = torch.from_numpy(parts.astype(np.float32)).to(images.device, non_blocking=True)
+    corners = to_device(torch.from_numpy(parts.astype(np.float32)), images.device)
     left, top, right, bottom = corners[:, :, None].unbind(1)
     centres = (torch.arange(size, device=images.device) + 0.5) / size
     scale = 2 / images.shape[-1]

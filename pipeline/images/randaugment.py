@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipeline.common.system import to_device
+
 NUM_BINS = 31
 DRAWS_PER_OPERATION = 3  # which operation, which magnitude, which sign
 LUMA = (0.2989, 0.587, 0.114)
@@ -131,8 +133,8 @@ def operate(images: torch.Tensor, names: np.ndarray, magnitudes: np.ndarray) -> 
         kernel_names[rows] = "affine"
     present, group_sizes = np.unique(kernel_names, return_counts=True)
     order = np.argsort(kernel_names, kind="stable")
-    places = torch.from_numpy(np.stack([order, np.argsort(order)])).to(images.device, non_blocking=True)
-    values = torch.from_numpy(parameters[order]).to(images.device, non_blocking=True)
+    places = to_device(torch.from_numpy(np.stack([order, np.argsort(order)])), images.device)
+    values = to_device(torch.from_numpy(parameters[order]), images.device)
     sizes = group_sizes.tolist()
     groups = zip(present.tolist(), images.index_select(0, places[0]).split(sizes), values.split(sizes), strict=True)
     return torch.cat([KERNELS[name](group, value) for name, group, value in groups]).index_select(0, places[1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,13 +38,14 @@ def decoded_bytes(split: Split, preprocessing: Preprocessing) -> int:
     return len(split) * preprocessing.channels * side**2
 
 
-def choose_loader(split: Split, preprocessing: Preprocessing, requested: str, device: torch.device) -> str:
-    """Chooses device or workers. Raises ValueError if the device loader is requested but the dataset is too large for it.
+def choose_loader(splits: Iterable[Split], preprocessing: Preprocessing, requested: str, device: torch.device) -> str:
+    """Chooses device or workers for all splits. Raises ValueError if device is requested but they are too large together.
 
     auto never chooses device for photos, because their random crops would then come from a smaller image.
     """
     is_small = preprocessing.source_size is not None
-    needed, limit = decoded_bytes(split, preprocessing), int(DEVICE_MEMORY_SHARE * device_memory(device))
+    needed = sum(decoded_bytes(split, preprocessing) for split in set(splits))
+    limit = int(DEVICE_MEMORY_SHARE * device_memory(device))
     if requested == "device" and needed > limit:
         raise ValueError(
             f"loader device needs {needed / 2**20:,.0f} MiB for the decoded set, above {DEVICE_MEMORY_SHARE:.0%} of the "
@@ -75,7 +77,8 @@ def make_loader(
     device = accelerator.device
     augment = config.augment if training else "none"
     num_workers = choose_num_workers(config.num_workers, processes_here(accelerator), device)
-    kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(split, preprocessing, config.loader, device)
+    splits = (dataset.train, dataset.val, dataset.test)
+    kind = "stream" if isinstance(split, StreamedSplit) else choose_loader(splits, preprocessing, config.loader, device)
     if kind == "device" and training and cropped_on_cpu(preprocessing, augment):
         preprocessing = dataclasses.replace(preprocessing, kept_size=kept_side(preprocessing))
     transform = BatchTransform(

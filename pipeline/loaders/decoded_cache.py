@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.common.console import progress_bar, warn
 from pipeline.common.files import folder_written_aside, write_json
+from pipeline.common.system import decoding_threads
 from pipeline.data.cache_folder import cache_folder, is_worth_keeping, locked
 from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
@@ -82,13 +83,9 @@ def decode_rows(
                 is_decoded[place] = False
         return stop - start
 
-    pool = ThreadPoolExecutor(num_threads)
-    with progress_bar(len(rows), 0, "decoding", shown, unit="image") as bar:
-        try:
-            for count in pool.map(decode, range(0, len(rows), CHUNK)):  # iterating raises the exceptions of the threads
-                bar.update(count)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with progress_bar(len(rows), 0, "decoding", shown, unit="image") as bar, decoding_threads(num_threads) as pool:
+        for count in pool.map(decode, range(0, len(rows), CHUNK)):  # iterating raises the exceptions of the threads
+            bar.update(count)
     return images, is_decoded
 
 

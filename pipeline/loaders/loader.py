@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.common.randomness import permutation
+from pipeline.common.system import to_device
 from pipeline.data.splits import Split
 from pipeline.images.augment import BatchTransform
 from pipeline.loaders.mixing import mix
@@ -79,7 +80,7 @@ class Loader:
         images_of_batches = self.source.batches(epoch, rows_of_batches[first_batch:])
         for batch, images in enumerate(images_of_batches, first_batch):
             rows, (start, stop) = rows_of_batches[batch], shares[batch]
-            labels = self.labels[torch.from_numpy(rows).to(self.device, non_blocking=True)]
+            labels = self.labels[to_device(torch.from_numpy(rows), self.device)]
             if stop == start:
                 labels = torch.full_like(labels, IGNORED)
             images = self.transform.train(images, rows, epoch)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from pipeline.common.randomness import address, uniforms
+from pipeline.common.system import to_device
 from pipeline.images.augment import inside
 from pipeline.settings.batch_size import IGNORED
 
@@ -43,7 +44,7 @@ def mix(
     pixel_share, label_share, boxes = (values[positions // 2] for values in draws)
     own = np.where(partner_at == here, np.float32(1), np.stack([pixel_share, label_share]))
     arrays = (partner_at, boxes, own)
-    partner, box, shares = (torch.from_numpy(array).to(images.device, non_blocking=True) for array in arrays)
+    partner, box, shares = (to_device(torch.from_numpy(array), images.device) for array in arrays)
     ignored = labels == IGNORED
     alone = ignored | ignored[partner]
     own_pixels, own_label = shares.masked_fill(alone, 1.0)[..., None]

@@ -1,8 +1,7 @@
 """Sources of uint8 images: device memory, or worker processes that decode each batch."""
 
 import math
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.common.randomness import uniforms
-from pipeline.common.system import usable_cores
+from pipeline.common.system import to_device, usable_cores
 from pipeline.data.bad_images import bad_image_message
 from pipeline.data.splits import Split
 from pipeline.images.augment import cropped_on_cpu
@@ -18,6 +17,7 @@ from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_train
 from pipeline.images.decode import BadImage, decode_pixels
 from pipeline.images.preprocessing import Preprocessing, resized_side
 from pipeline.loaders.decoded_cache import resident_images
+from pipeline.loaders.workers import CopyAhead, make_data_loader, results
 
 
 class FittedImages(torch.utils.data.Dataset):
@@ -67,64 +67,17 @@ class WorkerImages:
     """Decodes and fits the images of each batch in worker processes, or in this process if num_workers is 0."""
 
     def __init__(self, images: FittedImages, num_workers: int, device: torch.device):
-        self.device = device
         self.addresses: list[Any] = []  # epoch and rows of each batch
+        self.copied_ahead = CopyAhead(device)
         # The batch sampler is a list that each epoch refills, so that the workers persist between epochs.
-        self.loader = torch.utils.data.DataLoader(
-            images,
-            batch_sampler=self.addresses,
-            num_workers=num_workers,
-            collate_fn=identity,
-            pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0,
-        )
+        self.loader = make_data_loader(images, num_workers, device, batch_sampler=self.addresses)
 
     def load(self) -> None:
         """Does nothing: images are read per batch."""
 
     def batches(self, epoch: int, rows_of_batches: list[np.ndarray]) -> Iterator[Tensor]:
         self.addresses[:] = [(epoch, rows) for rows in rows_of_batches]
-        try:
-            yield from copied_ahead(self.loader, self.device)
-        except BadImage as error:
-            # torch puts the traceback of the worker before the message
-            raise BadImage(str(error).strip().splitlines()[-1].partition("BadImage: ")[2] or str(error)) from None
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether the error means that a worker process has died.
-
-    torch raises it from a signal handler, at any line of the main process, unless the pipe to the worker breaks first.
-    """
-    context = error.__context__
-    return (
-        isinstance(error, (ConnectionError, EOFError))
-        or "DataLoader worker" in str(error)
-        or context is not None
-        and is_lost_worker(context)
-    )
-
-
-def identity(batch: Any) -> Any:
-    return batch
-
-
-def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The batches on the device. Copies to a GPU overlap with the computation of the previous batch."""
-    if device.type != "cuda":
-        yield from (images.to(device) for images in batches)
-        return
-    stream, ahead = torch.cuda.Stream(device), None
-    for pinned in chain(batches, [None]):
-        behind = ahead
-        if pinned is not None:
-            with torch.cuda.stream(stream):
-                ahead = pinned.to(device, non_blocking=True), stream.record_event()
-        if behind is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(behind[1])
-            behind[0].record_stream(current)  # do not reuse its memory before the model has read it
-            yield behind[0]
+        yield from self.copied_ahead(results(self.loader))
 
 
 class DeviceImages:
@@ -171,7 +124,7 @@ class DeviceImages:
         self.load()
         assert self.images is not None
         for rows in rows_of_batches:
-            places = torch.from_numpy(self.places[rows]).to(self.device, non_blocking=True)
+            places = to_device(torch.from_numpy(self.places[rows]), self.device)
             yield self.images.index_select(0, places)
 
 

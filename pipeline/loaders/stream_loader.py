@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pipeline.data.shards import LostShard, StreamedSplit
+from pipeline.common.system import to_device
+from pipeline.data.shards import StreamedSplit
 from pipeline.images.augment import BatchTransform
-from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.mixing import mix
-from pipeline.loaders.sources import FittedImages, identity
+from pipeline.loaders.sources import FittedImages
 from pipeline.loaders.stream_order import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
+from pipeline.loaders.workers import make_data_loader, results
 from pipeline.settings.batch_size import IGNORED
 
 AHEAD_BATCHES = 8  # a chunk is fetched so many batches before its first sample is needed
@@ -87,15 +88,7 @@ class StreamLoader:
         self.lanes_of_workers = [self.own[part.start : part.stop] for part in parts]
         self.tasks = TaskQueue()
         # DataLoader assigns tasks to workers in turn and keeps their order, so each worker gets the tasks of its own lanes.
-        self.loader = torch.utils.data.DataLoader(
-            StreamedImages(images, split),
-            sampler=self.tasks,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=identity,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
-        )
+        self.loader = make_data_loader(StreamedImages(images, split), workers, device, sampler=self.tasks, batch_size=None)
 
     def __len__(self) -> int:
         """The number of samples in the split."""
@@ -126,7 +119,7 @@ class StreamLoader:
                 yield self.transform.eval(images), self._labels(plan.rows)
 
     def _labels(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.labels[rows]).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(self.labels[rows]), self.device)
 
     def _batches(
         self, epoch: int, place: tuple[int, int] | None, batch_size: int, batches: range
@@ -142,19 +135,12 @@ class StreamLoader:
                 yield from plan.tasks
 
         self.tasks.tasks = tasks()
-        results = iter(self.loader)
+        arrived = results(self.loader)
         for _ in batches:
-            try:
-                parts = [next(results) for _ in self.lanes_of_workers]
-            except (BadImage, LostShard) as error:
-                # torch puts the traceback of the worker before the message
-                kind = type(error)
-                raise kind(
-                    str(error).strip().splitlines()[-1].partition(f"{kind.__name__}: ")[2] or str(error)
-                ) from None
-            parts = [part for part in parts if len(part)] or parts[:1]
-            images = parts[0] if len(parts) == 1 else torch.cat(parts)
-            yield plans.popleft(), images.to(self.device, non_blocking=True)
+            parts = [next(arrived) for _ in self.lanes_of_workers]
+            # copied one by one: together they would leave pinned memory
+            copied = [to_device(part, self.device) for part in parts if len(part)]
+            yield plans.popleft(), torch.cat(copied) if len(copied) > 1 else copied[0] if copied else parts[0]
 
     def _mixed(
         self, images: torch.Tensor, labels: torch.Tensor, counts: np.ndarray, place: tuple[int, int, int]

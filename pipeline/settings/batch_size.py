@@ -41,3 +41,8 @@ def largest_share(num_samples: int, num_processes: int) -> int:
     """The largest number of samples of a global batch over all ranks."""
     shares = [share_of(num_samples, rank, num_processes) for rank in range(num_processes)]
     return max(stop - start for start, stop in shares)
+
+
+def num_micro_batches(num_images: int, config: Config) -> int:
+    """The number of passes of a process over so many images of a global batch."""
+    return math.ceil(num_images / (config.images_at_once or num_images))

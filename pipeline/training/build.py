@@ -22,7 +22,7 @@ from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ig
 from pipeline.optim.schedule import check_scheduler_name
 from pipeline.settings.batch_size import fitting_batch_size
 from pipeline.settings.config import Config, ignored_settings
-from pipeline.training.micro_batch import with_micro_batch_size
+from pipeline.training.micro_batch import check_batchnorm, with_micro_batch_size
 from pipeline.training.tracking import tracker_names
 
 INITIAL_WEIGHTS = 3  # purpose in the addresses of randomness
@@ -122,7 +122,9 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
         loaders["test"] = loaders["val"]
     else:
         loaders["test"] = make_loader(config, dataset.test, dataset, preprocessing, accelerator, training=False)
-    config = with_micro_batch_size(config, model, preprocessing, accelerator)
+    resident_bytes = sum(loader.resident_bytes for loader in set(loaders.values()))
+    config = with_micro_batch_size(config, model, preprocessing, resident_bytes, accelerator)
+    check_batchnorm(config, model, preprocessing, len(dataset.train), accelerator)
     for loader in loaders.values():
         loader.eval_batch_size = config.images_at_once or loader.eval_batch_size
     ema, skeleton = create_ema(model, config), None

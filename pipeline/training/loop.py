@@ -14,8 +14,8 @@ from pipeline.data.shards import LostShard
 from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
-from pipeline.loaders.sources import is_lost_worker
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.loaders.workers import worker_failure
 from pipeline.optim.optimizers import classifier_names, lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
 from pipeline.run_folder.paths import name_run
@@ -85,20 +85,21 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:
+        failure = worker_failure(error)
         if is_out_of_memory(error):
-            model = state.bare_model
-            advice = out_of_memory_advice(error, model, parts.preprocessing, run.config, accelerator, run.new_run())
-        elif is_lost_worker(error):
-            advice = (
-                "A worker process that reads images was killed, probably because the system ran out of memory. "
-                f"Lower --num_workers. {run.resume_command()}"
-            )
+            out_of_memory = str(error).strip().splitlines()[0]
+        elif failure is not None:
+            stop(state, run, "failed", str(failure))
+            raise failure from error
         elif isinstance(error, OSError):  # a full disk, at the end for example
             raise TrainingFailed(f"{error}. {run.resume_command()}") from error
         else:
             raise
-        stop(state, run, "failed", advice)
-        raise TrainingFailed(advice) from error
+    # outside the except block: the error holds the frames of the failed step, and they hold its memory
+    model, new_run = state.bare_model, run.new_run()
+    advice = out_of_memory_advice(out_of_memory, model, parts.preprocessing, run.config, accelerator, new_run)
+    stop(state, run, "failed", advice)
+    raise TrainingFailed(advice)
 
 
 def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:

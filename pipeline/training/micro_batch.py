@@ -1,5 +1,6 @@
 """Finds by trial how many images fit into a device's memory at once."""
 
+import copy
 import dataclasses
 import math
 
@@ -7,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.settings.batch_size import first_batch_size
+from pipeline.settings.batch_size import first_batch_size, num_micro_batches, share_of
 from pipeline.settings.config import Config
 
 MOMENTS = 2  # most state tensors per parameter of any optimizer
@@ -67,19 +69,19 @@ def largest_micro_batch(
 
 
 def with_micro_batch_size(
-    config: Config, model: nn.Module, preprocessing: Preprocessing, accelerator: Accelerator
+    config: Config, model: nn.Module, preprocessing: Preprocessing, resident_bytes: int, accelerator: Accelerator
 ) -> Config:
     """The settings with micro_batch_size auto replaced by the largest that fits on every process. Every rank must call it.
 
-    Reserves memory for what is allocated later: the optimizer's state, SAM's copy of the weights, DDP's buckets. Raises
-    ValueError if a single image does not fit.
+    Reserves memory for what is allocated later: the optimizer's state, SAM's copy of the weights, DDP's buckets, the moving
+    average and the decoded images (resident_bytes). Raises ValueError if a single image does not fit.
     """
     if config.micro_batch_size != "auto":
         return config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    copies = MOMENTS + config.uses_sam + (accelerator.num_processes > 1)
+    copies = MOMENTS + config.uses_sam + (accelerator.num_processes > 1) + (config.ema_decay is not None)
     most = most_images(config, accelerator.num_processes)
-    size = largest_micro_batch(model, preprocessing, most, copies * weights, accelerator)
+    size = largest_micro_batch(model, preprocessing, most, copies * weights + resident_bytes, accelerator)
     if accelerator.num_processes > 1:
         size = int(accelerator.gather(torch.tensor([size], device=accelerator.device)).min())
     if size == 0:
@@ -90,8 +92,44 @@ def with_micro_batch_size(
     return dataclasses.replace(config, micro_batch_size=None if size == most else size)
 
 
+def smallest_pass(config: Config, num_samples: int, num_processes: int) -> int:
+    """The fewest images that a process passes through the model at once in training; one where its share is empty."""
+    sizes = {first_batch_size(config), *config.batch_size_schedule.values()}
+    batches = {min(size, num_samples) for size in sizes}
+    if not config.drop_last:
+        batches |= {num_samples % size for size in sizes} - {0}
+    shares = [share_of(batch, rank, num_processes) for batch in batches for rank in range(num_processes)]
+    counts = [max(stop - start, 1) for start, stop in shares]
+    return min(count // num_micro_batches(count, config) for count in counts)
+
+
+def check_batchnorm(
+    config: Config, model: nn.Module, preprocessing: Preprocessing, num_samples: int, accelerator: Accelerator
+) -> None:
+    """Raises ValueError when a pass of the run has one image, and the model's BatchNorm cannot normalise its features."""
+    if config.sync_batchnorm or smallest_pass(config, num_samples, accelerator.num_processes) > 1:
+        return
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    was_training, before = model.training, [buffer.clone() for buffer in model.buffers()]
+    image = torch.zeros(1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+    try:
+        with torch.no_grad():
+            model.train()(image.to(accelerator.device))
+    except ValueError as error:
+        raise ValueError(
+            f"BatchNorm of {config.model_name} needs at least 2 images in a pass, and a pass of this run has 1: {num_samples} "
+            f"training images, batch_size {first_batch_size(config)}, processes {accelerator.num_processes}, micro_batch_size "
+            f"{config.micro_batch_size}, drop_last {config.drop_last}. Change one of them."
+        ) from error
+    finally:
+        model.train(was_training)
+        for buffer, earlier in zip(model.buffers(), before):
+            buffer.copy_(earlier)
+
+
 def out_of_memory_advice(
-    error: BaseException,
+    reason: str,
     model: nn.Module,
     preprocessing: Preprocessing,
     config: Config,
@@ -100,19 +138,21 @@ def out_of_memory_advice(
 ) -> str:
     """What to do after training ran out of memory, with the micro_batch_size that fits, which may change in a resumed run.
 
-    new_run: the text of Run.new_run, for settings that may not change.
+    reason: the first line of the error; new_run: the text of Run.new_run, for settings that may not change. The trial
+    passes use a copy of the model, without the hooks of DDP.
     """
     used = most_images(config, accelerator.num_processes)
     used = min(config.images_at_once or used, used)
-    first_line = str(error).strip().splitlines()[0]
     model.zero_grad(set_to_none=True)
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     if synchronizes_in_layers(config, accelerator):
         what = f"Resume with --micro_batch_size {math.ceil(used / 2)}"
-    elif size := largest_micro_batch(model, preprocessing, math.ceil(used / 2), 0, accelerator):
+    elif size := largest_micro_batch(copy.deepcopy(model), preprocessing, math.ceil(used / 2), 0, accelerator):
         what = f"{size} images fit: resume with --micro_batch_size {size}"
     else:
         what = "A single image does not fit: start a new run with a smaller model or image_size"
     return (
-        f"Out of memory with {used} images at once ({first_line}). {what}. {MEMORY_SETTINGS} also save memory; "
+        f"Out of memory with {used} images at once ({reason}). {what}. {MEMORY_SETTINGS} also save memory; "
         f"they require {new_run}."
     )

@@ -11,7 +11,7 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.distributed.accelerator import system_facts
 from pipeline.distributed.fsdp import blocks_of
 from pipeline.optim.optimizers import lr_of_step, peak_lr
-from pipeline.settings.batch_size import batch_size_at, largest_share, steps_per_epoch
+from pipeline.settings.batch_size import batch_size_at, largest_share, num_micro_batches, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
 
@@ -65,9 +65,7 @@ def classes_text(data: ImageDataset) -> str:
 
 def loader_text(parts: Parts) -> str:
     """The kind of the training loader and, if decoded images stay on the device, the memory that they need there."""
-    resident = sum(
-        loader.resident_bytes for loader in {id(loader): loader for loader in parts.loaders.values()}.values()
-    )
+    resident = sum(loader.resident_bytes for loader in set(parts.loaders.values()))
     kind = parts.loaders["train"].kind
     return f"{kind} ({max(resident / 2**20, 0.1):,.1f} MiB)" if resident else kind
 
@@ -98,7 +96,7 @@ def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
         steps = steps_per_epoch(num_samples, batch_size, config.drop_last)
         first, last = (lr_of_step(epoch, batch, steps, [], config) for batch in (0, steps - 1))
         most = largest_share(min(batch_size, num_samples), num_processes)
-        passes = -(-most // (config.images_at_once or most))
+        passes = num_micro_batches(most, config)
         lines.append(f"{epoch + 1:>5} {batch_size:>7} {steps:>7} {first:>16.4g} {last:>10.4g} {passes:>14}")
     if config.scheduler == "plateau":
         lines.append("(each plateau of the monitored value lowers the learning rate further)")

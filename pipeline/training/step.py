@@ -1,7 +1,6 @@
 """A training step: one optimizer update on one global batch, which ranks and micro-batches only split."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from pipeline.distributed.fsdp import whole
 from pipeline.optim.ema import update_ema
 from pipeline.optim.optimizers import sam_rho
 from pipeline.optim.sam import perturbed, sharpness_norm
-from pipeline.settings.batch_size import IGNORED, largest_share, share_of
+from pipeline.settings.batch_size import IGNORED, largest_share, num_micro_batches, share_of
 from pipeline.settings.config import Config
 from pipeline.training.metrics import add_batch
 from pipeline.training.state import TrainState
@@ -95,21 +94,20 @@ def accumulate_gradient(
 
 
 def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
-    """The share's images and labels, split into parts of at most micro_batch_size.
+    """The share's images and labels, split as evenly as possible into the fewest parts of at most micro_batch_size.
 
     With sync_batchnorm or a sharded model the ranks communicate in every layer, so each rank returns as many parts as the
     largest share has. The added parts are empty with sync_batchnorm; otherwise they are one sample with the label IGNORED.
     """
-    size = config.images_at_once or len(share.images)
-    parts = list(zip(share.images.split(size), share.labels.split(size)))
+    number = num_micro_batches(len(share.images), config)
+    parts = list(zip(share.images.tensor_split(number), share.labels.tensor_split(number)))
     if synchronizes_in_layers(config, accelerator):
         largest = largest_share(share.count, accelerator.num_processes)
         start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
         filling = 0 if config.sync_batchnorm else 1
         unlabelled = torch.full_like(share.labels[:filling], IGNORED if share.labels.ndim == 1 else 0)
         parts = parts if stop > start else []
-        number = math.ceil(largest / (config.images_at_once or largest))
-        parts += [(share.images[:filling], unlabelled)] * (number - len(parts))
+        parts += [(share.images[:filling], unlabelled)] * (num_micro_batches(largest, config) - len(parts))
     return parts
 
 

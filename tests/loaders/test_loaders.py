@@ -126,10 +126,10 @@ def test_a_photo_does_not_depend_on_its_batch_or_worker() -> None:
 
 def test_photos_evaluate_equally_on_the_device_and_are_kept_there_only_on_request(folder: Path) -> None:
     split = photo_split()
-    assert [choose_loader(split, PHOTOS, wanted, CPU) for wanted in ("auto", "device", "workers")] == [
+    assert [choose_loader([split], PHOTOS, wanted, CPU) for wanted in ("auto", "device", "workers")] == [
         "workers", "device", "workers",
     ]  # fmt: skip
-    assert choose_loader(small_split(), SMALL, "auto", CPU) == "device"
+    assert choose_loader([small_split()], SMALL, "auto", CPU) == "device"
     assert isinstance(make_source(FittedImages(split, PHOTOS, "none", 0), "device", 0, CPU), DeviceImages)
     on_device = all_of(device_images(split, PHOTOS, "none"), split)
     assert torch.equal(on_device, all_of(worker_images(split, PHOTOS, "none"), split))

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import assert_close_figures, lines_of, timeless
 
 from pipeline.common.stopping import TrainingFailed
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.models.create import create_model
 from pipeline.models.small_models import SimpleMLP
+from pipeline.settings.config import Config
+from pipeline.training.micro_batch import check_batchnorm, smallest_pass
+from pipeline.training.step import Share, micro_batches
 
 
 @pytest.fixture
@@ -64,3 +70,46 @@ def test_another_error_of_the_device_is_not_treated_as_out_of_memory(run_trainin
     for settings in ({"micro_batch_size": "auto"}, {}):
         with pytest.raises(RuntimeError, match="device-side"):
             run_training(**settings)
+
+
+@pytest.mark.parametrize("size, most, parts", [(16, 5, [4, 4, 4, 4]), (17, 8, [6, 6, 5]), (8, 8, [8]), (3, None, [3])])
+def test_a_share_is_split_evenly(size, most, parts):
+    share = Share(torch.arange(size), torch.arange(size), size, epochs=0.1)
+    found = micro_batches(share, Config(micro_batch_size=most), Accelerator(cpu=True))
+    assert [len(images) for images, _ in found] == parts
+    assert torch.cat([labels for _, labels in found]).equal(share.labels)
+
+
+@pytest.mark.parametrize(
+    "settings, num_samples, num_processes, smallest",
+    [
+        ({"batch_size": 16}, 33, 1, 16),
+        ({"batch_size": 16, "drop_last": False}, 33, 1, 1),
+        ({"batch_size": 16, "drop_last": False}, 35, 1, 3),
+        ({"batch_size": 16, "micro_batch_size": 5}, 64, 1, 4),
+        ({"batch_size": 16, "micro_batch_size": 1}, 64, 1, 1),
+        ({"batch_size": 16}, 64, 4, 4),
+        ({"batch_size": 4}, 64, 4, 1),  # two processes get pairs, two nothing
+        ({"batch_size": 16, "batch_size_schedule": {1: 31}, "drop_last": False}, 32, 1, 1),
+        ({"batch_size": 64}, 33, 1, 33),
+    ],
+)
+def test_the_smallest_pass_of_a_run_is_known_before_it(settings, num_samples, num_processes, smallest):
+    assert smallest_pass(Config(**settings), num_samples, num_processes) == smallest
+
+
+def test_batchnorm_with_a_pass_of_one_image_is_refused_before_training():
+    preprocessing = Preprocessing(image_size=32, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    accelerator = Accelerator(cpu=True)
+    config = Config(model_name="resnet10t", batch_size=16, drop_last=False, stem="imagenet")
+
+    def model_of(name):
+        return create_model(name, num_classes=2, in_chans=3, image_size=32, stem="imagenet")[0]
+
+    with pytest.raises(ValueError, match="BatchNorm of resnet10t needs at least 2 images.*33 training images.*drop_last"):
+        check_batchnorm(config, model_of("resnet10t"), preprocessing, 33, accelerator)
+    model = model_of("resnet10t").eval()
+    before = [buffer.clone() for buffer in model.buffers()]
+    check_batchnorm(config, model, preprocessing, 34, accelerator)
+    check_batchnorm(config, model_of("vit_tiny_patch16_224"), preprocessing, 33, accelerator)  # it has none
+    assert not model.training and all(map(torch.equal, before, model.buffers()))
