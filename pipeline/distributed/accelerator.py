@@ -187,9 +187,7 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
             )
         timm_model.set_grad_checkpointing()
     if config.sync_batchnorm and accelerator.num_processes > 1:
-        from timm.layers import convert_sync_batchnorm
-
-        model = convert_batchnorm(model) if accelerator.device.type == "cpu" else convert_sync_batchnorm(model)
+        model = convert_batchnorm(model)
     if not will_be_sharded(accelerator):  # else fsdp.shard moves it shard by shard, as it may not fit as a whole
         model.to(accelerator.device)
     if config.channels_last:

@@ -1,4 +1,8 @@
-"""Synchronised BatchNorm on CPUs, which torch's SyncBatchNorm does not support."""
+"""Synchronised BatchNorm, on every device, for ranks with any number of samples, none included.
+
+torch's SyncBatchNorm does not support CPUs. Under bf16 it gathers float32 statistics from ranks with samples and bf16 zeros
+from ranks without.
+"""
 
 from typing import Any
 
@@ -19,8 +23,8 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         others = [dimension for dimension in range(x.ndim) if dimension != 1]
-        count = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-        own_var, own_mean = (torch.zeros(x.shape[1]),) * 2
+        count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
+        own_var, own_mean = (torch.zeros(x.shape[1], device=x.device),) * 2
         if x.numel():
             own_var, own_mean = torch.var_mean(x.float(), others, correction=0)
         own_mean, own_var = own_mean.double(), own_var.double()
@@ -71,9 +75,9 @@ class GlobalBatchNorm(_BatchNorm):
         weight = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            weight = 1 / int(self.num_batches_tracked) if weight is None else weight
-        running_mean.lerp_(mean.to(running_mean), weight or 0.0)
-        running_var.lerp_(var.to(running_var), weight or 0.0)
+            weight = 1 / self.num_batches_tracked.to(running_mean) if weight is None else weight
+        running_mean.lerp_(mean.to(running_mean), 0.0 if weight is None else weight)
+        running_var.lerp_(var.to(running_var), 0.0 if weight is None else weight)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
@@ -105,7 +109,7 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
     if type(module) not in kinds:
         known = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"sync_batchnorm on CPUs supports {known}; this model has a {type(module).__name__}. Remove sync_batchnorm."
+            f"sync_batchnorm supports {known}; this model has a {type(module).__name__}. Remove sync_batchnorm."
         )
     converted = kinds[type(module)](
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats

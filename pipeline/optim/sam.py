@@ -41,7 +41,9 @@ def perturbed(model: nn.Module, rho: float, adaptive: bool, norm: Tensor) -> Ite
     if adaptive:
         gradients = list(torch._foreach_mul(torch._foreach_mul(gradients, weights), weights))
     radius = (rho / (norm + TINY)).to(weights[0].dtype)
-    neighbours = torch._foreach_addcmul(weights, gradients, [radius] * len(weights))  # in one pass over memory
+    # a tensor times one scalar tensor is a fused kernel on a GPU; a list of scalar tensors would launch one kernel for each
+    neighbours = list(torch._foreach_mul(gradients, radius))
+    torch._foreach_add_(neighbours, weights)
     normalisations: list[Any] = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     try:
         for parameter, neighbour in zip(parameters, neighbours):
