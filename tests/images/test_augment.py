@@ -18,7 +18,6 @@ from pipeline.loaders.mixing import mix
 from pipeline.settings.batch_size import IGNORED
 
 POLICIES = {"randaugment": RANDAUGMENT, "trivialaugment": TRIVIALAUGMENT}
-BLENDS = ["brightness", "color", "contrast", "sharpness"]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
