@@ -320,7 +320,7 @@ def test_help_and_parsing_import_no_torch():
     )
     done = run_process("-c", program, fresh=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("folder for") == len(COMMANDS) == 8
+    assert done.stdout.count("folder to write") == len(COMMANDS) == 8
 
 
 @pytest.mark.parametrize(
