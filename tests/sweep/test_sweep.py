@@ -476,5 +476,5 @@ def test_every_sweep_file_starts_with_its_command_and_number_of_runs_and_is_vali
     assert comments[0].startswith(f"# python -m pipeline.sweep sweeps/{path.name}")
     assert comments[1].startswith(f"# wandb sweep sweeps/{path.name}")
     sweep = read_sweep(path)
-    assert f"# {sweep.limit} runs" in "\n".join(comments) and any("Expected: " in line for line in comments)
+    assert f"# {sweep.limit} runs" in "\n".join(comments) and any(line.startswith("# Expected") for line in comments)
     assert sweep.name == path.stem and len(check_trials(sweep)) > 1
