@@ -157,7 +157,7 @@ def with_channels_last(config: Config, model: nn.Module, accelerator: Accelerato
     if config.channels_last and unsafe is not None:
         raise ValueError(
             f"channels_last true would corrupt memory on a CPU: convolution {unsafe} of {config.model_name} has a 1x1 kernel, "
-            f"a stride and fewer than {FEWEST_SAFE_CHANNELS} input channels (oneDNN issue 6035). Leave channels_last out."
+            f"a stride and fewer than {FEWEST_SAFE_CHANNELS} input channels (oneDNN issue 6035). Remove channels_last."
         )
     return config
 
