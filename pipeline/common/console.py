@@ -1,12 +1,23 @@
 """Terminal output: messages, warnings, errors, the progress bar, the line of an epoch, tables."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
+
+
+def escape_unprintable() -> None:
+    """Makes standard output and error print a character that their encoding lacks as an escape, instead of failing.
+
+    So in an ASCII terminal, and for file names that are not UTF-8. Programs call it once, at their start.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(message: str, shown: bool = True, file: TextIO | None = None) -> None:

@@ -15,6 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
+from pipeline.common import console
 from pipeline.common.system import keep_freed_memory
 from pipeline.distributed import fsdp
 from pipeline.distributed.sync_batchnorm import convert_batchnorm
@@ -38,7 +39,7 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
     timeout = InitProcessGroupKwargs(timeout=TIMEOUT)
     cpu, precision = device == "cpu", config.mixed_precision
     join_after_restart(cpu)
-    with without_accelerates_fsdp():
+    with without_accelerates_fsdp(), without_accelerates_compiler():
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, timeout])
     if device not in ("auto", accelerator.device.type):
         raise ValueError(f"No device {device} was found, only {accelerator.device.type}. Use --device auto or cpu.")
@@ -74,6 +75,22 @@ def without_accelerates_fsdp() -> Iterator[None]:
     yield
     if requested is not None:
         os.environ["ACCELERATE_USE_FSDP"] = requested
+
+
+@contextlib.contextmanager
+def without_accelerates_compiler() -> Iterator[None]:
+    """Inside the context Accelerate does not see a dynamo_backend of the launch file; a warning names the setting to use.
+
+    Accelerate would wrap the model, and the names in checkpoints and in the saved model would change.
+    """
+    backend = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+    yield
+    if backend is not None:
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = backend
+        if backend.lower() != "no" and os.environ.get("RANK", "0") == "0":
+            console.warn(
+                f"dynamo_backend {backend} of the launch file has no effect. Use --compile true to compile the model."
+            )
 
 
 def check_layer_synchronization(config: Config, accelerator: Accelerator) -> None:
@@ -181,11 +198,12 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     """Moves the model to its device and applies the settings of speed and memory. Raises ValueError for an unsupported one."""
     timm_model: Any = model
     if config.gradient_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
+        try:
+            timm_model.set_grad_checkpointing()
+        except (AttributeError, AssertionError, NotImplementedError) as error:  # timm's vgg, dla and others only assert
             raise ValueError(
                 f"Model {config.model_name} has no gradient checkpointing. Remove the setting, or lower micro_batch_size."
-            )
-        timm_model.set_grad_checkpointing()
+            ) from error
     if config.sync_batchnorm and accelerator.num_processes > 1:
         model = convert_batchnorm(model)
     if not will_be_sharded(accelerator):  # else fsdp.shard moves it shard by shard, as it may not fit as a whole
@@ -193,10 +211,22 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:
+        check_compiler(accelerator.device)
         # In place, to keep the names in checkpoints. If batch sizes vary, compile one dynamic graph at the start, so that no
         # size causes a recompilation later; otherwise compile for the one size, which is faster.
         model.compile(dynamic=True if sizes_vary(config) else None, mode=config.compile_mode)
     return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles a small function. Raises ValueError if that fails, as where there is no C++ compiler."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except RuntimeError as error:  # torch._dynamo's and torch._inductor's errors are all of this type
+        cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"compile needs a working compiler: {cause} Install g++ (gcc on a GPU), or remove compile."
+        ) from error
 
 
 def sizes_vary(config: Config) -> bool:

@@ -72,7 +72,7 @@ class GlobalBatchNorm(_BatchNorm):
     @torch.no_grad()
     def update_running(self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:
         """Updates the running statistics by momentum, or as a cumulative mean if momentum is None, as in torch."""
-        weight = self.momentum
+        weight: Any = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             weight = 1 / self.num_batches_tracked.to(running_mean) if weight is None else weight

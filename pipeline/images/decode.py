@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+    from PIL.Image import Transpose
     from torch import Tensor
 
 Shrink = Callable[[int, int], int]  # maps width and height to the factor (1, 2, 4, 8) by which to decode a JPEG smaller
@@ -18,6 +19,10 @@ Shrink = Callable[[int, int], int]  # maps width and height to the factor (1, 2,
 MAX_PIXELS = 178_956_970  # PIL's own limit; checked here too, because a library may have raised PIL's
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ORIENTATION = 0x0112  # the Exif tag
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf")
+
+Read = TypeVar("Read")
 
 
 class BadImage(ValueError):
@@ -45,20 +50,22 @@ def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) ->
     shrink: returns the factor by which to decode a JPEG of that size smaller, which is faster. Raises BadImage if the bytes are
     empty, truncated, too large or not an image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    if not encoded:
-        raise BadImage("The image is empty (0 bytes).")
-    try:
+    def decode(encoded: bytes) -> PILImage:
         with Image.open(io.BytesIO(encoded)) as image:
             _check_pixels(*image.size)
             if shrink is not None:
                 factor = shrink(*image.size)
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            if "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1:  # for TIFF, load() has already applied it
-                return _to_mode(ImageOps.exif_transpose(image), channels)
-            return _to_mode(image, channels)
+            turn = _turn(image) if "exif" in image.info else None  # for TIFF, load() has already applied it
+            return _to_mode(image if turn is None else image.transpose(turn), channels)
+
+    if not encoded:
+        raise BadImage("The image is empty (0 bytes).")
+    try:
+        return _despite_metadata(decode, encoded)
     except _decode_errors() as error:
         raise BadImage(f"Cannot decode an image of {len(encoded)} bytes: {_reason(error)}") from error
 
@@ -67,11 +74,65 @@ def image_header(encoded: bytes) -> tuple[int, int, str]:
     """Width, height and PIL mode, without decoding the pixels. Raises BadImage."""
     from PIL import Image
 
-    try:
+    def read(encoded: bytes) -> tuple[int, int, str]:
         with Image.open(io.BytesIO(encoded)) as image:
             return image.width, image.height, image.mode
+
+    try:
+        return _despite_metadata(read, encoded)
     except _decode_errors() as error:
         raise BadImage(f"Cannot read the header of an image of {len(encoded)} bytes: {_reason(error)}") from error
+
+
+def _turn(image: PILImage) -> Transpose | None:
+    """The transposition that the Exif orientation asks for; None for an upright image or a damaged Exif block."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    damage: tuple[type[Exception], ...] = (
+        *_decode_errors(),
+        TypeError,
+        KeyError,
+        AttributeError,
+        ZeroDivisionError,
+    )  # as Pillow's reader meets it
+    try:
+        return turns.get(image.getexif().get(ORIENTATION, 1))
+    except damage:
+        return None
+
+
+def _despite_metadata(read: Callable[[bytes], Read], encoded: bytes) -> Read:
+    """What `read` returns for the image; for a PNG that it cannot read, what it returns without the PNG's metadata.
+
+    Pillow refuses a PNG with a large or damaged text or colour profile whose pixels are whole.
+    """
+    try:
+        return read(encoded)
+    except _decode_errors():
+        if not encoded.startswith(PNG_SIGNATURE):
+            raise
+        return read(_without_metadata(encoded))
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """The PNG with the chunks that its pixels need, and the rest from the first chunk on that is cut off."""
+    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start + 12 <= len(png):
+        length, kind = struct.unpack(">I4s", png[start : start + 8])
+        stop = start + 12 + length
+        if kind in PIXEL_CHUNKS or stop > len(png):
+            kept.append(png[start:stop])
+        start = stop
+    return b"".join([*kept, png[start:]])
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """Creates models by name: any timm model, optionally with a stem for small images, or a small model of this project."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,9 @@ def check_model_name(name: str) -> None:
     architecture, tag = split_model_name_tag(name)
     if architecture in get_deprecated_models():
         current = get_deprecated_models()[architecture]
-        raise ValueError(f"Model {name!r} is {f'now named {current!r} in timm; use that' if current else 'no longer in timm'}.")
+        raise ValueError(
+            f"Model {name!r} is {f'now named {current!r} in timm; use that' if current else 'no longer in timm'}."
+        )
     if not timm.is_model(architecture):
         known = [model for model in timm.list_models() if not is_small_stem(model)]
         raise ValueError(
@@ -91,11 +92,6 @@ def _explained(name: str) -> Iterator[None]:
             "the network. Without a network: copy the cache from another machine, set pretrained to false, or set "
             "init_from to a local file."
         ) from error
-    except TypeError as error:
-        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if refused is None:
-            raise
-        raise ValueError(f"Model {name!r} does not support {refused[1]}. Remove it, or use another model.") from error
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
@@ -135,7 +131,9 @@ def _with_stem(name: str, stem: str, image_size: int, pretrained: bool, init_fro
     check_known("stem", stem, STEM_CHOICES)
     if ":" in name:
         if stem != "auto":
-            raise ValueError(f"stem {stem!r} does not apply to {name!r}: a saved model keeps its stem. Use stem 'auto'.")
+            raise ValueError(
+                f"stem {stem!r} does not apply to {name!r}: a saved model keeps its stem. Use stem 'auto'."
+            )
         return name
     if is_small_stem(name):
         if stem == "imagenet":
@@ -179,11 +177,32 @@ def create_model(
     # only non-zero rates: not every model accepts both
     arguments |= {key: rate for key, rate in dict(drop_rate=drop_rate, drop_path_rate=drop_path_rate).items() if rate}
     with _explained(name):
-        model = timm.create_model(name, pretrained=pretrained, **arguments)
+        model = _build(name, pretrained, arguments)
     _check_takes_images(model, name, num_classes, in_chans, image_size)
     if init_from:
         return model, load_weights(model, init_from)
     return model, _pretrained_report(model, name) if pretrained else None
+
+
+def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    """The timm model. Raises ValueError that names the argument which it does not take.
+
+    A TypeError does not say reliably which argument caused it, so the optional ones are left out in turn, without weights.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        for refused in [argument for argument in arguments if argument not in ("num_classes", "in_chans")]:
+            others = {argument: value for argument, value in arguments.items() if argument != refused}
+            try:
+                with torch.device("meta"):
+                    timm.create_model(name, **others)
+            except TypeError:
+                continue
+            raise ValueError(f"Model {name!r} does not support {refused}. Remove it, or use another model.") from error
+        raise ValueError(
+            f"Model {name!r} does not support {', '.join(arguments)} ({error}). Use another model."
+        ) from error
 
 
 def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans: int, image_size: int) -> None:
@@ -196,7 +215,9 @@ def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans:
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
         raise ValueError(f"Model {name!r} cannot take {size} images ({error}). Try another image_size.") from error
     if shape != (1, num_classes):
-        raise ValueError(f"Model {name!r} returns shape {shape} for a {size} image, not logits of {num_classes} classes.")
+        raise ValueError(
+            f"Model {name!r} returns shape {shape} for a {size} image, not logits of {num_classes} classes."
+        )
     model.train()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.parser import fail
@@ -35,6 +36,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses the arguments; options and positional arguments in any order. argv None reads sys.argv."""
+        console.escape_unprintable()
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             self.fail_for_unknown(unknown[0])

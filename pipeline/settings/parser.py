@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits
 
@@ -115,6 +116,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
     argv: the arguments without the program name; None reads sys.argv.
     """
+    console.escape_unprintable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # A W&B agent adds an argument such as --_wandb to a run that it restarts.
     arguments = [argument for argument in arguments if not argument.startswith("--_wandb")]
