@@ -11,9 +11,11 @@ import yaml
 from conftest import ROOT, run_process
 from test_house import COMMANDS, FLOORS
 
+from pipeline.data import known_datasets
 from pipeline.data.known_datasets import DATASETS
 from pipeline.optim.schedule import SCHEDULES, check_scheduler_name
 from pipeline.settings.command_line import CommandParser
+from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -285,6 +287,30 @@ def test_the_table_of_known_sets_has_every_set():
         size = f"{row.image_size}x{row.image_size}, {'grey' if row.channels == 1 else 'color'}" if row.image_size else "photos"
         expected[name] = [f"`{row.hub_id}`" if row.hub_id else "in this package", size]
     assert rows == expected
+
+
+def python_block(page: str, heading: str) -> str:
+    block: str = (ROOT / page).read_text().split(f"\n{heading}\n")[1].split("```python\n")[1].split("```")[0]
+    return block
+
+
+def test_the_example_of_a_known_set_is_a_row():
+    row = eval("{" + python_block("docs/data.md", "## Add a known set") + "}", vars(known_datasets).copy())["svhn"]
+    assert isinstance(row, known_datasets.DatasetRow) and len(row.class_names) == 10 and not row.flip
+
+
+def test_the_example_of_an_optimizer_is_a_row_that_steps(monkeypatch):
+    import torch
+
+    from pipeline.optim import optimizers
+
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
+    exec(python_block("docs/optimizers.md", "## Add an optimizer"), vars(optimizers).copy())
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    row = optimizers.OPTIMIZERS["nadam"]
+    row.build([{"params": [weight], **row.route(optimizers.MATRIX, Config(optimizer="nadam"))}], Config(), None).step()
+    assert (weight < 1).all()
 
 
 def test_every_requirement_is_explained():
