@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.settings.parser import read_config
 
 RECIPES = sorted((ROOT / "pipeline" / "recipes").glob("*.yaml"))
-SMALL = {"max_train_samples": None, "val_fraction": 0.5, "epochs": 1, "batch_size": 16}
+SMALL = {"max_train_samples": None, "val_fraction": 0.5, "epochs": 1, "batch_size": 8}
 
 
 def test_the_recipes_are_there():
@@ -25,9 +25,9 @@ def test_a_recipe_describes_its_hardware_and_is_in_the_readme(path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """64 grey images of 8 x 8 pixels for training and 16 for testing, in four classes."""
+    """32 grey images of 8 x 8 pixels for training and 8 for testing, in four classes."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for split, number in (("train", 16), ("test", 4)):
+    for split, number in (("train", 8), ("test", 2)):
         for name in ("ant", "bee", "cat", "dog"):
             (folder / split / name).mkdir(parents=True)
             for index in range(number):
@@ -58,4 +58,4 @@ def test_a_recipe_takes_its_first_steps(path, pictures, tmp_path):
     }
     summary = train(dataclasses.replace(config, **changes))
     assert summary["status"] == "completed" and summary["steps"] == 2
-    assert summary["test"]["num_samples"] == 16
+    assert summary["test"]["num_samples"] == 8

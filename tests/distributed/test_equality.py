@@ -17,6 +17,7 @@ from conftest import (
     assert_close_figures,
     assert_close_weights,
     in_processes,
+    lines_of,
     run_process,
     weights_of,
 )
@@ -33,7 +34,10 @@ BATCHNORM = {
 }  # with four processes, one has an empty share of the last 6
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {},
-    "mlp, mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005},
+    "mlp, mixed": {
+        "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005,
+        "clip_grad_norm": 0.5,
+    },
     "mlp, growing batch": {"batch_size": 13, "batch_size_schedule": {1: 39}, "batch_lr_scaling": "linear", "epochs": 3},
     "batchnorm": {**BATCHNORM, "model_name": "test_resnet", "ema_decay": 0.3},
     "batchnorm of timm with sam": {
@@ -47,7 +51,7 @@ CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "1, micro-batches, 2 workers": (1, "mlp", {"micro_batch_size": 5, "loader": "workers", "num_workers": 2}),
     "2, no worker": (2, "mlp", ONE_BY_ONE),
     "2, micro-batches, 2 workers": (2, "mlp", {"micro_batch_size": 7, "loader": "workers", "num_workers": 2}),
-    "2, device, mixed": (2, "mlp, mixed", IN_MEMORY),
+    "2, device, mixed, micro-batches": (2, "mlp, mixed", {"micro_batch_size": 5, **IN_MEMORY}),
     "2, growing batch": (2, "mlp, growing batch", {"micro_batch_size": 9}),
     "2, batchnorm": (2, "batchnorm", ONE_BY_ONE),
     "2, batchnorm of timm with sam": (2, "batchnorm of timm with sam", IN_MEMORY),
@@ -146,6 +150,11 @@ def test_processes_workers_and_micro_batches_change_no_result(folder, plain, nam
     assert summary["test"]["confusion_matrix"] == plain_summary["test"]["confusion_matrix"]
     assert sum(map(sum, summary["test"]["confusion_matrix"])) == summary["test"]["num_samples"] == 359
     assert_close_weights(weights_of(folder / name), weights_of(plain[model]))
+
+
+def test_metrics_of_the_averaged_weights_are_logged_too(folder):
+    lines = [line for line in lines_of(folder / "4, workers, mixed") if line["split"] == "val"]
+    assert len(lines) == 2 and all(line["ema_loss"] != line["loss"] for line in lines)
 
 
 def test_batchnorm_over_two_processes_is_that_of_the_whole_batch(folder):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import run_process
+from conftest import start_process
 from PIL import Image
 
 from pipeline import predict
@@ -176,15 +176,9 @@ def test_a_list_comes_in_on_standard_input(photo_run, photos, capsys, monkeypatc
 
 
 def test_a_closed_pipe_ends_the_command_without_an_error(photo_run, photos):
-    program = (
-        "import subprocess, sys\n"
-        f"first = subprocess.Popen([sys.executable, '-m', 'pipeline.predict', {str(photo_run)!r}, {str(photos)!r}], "
-        "stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
-        "first.stdout.close()\n"
-        "assert first.stderr.read() == b'' and first.wait() == 0"
-    )
-    done = run_process("-c", program)
-    assert done.returncode == 0, done.stderr
+    process = start_process("-m", "pipeline.predict", str(photo_run), str(photos), fresh=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(
