@@ -343,6 +343,16 @@ def test_sets_that_cannot_be_streamed_are_refused_with_an_alternative(sets, whol
         check_same_settings(dataclasses.replace(begun, loader="auto"))
 
 
+# train.py, with short waits before it asks again
+TRAIN = """
+import sys
+import train
+from pipeline.data import shards
+shards.FIRST_WAIT_SECONDS = 0.01
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def hub(sets, tmp_path) -> Iterator[Callable[..., tuple[Any, list[tuple[str, int, int]]]]]:
     """Streams the Parquet set from a Hub on this machine; returns the ended process and the byte ranges that it read."""
@@ -352,7 +362,7 @@ def hub(sets, tmp_path) -> Iterator[Callable[..., tuple[Any, list[tuple[str, int
 
         def stream(fail: Callable[[str, int], int]) -> tuple[Any, list[tuple[str, int, int]]]:
             served.asked, served.fail = [], staticmethod(fail)
-            ended = run_process("train.py", *flags(**settings), HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
+            ended = run_process("-c", TRAIN, *flags(**settings), HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **home)
             return ended, served.asked
 
         yield stream

@@ -70,6 +70,11 @@ end("completed", best={"accuracy": value}, test={"accuracy": value / 2})
 """
 
 
+@pytest.fixture(autouse=True)
+def short_polls(monkeypatch):
+    monkeypatch.setattr("pipeline.sweep.__main__.POLL_SECONDS", 0.05)
+
+
 def write_sweep(folder: Path, parameters: dict, **keys) -> Path:
     program = folder / "program.py"
     program.write_text(PROGRAM)
