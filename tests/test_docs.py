@@ -321,7 +321,7 @@ def test_every_requirement_is_explained():
 
 def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r"^(python3 -m venv .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(commands) == 2 and commands[0].endswith("train.py") and commands[1].endswith("pytest")
+    assert len(commands) == 2 and commands[0].endswith("train.py") and commands[1].endswith("pytest -n 2")
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
     assert commands[1] in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
 
