@@ -326,6 +326,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert commands[1] in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_the_first_command_of_the_readme_trains_and_ends_in_a_table(tmp_path):
     """Without its installation, in an empty folder, and cut short."""
     first = re.findall(r"^python3 -m venv .* (train.py)$", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -36,6 +36,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_takes_its_first_steps(path, pictures, tmp_path):
     """On few and small images, without published weights and on the CPU's precision; all else as it stands."""

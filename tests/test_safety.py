@@ -66,6 +66,7 @@ def test_the_source_is_there_to_be_searched():
     assert imported(tree) & FORBIDDEN_IMPORTS and called(tree) & FORBIDDEN_CALLS
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tensors_and_text_only_and_no_secret(tmp_path):
     secrets = {"HF_TOKEN": "hf_unlikelySecretOfTheHub", "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567"}
     ended = run_process(

@@ -109,6 +109,7 @@ def test_loop_refuses_settings_that_the_peers_do_not_support(in_this_process, ca
     assert "mixup" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_size, num_classes", [(8, 10), (None, 10)])
 def test_peers_read_the_same_training_split_as_ours(in_this_process, tmp_path, made_size, num_classes):
     """Small PNG images stay as they are; photos are cropped to the model's size."""
@@ -132,6 +133,7 @@ def test_peers_read_the_same_training_split_as_ours(in_this_process, tmp_path, m
         assert torch.allclose(*sums, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_loaders_measures_ours_and_the_peers_at_equal_workers(in_this_process, tmp_path, capsys):
     more = {"num_photos": 16, "seconds": 0.01, "model_name": None}
     rows = measured("loaders", tmp_path, capsys, "--workers", "0", "1", **more)
@@ -140,6 +142,7 @@ def test_loaders_measures_ours_and_the_peers_at_equal_workers(in_this_process, t
     assert {row["ratio_to"] for row in rows} == {"timm, 1 worker"} and all(row.keys() >= FACTS for row in rows)
 
 
+@pytest.mark.slow
 def test_checkpoint_reports_saving_as_a_share_of_an_epoch(in_this_process, tmp_path, capsys):
     rows = measured("checkpoint", tmp_path, capsys, steps=2, epoch_images=1600, rounds=2)
     saving, block = rows[:3], rows[3:]
@@ -158,6 +161,7 @@ def test_checkpoint_reports_saving_as_a_share_of_an_epoch(in_this_process, tmp_p
     assert saving[2]["bytes_on_disk"] == pytest.approx(saving[0]["bytes_on_disk"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_startup_times_starts_and_sums_imports_by_package(in_this_process, tmp_path, capsys):
     rows = measured("startup", tmp_path, capsys)
     names = ["bare script with timm", "ours, embedded digits", "ours, this set, from its cache"]
@@ -177,6 +181,7 @@ def test_imports_are_summed_by_package():
     assert [rows[name]["modules"] for name in ("all", "torch", "timm")] == [4, 2, 1]
 
 
+@pytest.mark.slow
 def test_scaling_measures_processes_and_what_they_exchange(in_this_process, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = measured("scaling", tmp_path, capsys, "--processes", "1", "2", steps=2, warmup_steps=1)
@@ -190,6 +195,7 @@ def test_scaling_measures_processes_and_what_they_exchange(in_this_process, tmp_
     assert two["median"] == pytest.approx(2 * SMALL["batch_size"] / (two["step_ms"] / 1000))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
     factors = ["--factors", "loader", "precision", "pin_memory", "batch_size", "--workers", "0"]
@@ -299,6 +305,7 @@ def test_the_memory_of_a_process_includes_that_of_its_children():
         parent.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_benchmark_and_its_contenders(number):
     process = start_process("-m", "pipeline.benchmark", "loop", "--num_images=2000", "--model_name=simple_mlp")

@@ -33,6 +33,7 @@ print(fetched, pages_fetched())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize("options, is_kept", [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
 def test_on_a_cpu_freed_memory_is_kept_unless_the_environment_configures_it(options, is_kept):

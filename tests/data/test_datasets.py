@@ -415,6 +415,7 @@ def test_a_test_split_without_labels_is_not_used(hf_cache, tmp_path):
     assert any("test has no labels" in note for note in loaded.notes)
 
 
+@pytest.mark.slow
 def test_loading_a_hub_set_without_network_reports_what_to_do(tmp_path):
     code = "from pipeline.data.image_dataset import load_image_dataset; load_image_dataset('nobody/nothing')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -432,6 +433,7 @@ print(json.dumps([loaded.train.labels.tolist(), loaded.notes, "datasets" in sys.
 """
 
 
+@pytest.mark.slow
 def test_a_hub_set_is_read_again_only_after_a_change_and_from_the_cache_if_the_hub_is_unreachable(hf_cache, tmp_path):
     table = tmp_path / "pets" / "train.parquet"
     write_table(hf_cache, table, [0, 1, 1] * 4)
@@ -457,6 +459,7 @@ def test_a_hub_set_is_read_again_only_after_a_change_and_from_the_cache_if_the_h
         assert first_note.startswith("The Hub was not reached (") and reason in first_note
 
 
+@pytest.mark.slow
 def test_a_set_without_a_cached_reading_is_read_by_datasets_if_the_hub_is_unreachable(tmp_path):
     """Readings of images as plain bytes are not cached. The Hub client retries for 23 seconds; the test skips its sleeps."""
     (tmp_path / "pets").mkdir()

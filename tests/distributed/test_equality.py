@@ -140,6 +140,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in MODELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_processes_workers_and_micro_batches_change_no_result(folder, plain, name):
     number, model, _ = CELLS[name]
@@ -152,11 +153,13 @@ def test_processes_workers_and_micro_batches_change_no_result(folder, plain, nam
     assert_close_weights(weights_of(folder / name), weights_of(plain[model]))
 
 
+@pytest.mark.slow
 def test_metrics_of_the_averaged_weights_are_logged_too(folder):
     lines = [line for line in lines_of(folder / "4, workers, mixed") if line["split"] == "val"]
     assert len(lines) == 2 and all(line["ema_loss"] != line["loss"] for line in lines)
 
 
+@pytest.mark.slow
 def test_batchnorm_over_two_processes_is_that_of_the_whole_batch(folder):
     for rank in (0, 1):
         facts = json.loads((folder / f"batchnorm-{rank}.json").read_text())

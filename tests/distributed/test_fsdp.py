@@ -105,12 +105,14 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert_close_weights(with_gradients(weights_of(ours)), with_gradients(weights_of(theirs)), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_model_trains_like_a_replicated_one(folder, name):
     assert json.loads((folder / "fsdp" / name / "summary.json").read_text())["num_processes"] == 2
     assert_same_run(folder / "fsdp" / name, folder / "ddp" / name)
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_weights_average_and_moments(folder):
     facts = [json.loads((folder / "fsdp" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert facts[0].keys() == {"weights", "average", "moments"}
@@ -119,6 +121,7 @@ def test_each_process_holds_half_of_weights_average_and_moments(folder):
         assert 0.45 < own / whole < 0.55
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["fsdp then one", "ddp then fsdp"])
 def test_a_checkpoint_resumes_sharded_or_not(folder, path):
     assert_same_run(folder / path / "vit, adamw", folder / "ddp" / "vit, adamw")

@@ -128,12 +128,14 @@ def end_of(forked: Path, name: str) -> tuple[list[int], list[str], dict[str, Any
     return statuses, [line for lines in last for line in lines], json.loads(path.read_text()) if path.is_file() else {}
 
 
+@pytest.mark.slow
 def test_processes_end_their_group_before_they_exit(forked):
     """Otherwise torch may abort a process at exit."""
     found = sorted(path.name for path in forked.glob("*_group") if path.name.startswith("whole"))
     assert found == ["whole-0-out_of_group", "whole-1-out_of_group"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_clear_message(forked):
     statuses, last, summary = end_of(forked, "killed")
     assert statuses == [1, -signal.SIGKILL]
@@ -143,12 +145,14 @@ def test_a_killed_process_ends_the_other_with_a_clear_message(forked):
     assert (forked / "killed" / "checkpoints" / "step-00000006" / "state.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_first_process_does_not_leave_the_other_waiting(forked):
     statuses, last, _ = end_of(forked, "killed first")
     assert statuses == [-signal.SIGKILL, 1]
     assert last[-1].startswith("error in process 1 of 2: Another process ended: it was killed")
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_its_message(forked):
     statuses, last, summary = end_of(forked, "no data")
     assert statuses == [1, 2] and summary == {}
@@ -156,6 +160,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(forked):
     assert last[0] == f"error in process 0 of 2: Another process ended: process 1 failed: {NOT_THERE}"
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked):
     statuses, last, summary = end_of(forked, "bad image")
     assert statuses == [1, 1] and summary["status"] == "failed"
@@ -169,6 +174,7 @@ def assert_same_end(run_dir: Path, whole: Path) -> None:
     assert_identical(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one(forked, tmp_path):
     """Two agents with the launch file for several machines."""
     port = free_port()
@@ -187,6 +193,7 @@ def test_two_machines_train_as_one(forked, tmp_path):
     assert_same_end(tmp_path / "run", forked / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_result_is_unchanged(forked, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     done = run_process(*launcher, __file__, str(tmp_path), fresh=True, PYTHONPATH=PYTHONPATH, timeout=400)

@@ -181,6 +181,7 @@ def ranks(runs: tuple[Path, Path]) -> list[dict[str, Any]]:
     return [json.loads((runs[1] / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*RUNS, "resumed"])
 def test_two_processes_train_as_one(runs, name):
     one, two = runs
@@ -190,6 +191,7 @@ def test_two_processes_train_as_one(runs, name):
     assert_close_weights(weights_of(one / name), weights_of(two / name))
 
 
+@pytest.mark.slow
 def test_each_process_may_perturb_with_its_own_gradient(runs, ranks):
     together, own = ([rank[kind] for rank in ranks] for kind in ("together", "each its own"))
     assert together[0] == together[1] and own[0] == own[1] and own[0] != together[0]
@@ -200,6 +202,7 @@ def test_each_process_may_perturb_with_its_own_gradient(runs, ranks):
     assert losses["own"] == pytest.approx(losses["sam"], rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", OVERFLOWS)
 def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks, where):
     for rank in ranks:
@@ -233,6 +236,7 @@ def interrupt(run_dir: Path, signal_number: int, *arguments: str) -> list[str]:
 LONG_RUN = {"epochs": 30, "log_every": 1, "optimizer": "adamw", "lr": 0.005, "ema_decay": 0.5, "drop_rate": 0.2}
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_signals_resumes_to_the_identical_result(tmp_path):
     arguments = ["train.py", *flags(output_dir=tmp_path, **LONG_RUN)]
     whole = start_process(*arguments, "--run_name=whole")
@@ -350,6 +354,7 @@ def losses_of(run_dir: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sam", "drop_path_rate": 0.2, "micro_batch_size": 8}])
 def test_gradient_checkpointing_changes_no_metric_and_no_weight(small_convnet, settings):
     _, plain = small_convnet("plain", **settings)
@@ -387,6 +392,7 @@ def test_channels_last_defaults_to_true_for_convolutional_models(model_name, giv
     assert with_channels_last(Config(channels_last=given), model, Accelerator()).channels_last is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, mode, settings",
     [(True, None, {"optimizer": "sam"}), ("reduce-overhead", "reduce-overhead", {"clip_grad_norm": 1.0})],

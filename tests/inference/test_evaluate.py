@@ -229,6 +229,7 @@ def test_a_run_that_has_not_ended_is_distinguished_from_a_folder_that_is_no_run(
     assert "neither a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_readmes_five_minutes_run_as_written(tmp_path):
     """The commands of 'Own photos in five minutes', with the project's folder as the working folder would be."""
     text = (ROOT / "README.md").read_text().split("### Own photos in five minutes", 1)[1]

@@ -39,6 +39,7 @@ def logits_of(name, folder):
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.* is deprecated")
 @pytest.mark.parametrize("name", ["timm", "onnx", "torchscript", "torch_export"])
 def test_an_export_gives_the_models_logits_for_any_batch_size(finished_run, capsys, name):
@@ -72,6 +73,7 @@ def test_the_timm_folder_is_the_runs_own(finished_run, capsys):
         assert (run_dir / "export" / "timm" / name).read_bytes() == (run_dir / "model" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["test_resnet", "test_vit"])
 def test_convolutions_and_attention_can_be_exported(tmp_path, capsys, model_name):
     from pipeline.models.timm_folder import save_model
@@ -179,6 +181,7 @@ def hub_environment(address, tmp_path):
     return {**home, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_pushed_comes_back_from_the_hub(finished_run, tmp_path, capsys):
     """Uploaded by one process, its weights through LFS; downloaded by another, for predict."""
     _, run_dir = finished_run()

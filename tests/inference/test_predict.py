@@ -175,6 +175,7 @@ def test_a_list_comes_in_on_standard_input(photo_run, photos, capsys, monkeypatc
     assert [line["image"] for line in lines] == [str(photos / "dog" / "1.png"), str(photos / "cat" / "2.png")]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_command_without_an_error(photo_run, photos):
     process = start_process("-m", "pipeline.predict", str(photo_run), str(photos), fresh=True)
     process.stdout.close()

@@ -454,6 +454,7 @@ SKIPPING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_runs_without_the_bad_images_agree_on_both_loaders_after_resuming_and_on_two_processes(run_training, tmp_path):
     settings = {**SKIPPING, "dataset": str(write_set(tmp_path / "set"))}
     with pytest.raises(BadImage, match="00.png: Cannot read the header"):

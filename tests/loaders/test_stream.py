@@ -263,6 +263,7 @@ def whole_run(sets, tmp_path_factory) -> Path:
     return config.run_dir
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit(sets, whole_run, run_training):
     _, run_dir = run_training(**{**STREAM, "num_workers": 2}, dataset=str(sets["parquet"]))
     assert_identical(run_dir, whole_run)
@@ -274,6 +275,7 @@ def test_resuming_within_an_epoch_changes_no_bit(sets, whole_run, run_training, 
     assert_identical(run_dir, whole_run)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(sets, whole_run, tmp_path):
     settings = flags(**{**STREAM, "num_workers": 2}, dataset=sets["parquet"], output_dir=tmp_path)
     ended = torchrun(2, *settings)
@@ -281,6 +283,7 @@ def test_two_processes_train_as_one(sets, whole_run, tmp_path):
     assert_close_figures(tmp_path / "run", whole_run)
 
 
+@pytest.mark.slow
 def test_a_lost_shard_ends_the_run_which_resumes_when_the_shard_is_restored(
     sets, whole_run, run_training, tmp_path, monkeypatch
 ):
@@ -375,6 +378,7 @@ def row_group_starts(path: Path) -> list[int]:
     return [group.dictionary_page_offset or group.data_page_offset for group in groups]
 
 
+@pytest.mark.slow
 def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, sets, tmp_path):
     stumbles = ["train-0.parquet"] * 2  # the server fails twice, then succeeds
 
@@ -398,6 +402,7 @@ def test_a_hub_set_is_read_group_by_group_once_an_epoch_and_not_downloaded(hub, 
     assert len(lines_of(tmp_path / "run")) > 10
 
 
+@pytest.mark.slow
 def test_a_hub_set_that_becomes_unreachable_ends_the_run_with_one_line(hub, tmp_path):
     requests = itertools.count()
     ended, _ = hub(lambda name, first: 404 if next(requests) > 60 and name == "train-1.parquet" else 0)
@@ -428,6 +433,7 @@ def measure(folder: str) -> None:
     print(len(split), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+@pytest.mark.slow
 def test_a_set_ten_times_larger_takes_no_more_memory(tmp_path):
     rng = np.random.default_rng(0)
     peaks = []

@@ -58,6 +58,7 @@ def images_of(size: int, in_chans: int = 3) -> torch.Tensor:
     return torch.randn(4, in_chans, size, size, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, image_size, in_chans, architecture",
     [
@@ -99,6 +100,7 @@ def test_a_model_trains_and_is_restored_bit_for_bit(tmp_path, name, image_size, 
     assert (described["interpolation"], described["crop_pct"]) == ("bilinear", 1.0)
 
 
+@pytest.mark.slow
 def test_timm_loads_a_saved_folder_after_import_pipeline(tmp_path):
     """Whatever is imported first after torch, in processes that know nothing else of ours."""
     expected = {}

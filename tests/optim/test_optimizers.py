@@ -40,6 +40,7 @@ def models():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_trainable_parameter_is_in_exactly_one_group(models, name, optimizer):

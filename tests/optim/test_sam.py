@@ -81,6 +81,7 @@ def test_a_gradient_of_zeros_perturbs_nothing():
         assert torch.equal(model.weights, torch.zeros(2))
 
 
+@pytest.mark.slow
 def test_a_step_of_sam_and_adamw_is_the_hand_written_double_pass():
     config = Config(optimizer="adamw", sam_rho=0.1, weight_decay=0.1)
     state, accelerator = make_state(config)
@@ -124,6 +125,7 @@ def test_micro_batches_of_any_size_give_the_same_step(optimizer, sam_rho):
         assert torch.allclose(weights, steps[None], rtol=1e-6, atol=1e-6 if optimizer == "muon" else 1e-9)
 
 
+@pytest.mark.slow
 def test_sam_every_perturbs_every_so_many_steps():
     config, plain = Config(sam_rho=0.1, sam_every=2), Config()
     state, accelerator = make_state(config)
@@ -162,6 +164,7 @@ def test_the_closure_path_applies_scaled_gradients_and_is_why_no_step_has_a_clos
     assert model.weight.item() == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("sam_rho", [0.0, 0.05])
 @pytest.mark.parametrize("micro_batch_size", [None, 4])

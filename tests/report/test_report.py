@@ -132,6 +132,7 @@ class Checker(HTMLParser):
             self.problems.append(f"</{tag}> at {self.getpos()}")
 
 
+@pytest.mark.slow
 def test_the_page_is_complete_and_makes_no_request(report: Path):
     page = (report / "report.html").read_text()
     checker = Checker()
@@ -148,6 +149,7 @@ def test_the_page_is_complete_and_makes_no_request(report: Path):
     assert "default-src 'none'" in page
 
 
+@pytest.mark.slow
 def test_text_of_runs_is_escaped(report: Path):
     page = (report / "report.html").read_text()
     checker = Checker()
@@ -169,6 +171,7 @@ def test_the_script_parses(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_browser_opens_the_page_without_an_error(report: Path, tmp_path: Path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
@@ -181,6 +184,7 @@ def test_a_browser_opens_the_page_without_an_error(report: Path, tmp_path: Path)
     assert '<fieldset class="switch">' in done.stdout  # the script shows it
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(runs: Path, report: Path, tmp_path: Path):
     arguments = ("-m", "pipeline.report", str(runs), "--output", str(tmp_path / "again"), "--target", "0.75")
     done = run_process(*arguments, timeout=240, PYTHONHASHSEED="7")
@@ -194,6 +198,7 @@ def test_another_process_writes_the_same_bytes(runs: Path, report: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+@pytest.mark.slow
 def test_figures_are_there_as_png_and_svg_without_dates(report: Path):
     stems = {path.stem for path in (report / "figures").iterdir()}
     curves_of = {
@@ -208,6 +213,7 @@ def test_figures_are_there_as_png_and_svg_without_dates(report: Path):
         assert f"figures/{stem}.png" in (report / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_csv_holds_each_runs_figures_and_settings(runs: Path, report: Path):
     with open(report / "results.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -486,6 +492,7 @@ def test_invalid_input_is_reported_in_one_line_with_status_2(arguments, message,
     assert (tmp_path / "FULL" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_real_run_shows_its_most_confident_mistakes_and_replaces_the_earlier_report(
     finished_run, tmp_path, monkeypatch
 ):

@@ -160,11 +160,13 @@ def kills(folder: Path, length: str, timeout: float) -> list[dict[str, int]]:
     return facts
 
 
+@pytest.mark.slow
 def test_a_run_survives_kills_at_every_file_operation_and_at_random_instants(tmp_path):
     (fact,) = kills(tmp_path / "runs", "short", timeout=300)
     assert fact["chain"] > 20 and fact["instants"] >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_runs_of_several_settings_survive_hundreds_of_kills(tmp_path):
     facts = kills(tmp_path / "runs", "long", timeout=3600)

@@ -38,6 +38,7 @@ EXACT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_run_resumed_from_any_step_ends_the_same_to_the_last_bit(run_training, name, tmp_path):
     settings = {"drop_rate": 0.2, "checkpoint_every_steps": 1, "keep_checkpoints": 99, **EXACT[name]}

@@ -171,6 +171,7 @@ def test_a_grid_has_every_combination_once():
     assert points[0] == {"lr": 0.1, "epochs": 1, "seed": 7, "momentum": 0.4}
 
 
+@pytest.mark.slow
 def test_the_arguments_of_a_command_equal_those_of_wandbs_agent_and_train_py_parses_them():
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     settings = {
@@ -273,6 +274,7 @@ def test_hyperband_stops_trials_that_are_not_among_the_best():
     assert not continues([0.0, math.nan], others)
 
 
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, capsys):
     early = {"type": "hyperband", "min_iter": 4, "eta": 3}
     parameters = {"lr": {"values": [0.9, 0.1, 0.95]}, "epochs": {"value": 60}}
@@ -348,6 +350,7 @@ def test_no_trial_starts_after_one_has_reached_the_target(tmp_path):
 # -- agents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "sqlite"])
 def test_two_agents_share_one_sweep_and_no_point_is_run_twice(tmp_path, storage):
     values = [round(0.1 * number, 1) for number in range(1, 9)]
@@ -392,6 +395,7 @@ def test_a_search_keeps_the_settings_of_a_trial_that_is_put_back(tmp_path):
     assert other.claim().settings != claim.settings
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     """With train.py itself: the interrupted trial ends as if nothing had happened."""
     settings = {name: value for name, value in SMALL_RUN.items() if name not in ("run_name", "epochs")}
@@ -429,6 +433,7 @@ def test_the_trial_of_a_killed_agent_is_resumed_by_another(tmp_path):
     assert len(starts.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_when_the_storage_fails_running_trials_stop_and_the_same_command_resumes_them(tmp_path, monkeypatch, capsys):
     path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
 

@@ -52,6 +52,7 @@ def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None)
     return worked.stdout + worked.stderr
 
 
+@pytest.mark.slow
 def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path):
     """The trial is stopped as by early termination, and restarted as a preempted one, with the argument that W&B adds."""
     settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
@@ -84,6 +85,7 @@ def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued
     assert "locked" not in said  # no warning for each setting that the sweep has set
 
 
+@pytest.mark.slow
 def test_several_processes_are_one_run(tmp_path):
     command = ["${env}", "ACCELERATE_USE_CPU=true", "${interpreter}", "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node=2", "${program}", "${args}"]  # fmt: skip

@@ -135,6 +135,7 @@ def test_the_loss_of_the_best_checkpoint_is_reported(run_training, tmp_path):
     run_training(run_name="anew", init_from=str(weights))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path):
     """Of 600 KiB: two checkpoints fit beside each other, the saved model does not."""
     if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
@@ -152,6 +153,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert "No space left on device" in ended.stderr and "To resume: python train.py --config" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_worker_process_ends_the_run_with_advice_and_the_run_resumes_identically(run_training, tmp_path):
     def kill_a_worker():
         own = [child.pid for child in multiprocessing.active_children() if child.pid not in others]

@@ -147,6 +147,7 @@ def test_micro_batches_give_the_same_losses(run_training, micro_batch_size):
     assert train_losses(parts) == pytest.approx(train_losses(whole), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loaders_and_workers_give_the_same_run(run_training, num_workers):
     _, device = run_training(run_name="device", loader="device")
