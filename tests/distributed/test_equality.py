@@ -150,7 +150,9 @@ def test_processes_workers_and_micro_batches_change_no_result(folder, plain, nam
     plain_summary = json.loads((plain[model] / "summary.json").read_text())
     assert summary["test"]["confusion_matrix"] == plain_summary["test"]["confusion_matrix"]
     assert sum(map(sum, summary["test"]["confusion_matrix"])) == summary["test"]["num_samples"] == 359
-    assert_close_weights(weights_of(folder / name), weights_of(plain[model]))
+    # where a gradient is almost zero, AdamW makes a step of its rounding: 3 of 260,000 weights were 2e-6 apart
+    atol = 1e-5 if MODELS[model].get("optimizer") == "adamw" else 1e-6
+    assert_close_weights(weights_of(folder / name), weights_of(plain[model]), atol)
 
 
 @pytest.mark.slow
