@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 # How the names of variables begin that Python, the C library, OpenMP and the Hub's client read once.
-READ_ONCE = ("PYTHON", "MALLOC_", "OMP_", "MKL_", "LD_", "HF_HOME", "HF_ENDPOINT", "HF_HUB_", "HF_TOKEN", "XDG_", "HOME")
+READ_ONCE = ("PYTHON", "MALLOC_", "OMP_", "MKL_", "LD_", "HF_HOME", "HF_ENDPOINT", "HF_HUB_", "HF_TOKEN_PATH", "XDG_", "HOME")
 MESSAGE_BYTES = 2**17  # more than the arguments and the environment of a program take
 
 

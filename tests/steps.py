@@ -10,7 +10,7 @@ from pipeline.training.state import begin_state
 from pipeline.training.step import Share
 
 
-def make_state(config, scaler=None, model_name="resnet10t", dtype=torch.float64):
+def make_state(config, scaler=None, model_name="test_resnet", dtype=torch.float64):
     """A TrainState over a small model, prepared by Accelerate on the CPU, with torch's own scaler if one is given."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
