@@ -109,7 +109,9 @@ def list_classes(folder: Path, names: dict[str, str], children: list[str], notes
     """Lists the images of each split, or of the folder as one split if `names` is empty."""
     left_out = LeftOut()
     roots = {split: unwrapped(folder / name) for split, name in names.items()} if names else {"train": folder}
-    files, inner, notes = {}, {}, list(notes)
+    files: dict[str, dict[str, list[str]]] = {}
+    inner: dict[str, list[str]] = {}
+    notes = list(notes)
     for split, root in roots.items():
         walk = FolderWalk(root, left_out)
         classes = [name for name in walk.subfolders() if names or name in children]
@@ -153,7 +155,7 @@ def splits_of_siblings(found: ClassFolders) -> dict[str, str]:
     if len(used) < 2 or are_flat:
         return {}
     common = sorted(set.intersection(*map(set, inner.values())))
-    largest = set(max(inner.values(), key=len))
+    largest: set[str] = max(map(set, inner.values()), key=len)
     # one common folder is not enough: each class of Tiny ImageNet has its images in images/
     if len(common) < 2 or any(set(names) - largest for names in inner.values()):
         return {}
