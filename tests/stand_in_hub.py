@@ -39,10 +39,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StandInHub(Handler):
-    """repos: files by repository and path; blobs: what LFS holds, by SHA-256; seen: method, path, authorization."""
+    """repos: files by repository and path; private: those that were made private; blobs: what LFS holds, by SHA-256;
+    seen: method, path, authorization.
+    """
 
     protocol_version = "HTTP/1.1"
     repos: dict[str, dict[str, bytes]]
+    private: set[str]
     blobs: dict[str, bytes]
     seen: list[tuple[str, str, str | None]]
     refuses = False
@@ -65,8 +68,17 @@ class StandInHub(Handler):
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
+        existed = name in self.repos
         self.repos.setdefault(name, {})
-        self.answer_json({"url": f"{self.base}/{name}", "name": name, "id": name})
+        # newer clients send visibility, older ones private
+        if not existed and (asked.get("visibility") == "private" or asked.get("private") is True):
+            self.private.add(name)
+        self.answer_json({"url": f"{self.base}/{name}", "name": name, "id": name}, 409 if existed else 200)
+
+    def model_info(self, body: bytes, repo: str) -> None:
+        if repo not in self.repos:
+            return self.answer(404, X_Error_Code="RepoNotFound")
+        self.answer_json({"id": repo, "sha": COMMIT, "private": repo in self.private, "tags": [], "siblings": []})
 
     def validate_yaml(self, body: bytes) -> None:
         self.answer_json({"errors": [], "warnings": []})
@@ -108,6 +120,7 @@ class StandInHub(Handler):
     ROUTES = [
         ("/api/repos/create", create),
         ("/api/validate-yaml", validate_yaml),
+        ("/api/models/([^/]+/[^/]+)", model_info),
         ("/api/models/([^/]+/[^/]+)/preupload/([^/]+)", preupload),
         ("/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", lfs_batch),
         ("/blobs/(.+)", put_blob),
@@ -135,7 +148,7 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 @contextmanager
 def stand_in_hub(refuses: bool = False) -> Iterator[tuple[str, type[StandInHub]]]:
     """Its address, and the class that holds what it took."""
-    state = type("Hub", (StandInHub,), {"repos": {}, "blobs": {}, "seen": [], "refuses": refuses})
+    state = type("Hub", (StandInHub,), {"repos": {}, "private": set(), "blobs": {}, "seen": [], "refuses": refuses})
     with serving(state) as address:
         yield address, state
 

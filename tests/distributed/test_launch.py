@@ -217,15 +217,28 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_workers_are_divided_among_the_processes_of_one_machine_not_of_all(monkeypatch):
-    from accelerate import Accelerator
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("processes_here, num_workers", [("1", 7), ("2", 3), ("4", 1), (None, 3)])
+def test_workers_are_divided_among_the_processes_of_one_machine_not_of_all(monkeypatch, processes_here, num_workers):
+    """Of 8 cores, for one of two processes; of each process's share one core is left to the training."""
+    from types import SimpleNamespace
 
-    from pipeline.distributed.accelerator import processes_here
+    import torch
 
+    from pipeline.data.image_dataset import load_image_dataset
+    from pipeline.images.preprocessing import Preprocessing
+    from pipeline.loaders import build
+    from pipeline.settings.config import Config
+
+    monkeypatch.setattr(build, "usable_cores", lambda: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert processes_here(Accelerator()) == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes_here(Accelerator()) == 4
+    if processes_here is not None:  # else the launcher does not say, and all count as being here
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=2, process_index=0, is_main_process=True)
+    dataset, preprocessing = load_image_dataset("digits"), Preprocessing(8, 1, (0.5,), (0.2,), source_size=8)
+    config = Config(loader="workers", batch_size=16)
+    loader = build.make_loader(config, dataset.train, dataset, preprocessing, accelerator, training=True)
+    assert loader.source.loader.num_workers == num_workers
 
 
 def test_restarts_need_a_run_name(monkeypatch, run_training):

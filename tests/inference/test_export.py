@@ -191,6 +191,7 @@ def test_a_model_that_is_pushed_comes_back_from_the_hub(finished_run, tmp_path, 
         done = run_process("-m", "pipeline.export", str(run_dir), "--push_to_hub", "me/digits", **environment)
         assert done.returncode == 0, done.stderr
         assert f"{address}/me/digits/commit/1" in done.stdout
+        assert hub.private == set()
         files = hub.repos["me/digits"]
         assert files.keys() == {"config.json", "model.safetensors", "README.md"}
         assert files["model.safetensors"] == (run_dir / "model" / "model.safetensors").read_bytes()
@@ -221,6 +222,20 @@ def hub_here(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     return point
+
+
+def test_a_private_model_goes_into_a_private_repository_only(finished_run, hub_here, capsys):
+    _, run_dir = finished_run()
+    with stand_in_hub() as (address, hub):
+        hub_here(address)
+        exported(capsys, run_dir, "--push_to_hub", "me/digits", "--private")
+        assert hub.private == {"me/digits"} and "model.safetensors" in hub.repos["me/digits"]
+        exported(capsys, run_dir, "--push_to_hub", "me/digits", "--private")  # again, into the same one
+        hub.private.clear()  # as if somebody had published it
+        hub.repos["me/digits"].clear()
+        _, err = exported(capsys, run_dir, "--push_to_hub", "me/digits", "--private", status=1)
+    assert "It exists and is public" in err and err.count("\n") == 1
+    assert hub.repos["me/digits"] == {}
 
 
 def test_a_hub_that_refuses_ends_with_status_1_and_the_token_is_not_printed(finished_run, hub_here, capsys):

@@ -10,6 +10,7 @@ import resource
 import shutil
 import sys
 import tarfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,13 +148,15 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def loader_of(split: Any, rank: int = 0, num_processes: int = 1, num_workers: int = 0) -> StreamLoader:
+def loader_of(
+    split: Any, rank: int = 0, num_processes: int = 1, num_workers: int = 0, shuffle_buffer: int = 40
+) -> StreamLoader:
     return StreamLoader(
         split,
         FittedImages(split, PIXELS, "none", 0),
         BatchTransform(PIXELS, device=torch.device("cpu"), augment="none", flip=False, seed=0),
         num_workers=num_workers,
-        shuffle_buffer=40,
+        shuffle_buffer=shuffle_buffer,
         device=torch.device("cpu"),
         rank=rank,
         num_processes=num_processes,
@@ -228,15 +231,50 @@ def test_a_stream_resumes_at_the_right_sample(sets):
         assert numbers_of(loader_of(train).train_epoch(2, 16, 11, first_batch=first)) == whole[first:]
 
 
-def test_no_more_is_held_than_the_buffer_and_what_comes_next(sets):
-    train = load_image_dataset(str(sets["tar"]), streamed=True).train
+class Chunk(list):
+    """A chunk's images; a list that can be referred to weakly."""
+
+
+@pytest.fixture
+def held(monkeypatch) -> Callable[[], int]:
+    """How many encoded images of chunks are alive."""
+    alive: weakref.WeakSet[Chunk] = weakref.WeakSet()
+    read_chunk = shards.read_chunk
+    Chunk.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+    def watched(*arguments: Any) -> Chunk:
+        chunk = Chunk(read_chunk(*arguments))
+        alive.add(chunk)
+        return chunk
+
+    monkeypatch.setattr(shards, "read_chunk", watched)
+    return lambda: sum(map(len, list(alive)))
+
+
+def test_at_most_twice_the_buffer_is_held(held, tmp_path):
+    """Of 2,000 images in chunks of 10: those of the windows that are shuffled, and of what comes next."""
+    for name, number in (("train", 2000), ("test", 20)):
+        table = pa.table({"image": [picture(n) for n in range(number)], "label": [label_of(n) for n in range(number)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=10)
+    train = load_image_dataset(str(tmp_path), val_fraction=0, streamed=True).train
+    loader, buffer = loader_of(train, shuffle_buffer=400), 400
+    assert held() == 0  # the first images were looked at for their size
+    most = max(held() for _ in loader.train_epoch(0, 16, len(train) // 16))
+    assert buffer < most <= 2 * buffer  # 700, where it is written
+    assert held() == 0
+    assert max(held() for _ in loader.eval_epoch()) <= 2 * buffer and held() == 0
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_an_epoch_has_held_is_let_go(held, sets, kind):
+    train = load_image_dataset(str(sets[kind]), streamed=True).train
     loader = loader_of(train)
     for _ in loader.train_epoch(0, 16, len(train) // 16):
-        assert train._held
-    last = loader.train_epoch(1, 16, 1)
-    numbers_of(last)
+        assert held() > 0
+    first = next(loader.train_epoch(1, 16, 10))  # an epoch that is left before its end
+    del first
     numbers_of(loader.eval_epoch())
-    assert not train._held
+    assert held() == 0
 
 
 STREAM: dict[str, Any] = {

@@ -283,7 +283,8 @@ def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, 
     rows = trials_of(tmp_path / "early")
     assert [row["status"] for row in rows] == ["completed", "stopped", "completed"]
     lines = lines_of(tmp_path / "early" / "trial-0002")
-    assert 4 <= len(lines) < 60 and rows[1]["value"] == pytest.approx(lines[-1]["accuracy"], rel=0.7)
+    assert 4 <= len(lines) < 60  # the accuracy rises by 0.1 / 60 an epoch, so the best value is the last
+    assert rows[1]["value"] == lines[-1]["accuracy"] == 0.1 * (len(lines) / 60)
     assert capsys.readouterr().out.count("stopped") == 2  # its line, and the table's
 
 
