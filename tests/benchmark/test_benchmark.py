@@ -1,6 +1,7 @@
-"""The benchmarks' commands: every figure is present, positive and consistent. Speed is not tested."""
+"""The benchmarks' commands: every figure is present and, by a clock that ticks when it is read, exact. Speed is not tested."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -11,14 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import run_process, start_process, wait_for
+import timm
+import torch
+from conftest import ROOT, run_process, start_process, wait_for
 
-from pipeline.benchmark import child, children, efficiency, loop, lr, startup
-from pipeline.benchmark.__main__ import COMMANDS, main
-from pipeline.benchmark.children import run_child
+from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock
+from pipeline.benchmark.__main__ import COMMANDS, main, make_parser
+from pipeline.benchmark.children import run_child, run_program
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.sets import made_image, make_set
@@ -31,6 +35,8 @@ PEERS = [
     for package, name in {"timm": "timm's loader", "pytorch_accelerated": "pytorch-accelerated"}.items()
     if importlib.util.find_spec(package)
 ]
+TICK = 0.125  # seconds, of a clock that advances when it is read; its sums are exact
+PEAK = 3 * 2**20  # bytes of memory, of contenders in this process
 FACTS = {"section", "command", "date", "cpu", "cores", "versions", "row", "n", "device", "threads"}
 
 
@@ -51,10 +57,30 @@ def in_this_process(monkeypatch, tmp_path):
         assert child.main(list(command[command.index("pipeline.benchmark.child") + 1 :])) == 0
         result = json.loads(result_path.read_text())
         printed = "import time:       300 |        300 | torch\n" if "importtime" in command else ""
-        result |= {"peak_memory_bytes": tree_memory(os.getpid()), "stderr": printed}
+        result |= {"peak_memory_bytes": PEAK, "stderr": printed}
         return result | {"seconds_to_start": result.get("first_step_at", began) - began}
 
     monkeypatch.setattr(children, "run_program", run_program)
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """Gives three modules clocks of their own, which advance by a TICK each time that they are read."""
+
+    def clock():
+        ticks = itertools.count()
+        return SimpleNamespace(perf_counter=lambda: TICK * next(ticks), time=time.time)
+
+    for module in (stepclock, loaders, ours):
+        monkeypatch.setattr(module, "time", clock())
+
+
+def check_three_steps(row, batch_size):
+    """That a row's figures are those of three steps: the ticking clock is read before, after each, and at the end."""
+    assert row["median"] == 3 * batch_size / (4 * TICK)
+    # a tick of waiting for each batch; at the end of an epoch, here of two of the largest batches, for none
+    assert row["wait_fraction"] == (3 + (batch_size == 32)) / 4
+    assert row["peak_memory_bytes"] == PEAK
 
 
 def measured(command, tmp_path, capsys, *more, **given):
@@ -86,15 +112,28 @@ def check_figures(row, rows, printed):
     assert any(f" {number(row['median'])} " in line for line in starts)
 
 
-def test_loop_compares_the_bare_loop_ours_and_the_peers(in_this_process, tmp_path, capsys):
+def test_a_clock_counts_the_images_and_seconds_after_the_warm_up(ticking):
+    clock = stepclock.StepClock(torch.device("cpu"), warmup_steps=2, seconds=3 * TICK)
+    assert [clock.is_running] + [clock.step(size) for size in (1, 1)] == [False] * 3 and clock.is_running
+    assert [clock.step(size) for size in (10, 20, 30)] == [False, False, True] and not clock.is_running
+    # it was read at the end of the warm-up, after each of the three steps, and once more at the end
+    figures = clock.figures()
+    assert (figures["images_per_second"], figures["step_ms"], figures["steps"]) == (60 / (4 * TICK), 4000 * TICK / 3, 3)
+    clock = stepclock.StepClock(torch.device("cpu"), warmup_steps=1, seconds=0.0, num_steps=2)
+    assert [clock.step(5) for _ in range(3)] == [False, False, True]
+    assert clock.figures()["images_per_second"] == 10 / TICK
+
+
+def test_loop_compares_the_bare_loop_ours_and_the_peers(in_this_process, ticking, tmp_path, capsys):
+    """After a step to warm up each is timed over three steps, in which a ticking clock advances by four ticks."""
     more = ("--fast", "--layouts")
-    rows = measured("loop", tmp_path, capsys, *more, seconds=0.01, warmup_steps=1, peer_workers=0)
+    rows = measured("loop", tmp_path, capsys, *more, seconds=3 * TICK, warmup_steps=1, peer_workers=0)
     names = ["bare loop", "ours", "bare loop, channels_last", "ours, contiguous", "ours, bf16 and channels_last"]
     names += ["datasets and torchvision", *PEERS]
     assert [row["row"] for row in rows] == names
     for row in rows:
         assert row.keys() >= FACTS and row["unit"] == "images/s" and row["ratio_to"] == "bare loop"
-        assert row["peak_memory_bytes"] > 2**20
+        assert row["median"] == 3 * SMALL["batch_size"] / (4 * TICK) and row["peak_memory_bytes"] == PEAK
 
 
 def test_loop_reports_the_speed_relative_to_each_peer():
@@ -134,11 +173,14 @@ def test_peers_read_the_same_training_split_as_ours(in_this_process, tmp_path, m
 
 
 @pytest.mark.slow
-def test_loaders_measures_ours_and_the_peers_at_equal_workers(in_this_process, tmp_path, capsys):
+def test_loaders_measures_ours_and_the_peers_at_equal_workers(in_this_process, ticking, tmp_path, capsys):
     more = {"num_photos": 16, "seconds": 0.01, "model_name": None}
     rows = measured("loaders", tmp_path, capsys, "--workers", "0", "1", **more)
     each = [f"{who}, {n}" for n in ("0 workers", "1 worker") for who in ("ours", "datasets and torchvision", "timm")]
     assert [row["row"] for row in rows] == ["ours, device", *each, *each]
+    # one epoch after that to warm up, in which the clock is read twice
+    epochs = [SMALL["num_images"] / (2 * TICK)] * (1 + len(each)) + [more["num_photos"] / (2 * TICK)] * len(each)
+    assert [row["median"] for row in rows] == epochs
     assert {row["ratio_to"] for row in rows} == {"timm, 1 worker"} and all(row.keys() >= FACTS for row in rows)
 
 
@@ -182,24 +224,28 @@ def test_imports_are_summed_by_package():
 
 
 @pytest.mark.slow
-def test_scaling_measures_processes_and_what_they_exchange(in_this_process, tmp_path, capsys, monkeypatch):
+def test_scaling_measures_processes_and_what_they_exchange(in_this_process, ticking, tmp_path, capsys, monkeypatch):
+    """The two processes have a real clock, the one process a ticking one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = measured("scaling", tmp_path, capsys, "--processes", "1", "2", steps=2, warmup_steps=1)
     one, two = rows
     assert [row["row"] for row in rows] == ["1 process", "2 processes"]
     assert one["efficiency"] == 1 and two["efficiency"] == two["median"] / (2 * one["median"])
-    assert one["gradient_bytes"] == two["gradient_bytes"] == two["sent_bytes"] > 0 == one["sent_bytes"]
+    model = timm.create_model("simple_mlp", img_size=16, num_classes=10)
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert one["gradient_bytes"] == two["gradient_bytes"] == two["sent_bytes"] == 4 * weights and one["sent_bytes"] == 0
     assert one["all_reduce_ms"] is None and two["all_reduce_ms"] > 0
-    assert all(row["step_ms"] > 0 and row["loader_images_per_second"] > 0 for row in rows)
+    assert one["median"] == 2 * SMALL["batch_size"] / TICK and one["step_ms"] == 1000 * TICK / 2
+    assert one["loader_images_per_second"] == SMALL["num_images"] / TICK
     # a step of two processes takes the images of two
     assert two["median"] == pytest.approx(2 * SMALL["batch_size"] / (two["step_ms"] / 1000))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
-def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
+def test_efficiency_ends_in_a_recommendation(in_this_process, ticking, tmp_path, capsys):
     factors = ["--factors", "loader", "precision", "pin_memory", "batch_size", "--workers", "0"]
-    rows = measured("efficiency", tmp_path, capsys, *factors, seconds=0.01, warmup_steps=1)
+    rows = measured("efficiency", tmp_path, capsys, *factors, seconds=3 * TICK, warmup_steps=1)
     first = [row["row"] for row in rows if "one choice at a time" in row["section"]]
     assert first == [
         *("as given", "0 workers", "bf16", "contiguous", "bf16, contiguous"),
@@ -208,16 +254,19 @@ def test_efficiency_ends_in_a_recommendation(in_this_process, tmp_path, capsys):
     assert [row["row"] for row in rows[len(first) :]] == ["as given", "recommended"]
     by_name = {row["row"]: row for row in rows}
     assert by_name["0 workers"]["loader"] == "workers" and by_name["bf16"]["loader"] == "device"
-    assert all(0 < row["wait_fraction"] < 1 and row["peak_memory_bytes"] > 0 for row in rows)
+    for row in rows:
+        check_three_steps(row, {"batch 8": 8, "batch 32": 32}.get(row["row"], SMALL["batch_size"]))
+    assert by_name["recommended"]["median"] == by_name["as given"]["median"]  # all were alike
 
 
-def test_efficiency_measures_settings_that_save_memory(in_this_process, tmp_path, capsys):
+def test_efficiency_measures_settings_that_save_memory(in_this_process, ticking, tmp_path, capsys):
     more = ["--factors", "memory", "--model_name", "test_resnet"]
-    rows = measured("efficiency", tmp_path, capsys, *more, seconds=0.01, warmup_steps=1)
+    rows = measured("efficiency", tmp_path, capsys, *more, seconds=3 * TICK, warmup_steps=1)
     assert [row["row"] for row in rows[:4]] == [
         *("as given", "gradient_checkpointing", "micro-batches of 4", "both, micro-batches of 4"),
     ]
-    assert all(row["median"] > 0 and row["peak_memory_bytes"] > 0 for row in rows)
+    for row in rows:
+        check_three_steps(row, SMALL["batch_size"])
 
 
 def test_the_recommendation_follows_from_the_figures():
@@ -286,11 +335,23 @@ def test_synthetic_images_are_reproducible_and_hard_to_compress():
 def test_a_real_child_returns_its_figures_and_reports_its_errors(tmp_path):
     result = run_child("sets.make_set", {"set_folder": str(tmp_path), "num_images": 10, "side": 16})
     assert 100 < result["bytes_per_image"] < 16 * 16 * 3 + 100 and (tmp_path / "test.parquet").is_file()
-    assert result["peak_memory_bytes"] is None or result["peak_memory_bytes"] > 2**20
     with pytest.raises(ValueError, match="negative"):
         run_child("sets.make_set", {"set_folder": str(tmp_path), "num_images": 1, "side": -1})
     with pytest.raises(TrainingFailed, match="AttributeError"):
         run_child("checkpoint.size_of", {})  # which requires a Path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_a_program_is_timed_to_its_first_step_and_its_memory_is_its_peak(tmp_path):
+    program = (
+        "import json, sys, time\n"
+        "held = bytes(range(256)) * 400_000; time.sleep(0.5); del held\n"
+        "json.dump({'first_step_at': time.time()}, open(sys.argv[1], 'w')); time.sleep(0.5)"
+    )
+    began, path = time.time(), tmp_path / "result.json"
+    result = run_program([sys.executable, "-c", program, str(path)], path)
+    assert 0.5 <= result["seconds_to_start"] <= time.time() - began - 0.5
+    assert 102_400_000 <= result["peak_memory_bytes"] < 200_000_000
 
 
 def test_the_memory_of_a_process_includes_that_of_its_children():

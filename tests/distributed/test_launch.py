@@ -259,44 +259,51 @@ def test_accelerate_accepts_every_launch_file():
 
 
 SLURM = ROOT / "accelerate_configs" / "slurm.sh"
-STUBS = {
+# Stand-ins for SLURM's commands and for python. sbatch and srun set what SLURM sets; a call is a line of the file calls.
+STAND_INS = {
+    "sbatch": """
+        script=$1; shift
+        option() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
+        grep -o "^#SBATCH .*" "$script" > options
+        export SLURM_JOB_ID=42 SLURM_JOB_NAME=$(option job-name) SLURM_JOB_NODELIST="node[7-8]"
+        export SLURM_NTASKS_PER_NODE=$(option ntasks-per-node) SLURM_CPUS_PER_TASK=$(option cpus-per-task)
+        export SLURM_NTASKS=$(($(option nodes) * SLURM_NTASKS_PER_NODE))
+        exec bash "$script" "$@" """,
     "scontrol": 'echo "$@" >> calls; [ "$1" = show ] && printf "node7\\nnode8\\n"; true',
-    # two tasks, one after another, each as SLURM would start it
+    # the tasks one after another
     "srun": """
         echo "$1" >> calls; shift
-        for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@"; status=$?; done
+        for ((task = 0; task < SLURM_NTASKS; task++)); do
+            SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@"; status=$?
+        done
         exit $status""",
-    "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $@" >> calls; exit $STATUS',
+    "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS $@" >> calls'
+    "; exit $STATUS",
 }
 
 
-def run_job(folder: Path, status: int) -> tuple[int, list[str]]:
-    """Runs the SLURM script with stubs for the SLURM commands and python; returns its status and their calls."""
-    for name, body in STUBS.items():
+def run_job(folder: Path, status: int, *arguments: str) -> tuple[int, list[str]]:
+    """Submits the SLURM script to the stand-ins; status: that of each task. Returns the job's status and the calls."""
+    for name, body in STAND_INS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     (folder / "calls").unlink(missing_ok=True)
-    job = {"JOB_NAME": "train", "JOB_ID": "42", "JOB_NODELIST": "node[7-8]", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": str(status), **{f"SLURM_{k}": v for k, v in job.items()}}
-    done = subprocess.run(["bash", str(SLURM), "--lr", "0.1", "--batch_size_schedule", "{1: 2}"], cwd=folder, env=env)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": str(status)}
+    done = subprocess.run(["sbatch", str(SLURM), *arguments], cwd=folder, env=env, timeout=60)
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
-def test_the_slurm_script_requeues_only_a_job_that_reached_its_time_limit(tmp_path):
-    arguments = "train.py --run_name train-42 --lr 0.1 --batch_size_schedule {1: 2}"
-    tasks = [f"{rank}/2 {rank}/2 node7 20042 {arguments}" for rank in (0, 1)]
+def test_the_slurm_script_starts_a_process_per_gpu_and_requeues_only_a_job_that_reached_its_time_limit(tmp_path):
+    arguments = ["--lr", "0.1", "--batch_size_schedule", "{1: 2}"]
+    command = f"node7 20042 8 train.py --run_name train-42 {' '.join(arguments)}"
+    tasks = [f"{rank}/16 {rank % 8}/8 {command}" for rank in range(16)]  # two machines of eight GPUs
     for status, end in ((0, []), (1, []), (128 + signal.SIGUSR1, ["requeue 42"])):
-        ended, calls = run_job(tmp_path, status)
+        ended, calls = run_job(tmp_path, status, *arguments)
         assert ended == status
         assert calls == ["show hostnames node[7-8]", "--kill-on-bad-exit=1", *tasks, *end]
-
-
-def test_the_slurm_script_is_sound_and_opens_with_its_command():
-    lines = SLURM.read_text().splitlines()
-    assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
-    assert lines[1].startswith(f"# sbatch accelerate_configs/{SLURM.name} ")
-    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
-    assert {"--requeue", "--signal=USR1@90", "--open-mode=append"} <= set(options)
+    # what brings the signal in time, lets the job queue again, and keeps the log of its first part
+    options = (tmp_path / "options").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --signal=USR1@90", "#SBATCH --open-mode=append"} <= set(options)
 
 
 if __name__ == "__main__":

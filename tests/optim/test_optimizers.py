@@ -159,5 +159,5 @@ def test_help_names_every_optimizer_and_schedule():
     from pipeline.settings.config import FIELDS
 
     for setting, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULES)):
-        listed = re.split(r", or | or |, (?!which)", FIELDS[setting].metadata["help"].partition(", which")[0])
-        assert sorted(listed) == sorted(known)
+        names = re.findall(r"`(\w+)`(?:,| or|\.)", FIELDS[setting].metadata["help"].partition(", which")[0] + ",")
+        assert sorted(names) == sorted(known)

@@ -2,12 +2,10 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from steps import batch, cpu_scaler, everything, make_state, same
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -137,29 +135,6 @@ def test_sam_every_perturbs_every_so_many_steps():
         train_step(state, batch(), config, accelerator)
         train_step(other, batch(), plain, accelerator)
         assert same(everything(state), everything(other)) == is_plain
-
-
-def test_the_closure_path_applies_scaled_gradients_and_is_why_no_step_has_a_closure():
-    """accelerate's optimizer hands a closure past GradScaler's guard: the second gradients are never unscaled."""
-    accelerator = Accelerator(cpu=True)
-    accelerator.scaler = cpu_scaler(1024.0)
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=1.0))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (weight * 0.5).sum()
-        accelerator.backward(loss)
-        return loss
-
-    closure()
-    optimizer.step(closure)
-    assert weight.item() == 1 - 512  # the true gradient is 0.5
-    model = SimpleNamespace(weight=nn.Parameter(torch.ones(1)))
-    optimizer = accelerator.prepare(torch.optim.SGD([model.weight], lr=1.0))
-    accelerator.backward((model.weight * 0.5).sum())
-    optimizer.step()
-    assert model.weight.item() == 0.5
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
