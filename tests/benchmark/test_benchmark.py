@@ -18,10 +18,10 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import ROOT, run_process, start_process, wait_for
+from conftest import run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock
-from pipeline.benchmark.__main__ import COMMANDS, main, make_parser
+from pipeline.benchmark.__main__ import COMMANDS, main
 from pipeline.benchmark.children import run_child, run_program
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number

@@ -1,5 +1,6 @@
 """python -m pipeline.evaluate: a run's test figures bit for bit, and other datasets with classes matched by name."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline import evaluate
+from pipeline.inference import saved_evaluation
 from pipeline.inference.saved_evaluation import EvaluatedModel
 from pipeline.inference.saved_model import load_saved_model
 
@@ -54,12 +56,14 @@ def figures(printed):
         {"ema_decay": 0.5, "label_smoothing": 0.1, "gradient_checkpointing": False, "seed": 3},
     ],
 )
-def test_a_runs_own_test_figures_come_out_to_the_last_digit(finished_run, capsys, settings):
+def test_a_runs_own_test_figures_come_out_to_the_last_digit(finished_run, capsys, monkeypatch, settings):
     summary, run_dir = finished_run(**settings)
+    seconds = itertools.count(step=4)
+    monkeypatch.setattr(saved_evaluation, "perf_counter", lambda: next(seconds))
     printed = evaluated(capsys, run_dir)
     assert figures(printed) == figures(summary["test"])
     assert (printed["dataset"], printed["split"], printed["mixed_precision"]) == ("digits", "test", summary["mixed_precision"])
-    assert 0 < printed["expected_calibration_error"] < 1 and printed["images_per_second"] > 0
+    assert printed["images_per_second"] == round(359 / 4, 1)
 
 
 def test_the_precision_is_that_of_the_runs_launcher(run_training, capsys, monkeypatch):

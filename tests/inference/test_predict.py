@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from conftest import start_process
 from PIL import Image
 
-from pipeline import predict
+from pipeline import evaluate, predict
 from pipeline.inference import prediction
 from pipeline.inference.saved_model import load_saved_model, names_of
 from pipeline.settings.parser import from_yaml
@@ -99,6 +99,12 @@ def test_a_runs_test_images_get_the_predictions_of_its_evaluation(finished_run, 
         for label, line in zip(labels, predicted(capsys, run_dir, tmp_path / "test", "--top_k", "10")[0], strict=True)
     ])  # fmt: skip
     assert loss == pytest.approx(summary["test"]["loss"], rel=1e-5)
+    gaps = np.zeros(15)  # by confidence: how many more answers are right than their probabilities add up to
+    for label, line in zip(labels, lines, strict=True):
+        gaps[int(np.ceil(15 * line["probability"])) - 1] += (line["top"][0]["class"] == label) - line["probability"]
+    assert evaluate.main([str(run_dir), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["expected_calibration_error"]
+    assert np.abs(gaps).sum() / len(lines) == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
 def test_the_batch_size_does_not_change_the_predictions(photo_run, photos, capsys):

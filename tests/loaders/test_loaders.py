@@ -14,12 +14,13 @@ import torch
 from conftest import assert_identical, cut_back, flags, lines_of, torchrun
 from PIL import Image
 
+from pipeline.common.randomness import uniforms
 from pipeline.data import cache_folder
 from pipeline.data.bad_images import without_bad_images
 from pipeline.data.image_dataset import load_image_dataset
 from pipeline.data.splits import Split
 from pipeline.images.augment import BatchTransform, random_parts, resized_parts
-from pipeline.images.crop import fit_for_eval, random_part
+from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, random_part
 from pipeline.images.decode import BadImage, decode_image, decode_pixels
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import decoded_cache, sources
@@ -176,8 +177,16 @@ def test_a_small_crop_of_a_large_photo_is_decoded_smaller_but_large_enough() -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "decode_pixels", spy)
         fitted = [images[epoch, 0] for epoch in range(12)]
-    assert {(3, 500, 600), (3, 125, 150)} & set(sizes) and len(set(sizes)) > 1
     assert all(image.shape == (3, 24, 24) for image in fitted)
+    factors = []
+    for epoch, (_, height, width) in enumerate(sizes):
+        left, top, right, bottom = random_part(600, 500, uniforms(np.array([0]), NUM_FIT_DRAWS, 0, epoch, FIT)[0])
+        factors.append(500 // height)
+        assert width == -(-600 // factors[-1])
+        # the crop is not enlarged, and half the size would be too small; JPEG has no factor above 8
+        assert min(right - left, bottom - top) >= 24 * factors[-1]
+        assert factors[-1] == 8 or min(right - left, bottom - top) < 24 * 2 * factors[-1]
+    assert len(set(factors)) > 1
 
 
 # Decoding

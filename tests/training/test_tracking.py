@@ -1,10 +1,18 @@
 """Trackers: metrics.jsonl always, the others if log_with names them, and none of them can stop a run."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 from conftest import flags, lines_of, run_process
+from wandb_server import wandb_server
 
 from pipeline.settings.config import Config
+from pipeline.settings.parser import from_yaml
 from pipeline.training.tracking import end_wandb, tracker_names
+
+PLACE = ("epoch", "step", "samples", "seconds")
 
 
 def test_only_the_trackers_of_log_with_are_imported(tmp_path):
@@ -33,36 +41,37 @@ def test_tensorboard_receives_split_and_key(run_training):
     assert {"train/lr", "train_epoch/accuracy", "val/accuracy", "test/accuracy"} <= set(events.Tags()["scalars"])
 
 
-def test_wandb_receives_settings_history_and_summary(run_training, monkeypatch, tmp_path):
+def by_step(run_dir: Path) -> dict[int, dict[str, float]]:
+    """The numbers of metrics.jsonl by their step, named split/key; those of a whole epoch train_epoch/key."""
+    found: dict[int, dict[str, float]] = {}
+    for line in lines_of(run_dir):
+        prefix = "train_epoch" if line.get("event") == "epoch" else line["split"]
+        found.setdefault(line["step"], {}).update(
+            {f"{prefix}/{key}": value for key, value in line.items() if isinstance(value, (int, float)) and key not in PLACE}
+        )
+    return found
+
+
+def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
+    """From the real client."""
     pytest.importorskip("wandb")
-    received = {"log": [], "summary": {}}
-
-    class Run:
-        id = "abc123"
-        config: dict = {}
-        summary = type("Summary", (), {"update": lambda self, values: received["summary"].update(values)})()
-
-        def log(self, values, step=None, **kwargs):
-            received["log"].append((step, values))
-
-        def finish(self, exit_code):
-            received["finished"] = exit_code == 0
-
-    import wandb
-
-    def init(**options):
-        received["options"] = options
-        return Run()
-
-    monkeypatch.setattr(wandb, "init", init)
-    settings = type("Settings", (), {"update": lambda self, values, **kwargs: received.update(config=values)})()
-    monkeypatch.setattr(wandb, "config", settings)
-    run_training(log_with=["wandb"], project="a-project")
-    assert received["options"]["project"] == "a-project" and received["options"]["name"] == "run"
-    assert received["config"]["lr"] == 0.05 and "system/device" in received["config"]
-    assert any("train/loss" in values and "train/lr" in values for _, values in received["log"])
-    assert received["summary"]["status"] == "completed" and "test/accuracy" in received["summary"]
-    assert received["finished"]
+    with wandb_server(lambda server, under_way: []) as server:
+        settings = flags(output_dir=tmp_path, log_with="[wandb]", project="a-project", clip_grad_norm=0.5)
+        done = run_process("train.py", *settings, WANDB_DIR=str(tmp_path), **server.environment)
+    assert done.returncode == 0, done.stderr
+    (run,) = server.runs.values()
+    assert run["project"] == "a-project" and run["exit_codes"] == [0]
+    config = json.loads(json.dumps(asdict(from_yaml(tmp_path / "run" / "config.yaml"))))
+    assert {name: run["config"][name]["value"] for name in config} == config
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert run["config"]["system/device"]["value"] == summary["device"]
+    rows: dict[int, dict[str, float]] = {}
+    for row in run["rows"]:
+        rows.setdefault(row["_step"], {}).update({key: value for key, value in row.items() if "/" in key})
+    assert rows == by_step(tmp_path / "run") and len(rows) == 6
+    assert (run["summary"]["status"], run["summary"]["steps"]) == ("completed", summary["steps"])
+    for part in ("best", "test"):
+        assert run["summary"][f"{part}/accuracy"] == summary[part]["accuracy"]
 
 
 @pytest.mark.parametrize(

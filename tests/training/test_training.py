@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,23 +235,29 @@ def test_of_many_classes_the_plan_lists_the_first_and_the_last():
     assert text.startswith("c0 1 1 1; c1 1 1 1; ") and "c7 1 1 1; ...; c1997 1 1 1" in text
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_no_files(run_training, tmp_path, capsys):
-    run_training(dry_run=True, batch_size_schedule={1: 32}, epochs=3, optimizer="adamw", micro_batch_size=8)
-    text = capsys.readouterr().out
-    for word in (
-        "80 train, 20 val, 359 test",
-        "simple_mlp",
-        "norms and biases",
-        "weights",
-        "cpu",
-        "mixed precision no",
-        str(tmp_path),
-    ):
-        assert word in text
-    rows = [line.split() for line in text.splitlines()[-3:]]
-    assert [row[:3] for row in rows] == [["1", "16", "5"], ["2", "32", "2"], ["3", "32", "2"]]
-    assert [row[-1] for row in rows] == ["2", "4", "4"]
+def test_a_dry_run_leaves_no_files_and_prints_the_plan_that_a_run_follows(run_training, tmp_path, capsys):
+    settings = {"batch_size_schedule": {1: 32}, "epochs": 3, "optimizer": "adamw", "micro_batch_size": 8, "log_every": 1}
+    run_training(dry_run=True, **settings)
     assert list(tmp_path.iterdir()) == []
+    facts, groups, epochs = (block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n"))
+    summary, run_dir = run_training(**settings)
+    plan = dict(line.split(maxsplit=1) for line in facts)
+    assert plan["dataset"].endswith(": 80 train, 20 val, 359 test images, 10 classes")
+    assert plan["model"] == f"simple_mlp, {summary['num_parameters']:,} parameters"
+    assert plan["optimizer"] == "adamw, lr 0.05, schedule cosine" and plan["batch"] == "16, 5 steps per epoch, 3 epochs"
+    assert plan["device"] == f"{summary['device']}, processes: 1, mixed precision no" and plan["run"] == str(run_dir)
+    rows = [re.split("  +", line.strip()) for line in groups]
+    assert {row[0]: row[4] for row in rows} == {
+        "parameter group": "weight decay", "adamw: weights": "0.05", "adamw: norms and biases": "0",
+    }  # fmt: skip
+    assert sum(int(row[2].replace(",", "")) for row in rows[1:]) == summary["num_parameters"]
+    steps = [line for line in lines_of(run_dir) if line["split"] == "train" and "event" not in line]
+    for epoch, line in enumerate(epochs[1:], 1):
+        own = [step for step in steps if step["epoch"] == epoch]
+        batch_size = own[0]["batch_size"]
+        rates = [f"{step['lr']:.4g}" for step in (own[0], own[-1])]
+        assert line.split() == [str(epoch), str(batch_size), str(len(own)), *rates, str(batch_size // 8)]
+    assert len(epochs) == 1 + 3
 
 
 @pytest.mark.parametrize(
