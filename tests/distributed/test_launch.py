@@ -277,8 +277,10 @@ STAND_INS = {
             SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@"; status=$?
         done
         exit $status""",
-    "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS $@" >> calls'
-    "; exit $STATUS",
+    "python": """
+        ranks="$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
+        echo "$ranks $(printf "%s|" "$@")" >> calls
+        exit $STATUS""",
 }
 
 
@@ -295,7 +297,7 @@ def run_job(folder: Path, status: int, *arguments: str) -> tuple[int, list[str]]
 
 def test_the_slurm_script_starts_a_process_per_gpu_and_requeues_only_a_job_that_reached_its_time_limit(tmp_path):
     arguments = ["--lr", "0.1", "--batch_size_schedule", "{1: 2}"]
-    command = f"node7 20042 8 train.py --run_name train-42 {' '.join(arguments)}"
+    command = f"node7 20042 8 {'|'.join(['train.py', '--run_name', 'train-42', *arguments])}|"
     tasks = [f"{rank}/16 {rank % 8}/8 {command}" for rank in range(16)]  # two machines of eight GPUs
     for status, end in ((0, []), (1, []), (128 + signal.SIGUSR1, ["requeue 42"])):
         ended, calls = run_job(tmp_path, status, *arguments)
