@@ -248,7 +248,7 @@ def test_a_dry_run_leaves_no_files_and_prints_the_plan_that_a_run_follows(run_tr
     assert plan["device"] == f"{summary['device']}, processes: 1, mixed precision no" and plan["run"] == str(run_dir)
     rows = [re.split("  +", line.strip()) for line in groups]
     assert {row[0]: row[4] for row in rows} == {
-        "parameter group": "weight decay", "adamw: weights": "0.05", "adamw: norms and biases": "0",
+        "parameter group": "weight decay", "weights": "0.05", "norms and biases": "0",
     }  # fmt: skip
     assert sum(int(row[2].replace(",", "")) for row in rows[1:]) == summary["num_parameters"]
     steps = [line for line in lines_of(run_dir) if line["split"] == "train" and "event" not in line]
