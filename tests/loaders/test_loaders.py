@@ -181,8 +181,8 @@ def test_a_small_crop_of_a_large_photo_is_decoded_smaller_but_large_enough() -> 
     factors = []
     for epoch, (_, height, width) in enumerate(sizes):
         left, top, right, bottom = random_part(600, 500, uniforms(np.array([0]), NUM_FIT_DRAWS, 0, epoch, FIT)[0])
-        factors.append(500 // height)
-        assert width == -(-600 // factors[-1])
+        factors.append(600 // width)
+        assert height == -(-500 // factors[-1])
         # the crop is not enlarged, and half the size would be too small; JPEG has no factor above 8
         assert min(right - left, bottom - top) >= 24 * factors[-1]
         assert factors[-1] == 8 or min(right - left, bottom - top) < 24 * 2 * factors[-1]

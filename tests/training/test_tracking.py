@@ -62,7 +62,8 @@ def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     (run,) = server.runs.values()
     assert run["project"] == "a-project" and run["exit_codes"] == [0]
     config = json.loads(json.dumps(asdict(from_yaml(tmp_path / "run" / "config.yaml"))))
-    assert {name: run["config"][name]["value"] for name in config} == config
+    sent = {name: value for name, value in config.items() if value != {}}  # its client leaves out an empty map
+    assert {name: run["config"][name]["value"] for name in sent} == sent and len(sent) > 50
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert run["config"]["system/device"]["value"] == summary["device"]
     rows: dict[int, dict[str, float]] = {}
