@@ -52,6 +52,7 @@ def by_step(run_dir: Path) -> dict[int, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     """From the real client."""
     pytest.importorskip("wandb")
