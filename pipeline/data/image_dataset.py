@@ -12,10 +12,11 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.data.hub import is_table_folder, read_hub_set, read_table_folder
 from pipeline.data.image_folder import read_image_folder
 from pipeline.data.known_datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
+from pipeline.data.looks import Looks, looks_of
 from pipeline.data.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
-from pipeline.data.shards import LostShard
 from pipeline.data.splits import Reading, Split, stratified_rows
-from pipeline.images.decode import GREY_MODES, BadImage, decode_image, image_header
+from pipeline.images.decode import GREY_MAX, BadImage, decode_image
+from pipeline.images.files import first_of
 
 __all__ = [
     "DATASETS",
@@ -32,7 +33,6 @@ __all__ = [
 BEFORE_TRAINING = -1  # the epoch in the address of the draws below; training epochs begin with 0
 VALIDATION, SUBSET, HELD_OUT_TEST = 0, 1, 2  # the purpose in the address of a draw
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # those of ImageNet, averaged over the channels
-LARGEST_SMALL_IMAGE = 96
 HELD_OUT_FRACTION = 0.2
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
 DIGITS = Path(__file__).parent / "digits"
@@ -60,6 +60,7 @@ class ImageDataset:
     flip: bool
     notes: list[str]
     bad_images: list[str] = field(default_factory=list)
+    grey_max: int = GREY_MAX
 
 
 def check_dataset_name(name: str) -> None:
@@ -115,12 +116,14 @@ def load_image_dataset(
         raise ValueError(f"{source} has no training split. Its splits: {', '.join(splits)}. Name one 'train'.")
     if len(class_names) < 2:
         raise ValueError(f"{source} has one class only ({', '.join(class_names)}); there is nothing to learn.")
-    image_size, channels = (row.image_size, row.channels) if row else _peek(splits["train"], skip_bad_headers)
+    looks = Looks(row.image_size, row.channels) if row else looks_of(splits["train"], skip_bad_headers)
+    notes += looks.notes
     train, own_val, test = _with_test(splits, notes)
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.select(stratified_rows(train.labels, max_train_samples, seed, BEFORE_TRAINING, SUBSET))
     train, val = _with_validation(train, own_val, test, val_fraction, seed, notes)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (GREY_MEAN, GREY_STD)
+    notes += _classes_without_images(train, class_names)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if looks.channels == 3 else (GREY_MEAN, GREY_STD)
     return ImageDataset(
         name=name,
         source=source,
@@ -128,8 +131,9 @@ def load_image_dataset(
         val=val,
         test=test,
         class_names=class_names,
-        image_size=image_size,
-        channels=channels,
+        image_size=looks.image_size,
+        channels=looks.channels,
+        grey_max=looks.grey_max,
         mean=row.mean if row else mean,
         std=row.std if row else std,
         flip=row.flip if row else True,
@@ -194,7 +198,7 @@ def _with_test(splits: dict[str, Split], notes: list[str]) -> tuple[Split, Split
     if val is not None:
         notes.append(f"There is no labelled test split: {val.origin} is used as test.")
         return train, None, val.select(np.arange(len(val)), "test")
-    held_out = stratified_rows(train.labels, round(len(train) * HELD_OUT_FRACTION), 0, BEFORE_TRAINING, HELD_OUT_TEST)
+    held_out = stratified_rows(train.labels, round(len(train) * HELD_OUT_FRACTION), 0, BEFORE_TRAINING, HELD_OUT_TEST, keep=1)
     if not len(held_out):
         raise ValueError(
             f"There is no test split, and {len(train)} images are too few to hold one out. Add images or a test split."
@@ -221,28 +225,18 @@ def _with_validation(
             f"val_fraction {val_fraction} of {len(train)} training images gives {size} for validation and leaves "
             f"{len(train) - size} for training; each needs at least one. Change val_fraction, or use more images."
         )
-    rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION)
+    rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION, keep=1)
+    if not len(rows):  # one image of each class, as a small max_train_samples leaves
+        rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION)
     return _without(train, rows), train.select(rows, "val")
+
+
+def _classes_without_images(train: Split, class_names: list[str]) -> list[str]:
+    """A note on the classes of which there is no training image."""
+    counts = np.bincount(train.labels, minlength=len(class_names))
+    empty = [class_names[number] for number in np.flatnonzero(counts == 0)]
+    return [f"{len(empty):,} of {len(class_names):,} classes have no training image: {first_of(empty)}."] if empty else []
 
 
 def _without(split: Split, rows: np.ndarray) -> Split:
     return split.select(np.delete(np.arange(len(split)), rows))
-
-
-def _peek(split: Split, skip_bad: bool) -> tuple[int | None, int]:
-    """Detects image_size and channels from the headers of up to 32 images."""
-    headers, bad = [], []
-    for row in split.some_rows(32):
-        try:
-            headers.append(image_header(split.encoded(row)))
-        except BadImage as error:
-            advice = "Repair or remove it, or skip such images with --on_bad_image skip."
-            bad.append(BadImage(f"{split.where(row)}: {error} {advice}"))
-        except LostShard as error:
-            raise ValueError(str(error)) from error
-    if bad and not (skip_bad and headers):
-        raise bad[0]
-    sizes = {(width, height) for width, height, _ in headers}
-    width, height = next(iter(sizes))
-    is_small = len(sizes) == 1 and width == height <= LARGEST_SMALL_IMAGE
-    return width if is_small else None, 1 if all(mode in GREY_MODES for *_, mode in headers) else 3

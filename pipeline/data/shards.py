@@ -17,6 +17,7 @@ from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after each attempt: 3.5 s in all
+SAMPLED_CHUNKS = 4  # of which rows are looked at before training
 THREADS = 4  # per worker, for reading ahead
 ARROW_FILE_MAGIC = b"ARROW1"  # the first bytes of the IPC file format; the stream format has none
 
@@ -183,8 +184,12 @@ class StreamedSplit(Split):
         return StreamedSplit(name or self.name, self.shards, self.labels[rows], self._rows[rows], self.origin)
 
     def some_rows(self, count: int) -> np.ndarray:
-        """The first rows, because they are in few chunks; int64 [count] or fewer."""
-        return np.arange(min(count, len(self)))
+        """The first rows of a few chunks, evenly spaced, because the split may be sorted by class; int64 [count] or fewer."""
+        chunks, starts = self.chunk_starts()
+        number = min(len(chunks), count if self.shards.kind == "files" else SAMPLED_CHUNKS)
+        sampled = np.unique(np.linspace(0, len(chunks) - 1, number).astype(np.int64))
+        ends = np.minimum(starts[sampled + 1], starts[sampled] + -(-count // number))
+        return np.concatenate([np.arange(start, end) for start, end in zip(starts[sampled], ends)])[:count]
 
     def chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
         """The chunks with rows of this split, int64 [C]; their first rows, then the number of rows, int64 [C + 1]."""

@@ -18,6 +18,8 @@ Shrink = Callable[[int, int], int]  # maps width and height to the factor (1, 2,
 
 MAX_PIXELS = 178_956_970  # PIL's own limit; checked here too, because a library may have raised PIL's
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+DEEP_GREY_MODES = GREY_MODES[2:-1]  # of more than 8 bits, as whole numbers
+GREY_MAX = 65535  # of 16 bits
 ORIENTATION = 0x0112  # the Exif tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf")
@@ -29,9 +31,9 @@ class BadImage(ValueError):
     """An image cannot be read. The message contains the reason."""
 
 
-def decode_pixels(encoded: bytes, channels: int, shrink: Shrink | None = None) -> Tensor:
+def decode_pixels(encoded: bytes, channels: int, shrink: Shrink | None = None, grey_max: int = GREY_MAX) -> Tensor:
     """Like decode_image, but returns uint8 [channels, H, W] with any strides. Raises BadImage."""
-    return pixels_of(decode_image(encoded, channels, shrink))
+    return pixels_of(decode_image(encoded, channels, shrink, grey_max))
 
 
 def pixels_of(image: PILImage) -> Tensor:
@@ -42,10 +44,10 @@ def pixels_of(image: PILImage) -> Tensor:
     return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) -> PILImage:
+def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None, grey_max: int = GREY_MAX) -> PILImage:
     """Decodes to mode "L" (channels 1) or "RGB" (channels 3), 8 bits, and applies the Exif orientation.
 
-    Transparent images are composited over white. 16-bit grey is divided by 257 (65535 becomes 255), not clipped. A float image
+    Transparent images are composited over white. Of 16-bit grey, grey_max and what is above it become 255. A float image
     within 0..1 is scaled by 255; otherwise its values are treated as levels 0..255. Of an animation, the first frame is used.
     shrink: returns the factor by which to decode a JPEG of that size smaller, which is faster. Raises BadImage if the bytes are
     empty, truncated, too large or not an image.
@@ -60,7 +62,7 @@ def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) ->
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             turn = _turn(image) if "exif" in image.info else None  # for TIFF, load() has already applied it
-            return _to_mode(image if turn is None else image.transpose(turn), channels)
+            return _to_mode(image if turn is None else image.transpose(turn), channels, grey_max)
 
     if not encoded:
         raise BadImage("The image is empty (0 bytes).")
@@ -70,18 +72,33 @@ def decode_image(encoded: bytes, channels: int, shrink: Shrink | None = None) ->
         raise BadImage(f"Cannot decode an image of {len(encoded)} bytes: {_reason(error)}") from error
 
 
-def image_header(encoded: bytes) -> tuple[int, int, str]:
-    """Width, height and PIL mode, without decoding the pixels. Raises BadImage."""
+def image_header(encoded: bytes) -> tuple[int, int, str, bool]:
+    """Width, height, PIL mode and whether a sample has 16 bits, without decoding the pixels. Raises BadImage."""
     from PIL import Image
 
-    def read(encoded: bytes) -> tuple[int, int, str]:
+    def read(encoded: bytes) -> tuple[int, int, str, bool]:
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.width, image.height, image.mode
+            is_deep = image.mode in DEEP_GREY_MODES or any(";16" in str(tile[3]) for tile in image.tile)
+            return image.width, image.height, image.mode, is_deep
 
     try:
         return _despite_metadata(read, encoded)
     except _decode_errors() as error:
         raise BadImage(f"Cannot read the header of an image of {len(encoded)} bytes: {_reason(error)}") from error
+
+
+def largest_value(encoded: bytes) -> int:
+    """The largest value of an image as Pillow decodes it: up to 65535 of 16-bit grey, up to 255 of others. Raises BadImage."""
+    from PIL import Image
+
+    def read(encoded: bytes) -> int:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return int(np.asarray(image).max())
+
+    try:
+        return _despite_metadata(read, encoded)
+    except _decode_errors() as error:
+        raise BadImage(f"Cannot decode an image of {len(encoded)} bytes: {_reason(error)}") from error
 
 
 def _turn(image: PILImage) -> Transpose | None:
@@ -154,7 +171,7 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}.")
 
 
-def _to_mode(image: PILImage, channels: int) -> PILImage:
+def _to_mode(image: PILImage, channels: int, grey_max: int) -> PILImage:
     """Converts a decoded image of any mode to "L" or "RGB"."""
     from PIL import Image
 
@@ -162,7 +179,7 @@ def _to_mode(image: PILImage, channels: int) -> PILImage:
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode in GREY_MODES[2:]:
-        image = Image.fromarray(_grey_levels(np.asarray(image)))
+        image = Image.fromarray(_grey_levels(np.asarray(image), grey_max))
     elif image.has_transparency_data:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
@@ -172,14 +189,15 @@ def _to_mode(image: PILImage, channels: int) -> PILImage:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _grey_levels(values: np.ndarray) -> np.ndarray:
+def _grey_levels(values: np.ndarray, grey_max: int) -> np.ndarray:
     """16-bit, 32-bit or float grey values as uint8 levels of the same shape."""
     if not np.isfinite(values).all():
         raise ValueError("the float image has NaN or infinite values.")
     low, high = values.min(), values.max()
     is_float = values.dtype.kind == "f"
-    limit = 255 if is_float else 65535
+    limit = 255 if is_float else GREY_MAX
     if low < 0 or high > limit:
         raise ValueError(f"grey values from {low} to {high} are outside 0..{limit}.")
-    scale = 255.0 if is_float and high <= 1 else 1.0 if is_float else 1 / 257
-    return np.rint(values * scale).astype(np.uint8)
+    if not is_float:
+        return np.rint(np.minimum(values, grey_max) * (255 / grey_max)).astype(np.uint8)
+    return np.rint(values * (255.0 if high <= 1 else 1.0)).astype(np.uint8)

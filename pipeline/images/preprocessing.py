@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.common.suggestions import check_known
+from pipeline.images.decode import GREY_MAX
 
 INTERPOLATIONS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # timm's names to torch's
 
@@ -18,6 +19,7 @@ class Preprocessing:
     image_size / crop_pct and crops the centre. source_size is set for datasets of small images of one size, which keep that
     size until they are on the device. None means photos: each is fitted on the CPU to image_size, or to a square of side
     kept_size, from which the device takes its random crops. Raises ValueError for inconsistent values.
+    grey_max: the largest value of 16-bit grey images, which becomes 255.
     """
 
     image_size: int
@@ -28,6 +30,7 @@ class Preprocessing:
     crop_pct: float = 1.0
     source_size: int | None = None
     kept_size: int | None = None
+    grey_max: int = GREY_MAX
 
     def __post_init__(self) -> None:
         check_known("interpolation", self.interpolation, INTERPOLATIONS)

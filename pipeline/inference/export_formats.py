@@ -222,5 +222,6 @@ def describe(saved: SavedModel, name: str) -> dict[str, Any]:
         "interpolation": shape.interpolation,
         "crop_pct": shape.crop_pct,
         "source_size": shape.source_size,
+        "grey_max": shape.grey_max,
         "labels": saved.shown_names,
     }

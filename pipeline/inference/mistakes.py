@@ -56,7 +56,7 @@ def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake]
             predicted=dataset.class_names[int(predicted[row])],
             confidence=float(confidences[row]),
             true_probability=float(probabilities[row, labels[row]]),
-            png=picture(dataset.test, row, dataset.channels),
+            png=picture(dataset.test, row, dataset.channels, saved.preprocessing.grey_max),
         )
         for row in wrong[order][:how_many].tolist()
     ]
@@ -69,11 +69,11 @@ def predict(model: Any, loader: AnyLoader) -> torch.Tensor:
     return torch.cat([model(images).float().softmax(dim=1).cpu() for images, _ in loader.eval_epoch()])
 
 
-def picture(split: Split, row: int, channels: int) -> bytes:
+def picture(split: Split, row: int, channels: int, grey_max: int) -> bytes:
     """The image of the dataset as PNG bytes; small ones are enlarged by an integer factor, large ones reduced."""
     from PIL import Image
 
-    image = decode_image(split.encoded(row), channels)
+    image = decode_image(split.encoded(row), channels, grey_max=grey_max)
     factor = -(-SMALLEST_SIDE // max(image.size))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -74,7 +74,7 @@ def why_no_images(place: str) -> str:
 
 def read_image(encoded: bytes, preprocessing: Preprocessing) -> Tensor:
     """The image as the loaders of training read it, uint8 [C, S, S]. Raises BadImage."""
-    return fit_for_eval(decode_pixels(encoded, preprocessing.channels), preprocessing)
+    return fit_for_eval(decode_pixels(encoded, preprocessing.channels, grey_max=preprocessing.grey_max), preprocessing)
 
 
 def read_file(path: str, preprocessing: Preprocessing) -> Tensor | str:

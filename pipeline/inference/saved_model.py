@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
+from pipeline.images.decode import GREY_MAX
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.models.create import input_settings, load_published
 from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
@@ -125,6 +126,7 @@ def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> Save
         interpolation=settings.interpolation,
         crop_pct=settings.crop_pct,
         source_size=config_json.get("source_size"),
+        grey_max=config_json.get("grey_max") or GREY_MAX,
     )
     return SavedModel(source, model.eval(), preprocessing, *names_of(source, model))
 

@@ -14,7 +14,7 @@ from pipeline.data.bad_images import bad_image_message
 from pipeline.data.splits import Split
 from pipeline.images.augment import cropped_on_cpu
 from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_training, shrink_of_part
-from pipeline.images.decode import BadImage, decode_pixels
+from pipeline.images.decode import GREY_MAX, BadImage, decode_pixels
 from pipeline.images.preprocessing import Preprocessing, resized_side
 from pipeline.loaders.decoded_cache import resident_images
 from pipeline.loaders.workers import CopyAhead, make_data_loader, results
@@ -52,7 +52,8 @@ class FittedImages(torch.utils.data.Dataset):
 
         try:
             encoded = self.split.encoded(row)
-            pixels = decode_pixels(encoded, self.preprocessing.channels, shrink if self.is_cropped else None)
+            channels, grey_max = self.preprocessing.channels, self.preprocessing.grey_max
+            pixels = decode_pixels(encoded, channels, shrink if self.is_cropped else None, grey_max)
         except BadImage as error:
             raise BadImage(
                 f"{bad_image_message(self.split, row, error)} Repair or remove it, or skip such images in a new run with "
@@ -133,6 +134,8 @@ def edition(preprocessing: Preprocessing) -> str:
     import PIL
 
     versions = f"Pillow {PIL.__version__}, torch {torch.__version__}"
+    if preprocessing.grey_max != GREY_MAX:
+        versions += f", grey up to {preprocessing.grey_max}"
     if preprocessing.source_size:
         return versions
     side = preprocessing.kept_size or resized_side(preprocessing)

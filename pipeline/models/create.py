@@ -92,6 +92,8 @@ def _explained(name: str) -> Iterator[None]:
             "the network. Without a network: copy the cache from another machine, set pretrained to false, or set "
             "init_from to a local file."
         ) from error
+    except AssertionError as error:
+        raise ValueError(f"Model {name!r} cannot be built so: {error}. Try another image_size.") from error
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
@@ -262,3 +264,41 @@ def input_settings(model: nn.Module) -> InputSettings:
         for values in (tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]))
     )
     return InputSettings(mean, std, pretrained_cfg["interpolation"], pretrained_cfg["crop_pct"], input_size)
+
+
+def unseen_rows(model: nn.Module, in_chans: int, image_size: int) -> tuple[int, int]:
+    """How many of the last rows of an image the model does not see, because its patches do not cover them; and the patch size.
+
+    The patch size, in pixels, is the stride of the last features: every multiple of it is covered. A row is unseen if the
+    gradient of the features with respect to it is zero.
+    """
+    sides: list[tuple[nn.Conv2d, int]] = []
+
+    def remember(module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        sides.append((module, inputs[0].shape[-1]))
+
+    patching = [module for module in model.modules() if isinstance(module, nn.Conv2d) and is_patching(module)]
+    if not patching:
+        return 0, 1
+    hooks = [module.register_forward_pre_hook(remember) for module in patching]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, in_chans, image_size, image_size, generator=generator).requires_grad_()
+    was_training = model.training
+    model.eval()
+    features = getattr(model, "forward_features", model)(images)
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    uncovered = [module.stride[0] for module, side in sides if side % module.stride[0]]
+    if not isinstance(features, torch.Tensor) or not uncovered:
+        return 0, 1
+    projected = (features * torch.randn(features.shape, generator=generator)).sum()
+    (gradient,) = torch.autograd.grad(projected, images)
+    seen = gradient.abs().sum(dim=(0, 1, 3)).nonzero()
+    stages = getattr(model, "feature_info", None) or [{"reduction": max(uncovered)}]
+    return image_size - 1 - int(seen[-1]), int(stages[-1]["reduction"])
+
+
+def is_patching(module: nn.Conv2d) -> bool:
+    """Whether a convolution cuts its input into patches that do not overlap, without padding."""
+    return module.kernel_size == module.stride and module.stride[0] > 1 and module.padding in ((0, 0), "valid")

@@ -156,12 +156,13 @@ def save_model(
     crop_pct: float,
     readme: str,
     source_size: int | None = None,
+    grey_max: int | None = None,
 ) -> None:
     """Writes a folder that timm loads, after `import pipeline`, as a model with bit-identical logits.
 
-    source_size: as in Preprocessing; an additional entry, because timm has none for it. The folder is written aside, synced and
-    renamed; an existing one is replaced. Only rank 0 may call it, with the unwrapped model. Raises ValueError if the number of
-    label names is not the number of classes.
+    source_size, grey_max: as in Preprocessing; additional entries, because timm has none for them. The folder is written aside,
+    synced and renamed; an existing one is replaced. Only rank 0 may call it, with the unwrapped model. Raises ValueError if the
+    number of label names is not the number of classes.
     """
     if len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label names for a model of {model.num_classes} classes.")
@@ -172,7 +173,7 @@ def save_model(
         save_for_hf(
             plain,
             str(aside),
-            model_config={"label_names": list(label_names), "source_size": source_size},
+            model_config={"label_names": list(label_names), "source_size": source_size, "grey_max": grey_max},
             data_config={
                 "input_size": (in_chans, image_size, image_size),
                 "mean": tuple(mean),

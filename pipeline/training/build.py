@@ -15,7 +15,14 @@ from pipeline.distributed.accelerator import fit_to_machine, will_be_sharded, wi
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders.build import make_loader
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.models.create import InputSettings, check_model_name, create_model, default_image_size, input_settings
+from pipeline.models.create import (
+    InputSettings,
+    check_model_name,
+    create_model,
+    default_image_size,
+    input_settings,
+    unseen_rows,
+)
 from pipeline.models.timm_folder import LoadReport
 from pipeline.optim.ema import create_ema
 from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
@@ -67,6 +74,28 @@ def make_model(config: Config, dataset: ImageDataset, image_size: int) -> tuple[
     )
 
 
+def make_fitting_model(config: Config, dataset: ImageDataset) -> tuple[int, nn.Module, LoadReport | None, list[str]]:
+    """The input size, the model of make_model for it, and a note if its patches do not cover the image.
+
+    The size of small images is then rounded up to a multiple of the patches, the model's own size is kept, and an image_size
+    of the settings raises ValueError.
+    """
+    image_size, channels = choose_image_size(config, dataset), input_channels(config, dataset)
+    model, report = make_model(config, dataset, image_size)
+    unseen, patch = unseen_rows(model, channels, image_size)
+    if not unseen:
+        return image_size, model, report, []
+    text = f"{config.model_name} does not see the last {unseen} rows and columns of {image_size} x {image_size} images"
+    fitting = [size for size in (image_size // patch * patch, -(-image_size // patch) * patch) if size]
+    if config.image_size is not None:
+        sizes = " or ".join(map(str, fitting))
+        raise ValueError(f"{text}: its patches cover multiples of {patch} pixels. Use --image_size {sizes}.")
+    if image_size != dataset.image_size:
+        return image_size, model, report, [f"{text}, the size that it was made for."]
+    model, report = make_model(config, dataset, fitting[-1])
+    return fitting[-1], model, report, [f"{text}: they are enlarged to {fitting[-1]} x {fitting[-1]}."]
+
+
 def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
     """The preprocessing: normalised as the published weights require if pretrained, else by the dataset's mean and std."""
     theirs: InputSettings = input_settings(model)
@@ -81,6 +110,7 @@ def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, m
         interpolation=theirs.interpolation,
         crop_pct=1.0 if small else theirs.crop_pct,
         source_size=dataset.image_size,
+        grey_max=dataset.grey_max,
     )
 
 
@@ -108,9 +138,9 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     dataset = load_data(config, accelerator)
     if config.batch_size is None:
         config = dataclasses.replace(config, batch_size=fitting_batch_size(len(dataset.train)))
-    image_size = choose_image_size(config, dataset)
     with accelerator.local_main_process_first():  # pretrained weights are downloaded once per machine
-        model, load_report = make_model(config, dataset, image_size)
+        image_size, model, load_report, note = make_fitting_model(config, dataset)
+    dataset = dataclasses.replace(dataset, notes=[*dataset.notes, *note])
     config = with_channels_last(config, model, accelerator)
     model = fit_to_machine(model, config, accelerator)
     preprocessing = make_preprocessing(config, dataset, image_size, model)

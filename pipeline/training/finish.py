@@ -62,6 +62,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             crop_pct=parts.preprocessing.crop_pct,
             readme=model_card(run.config, parts, summary),
             source_size=parts.preprocessing.source_size,
+            grey_max=parts.preprocessing.grey_max,
         )
     run.end(summary)
     return summary

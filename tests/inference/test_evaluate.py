@@ -87,6 +87,22 @@ def test_a_run_on_photos_has_its_figures_on_every_split(run_training, photos, ca
     assert evaluated(capsys, run_dir, "--split", "train")["num_samples"] == 13
 
 
+def test_a_set_of_twelve_bits_is_prepared_alike_everywhere(run_training, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for number, name in enumerate(("dark", "bright")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(20):
+            values = (draw.integers(0, 60, (8, 8)) + 100 * number).astype(np.uint16)
+            values[0, 0] = 4095
+            Image.fromarray(values).save(tmp_path / "set" / name / f"{index}.png")
+    settings = {"dataset": str(tmp_path / "set"), "max_train_samples": None, "epochs": 1, "num_workers": 0}
+    summary, run_dir = run_training(**settings)
+    assert load_saved_model(str(run_dir)).preprocessing.grey_max == 4095
+    assert figures(evaluated(capsys, run_dir)) == figures(summary["test"])
+    other = evaluated(capsys, run_dir / "model", "--dataset", tmp_path / "set", "--split", "test", "--batch_size", "16")
+    assert figures(other) == figures(summary["test"])
+
+
 def test_a_timm_folder_has_the_same_figures_on_the_same_dataset(finished_run, capsys):
     summary, run_dir = finished_run()
     printed = evaluated(capsys, run_dir / "model", "--dataset", "digits", "--batch_size", "32")  # as the run's evaluation

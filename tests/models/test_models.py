@@ -19,6 +19,7 @@ from pipeline.models.create import (
     create_model,
     default_image_size,
     input_settings,
+    unseen_rows,
 )
 from pipeline.models.small_stems import SMALL_STEM_SUFFIX, SMALL_STEMS, is_small_stem_possible, with_small_stem
 from pipeline.models.timm_folder import load_model, load_weights, save_model
@@ -472,3 +473,31 @@ def test_input_settings_and_sizes_are_those_of_the_weights():
     assert default_image_size("simple_mlp", pretrained=False) == 32
     with pytest.raises(ValueError, match="no pretrained weights"):
         default_image_size("simple_mlp", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "name, image_size, expected",
+    [
+        ("test_vit", 90, (10, 16)),
+        ("test_vit", 96, (0, 1)),
+        ("convnext_atto", 90, (2, 32)),
+        ("convnext_atto", 96, (0, 1)),
+        ("resnet18", 90, (0, 1)),
+        ("poolformer_s12", 90, (0, 1)),
+    ],
+)
+def test_rows_that_patches_do_not_cover(name, image_size, expected):
+    model, _ = create_model(name, num_classes=3, image_size=image_size)
+    assert unseen_rows(model, 3, image_size) == expected and model.training
+    seen = image_size - expected[0]
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images[1, :, :seen, :seen] = images[0, :, :seen, :seen]
+    model.eval()
+    with torch.no_grad():
+        first, second = model.forward_features(images)
+    assert torch.equal(first, second) == bool(expected[0])
+
+
+def test_a_size_that_a_model_is_not_built_for_is_refused():
+    with pytest.raises(ValueError, match="xcit_nano_12_p16_224.*patch_size should divide.*Try another image_size"):
+        create_model("xcit_nano_12_p16_224", num_classes=3, image_size=90)

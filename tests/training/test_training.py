@@ -14,6 +14,7 @@ import timm
 import torch
 import yaml
 from conftest import assert_identical, lines_of, same_weights
+from PIL import Image
 
 from pipeline.common.stopping import TrainingFailed
 from pipeline.data.image_dataset import load_image_dataset
@@ -227,6 +228,26 @@ def test_the_plan_lists_the_classes_with_their_images(run_training, capsys):
     digits = load_image_dataset("digits", val_fraction=0.2)
     fours = [int((split.labels == 4).sum()) for split in (digits.train, digits.val, digits.test)]
     assert f"; 4 {' '.join(map(str, fours))}; 5 " in line and line.endswith("(images in train, val, test)")
+
+
+def write_squares(root: Path, side: int) -> None:
+    for number, name in enumerate(("a", "b")):
+        (root / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("L", (side, side), 100 * number + index).save(root / name / f"{index}.png")
+
+
+def test_an_image_size_that_patches_do_not_cover_is_refused(run_training, tmp_path):
+    write_squares(tmp_path / "set", 40)
+    with pytest.raises(ValueError, match="the last 10 rows and columns of 90 x 90.*Use --image_size 80 or 96"):
+        run_training(dataset=str(tmp_path / "set"), model_name="test_vit", image_size=90, dry_run=True)
+
+
+def test_small_images_that_patches_do_not_cover_are_enlarged_with_a_note(run_training, tmp_path, capsys):
+    write_squares(tmp_path / "set", 40)
+    run_training(dataset=str(tmp_path / "set"), model_name="test_vit", dry_run=True, max_train_samples=None)
+    out = capsys.readouterr().out
+    assert "last 8 rows and columns of 40 x 40 images: they are enlarged to 48 x 48" in out and "1 x 48 x 48, loader" in out
 
 
 def test_of_many_classes_the_plan_lists_the_first_and_the_last():
