@@ -22,7 +22,8 @@ def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.evaluate", description=__doc__)
     parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model name")
     parser.add_argument("--dataset", help="dataset as in train.py; default: the run's dataset with its splits")
-    parser.add_argument("--split", type=one_of("train", "val", "test"), default="test", help="train, val or test")
+    text = "train, val, test or all; default: test, and all images of a --dataset without splits"
+    parser.add_argument("--split", type=one_of("train", "val", "test", "all"), help=text)
     parser.add_argument("--label_column", help="for --dataset, as in train.py")
     parser.add_argument("--hub_config", help="for --dataset, as in train.py")
     text = "test-time augmentation: none, or flip (mean probabilities of each image and its mirror image)"
@@ -41,7 +42,8 @@ def report(result: dict[str, Any]) -> str:
     margin = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / result["num_samples"])
     rows = [
         ("model", result["model"]),
-        ("data", f"{result['split']} split of {result['dataset']}, {result['num_samples']:,} images"),
+        ("data", f"{data_text(result)}, {result['num_samples']:,} images"),
+        *classes_rows(result["classes"]),
         ("accuracy", f"{console.percent(result['accuracy'])} +- {100 * margin:.2f}"),
         ("top-5 accuracy", console.percent(result["top5_accuracy"])),
         ("loss", f"{result['loss']:.4f}"),
@@ -53,6 +55,27 @@ def report(result: dict[str, Any]) -> str:
     names = list(result["per_class_accuracy"])
     detail = confusion_table(names, result) if len(names) <= MOST_CLASSES_SHOWN else confused_pairs(names, result)
     return f"{console.table(rows)}\n\n{detail}"
+
+
+def data_text(result: dict[str, Any]) -> str:
+    return f"all of {result['dataset']}" if result["split"] == "all" else f"{result['split']} split of {result['dataset']}"
+
+
+def classes_rows(classes: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the report on classes that were matched by number, or are only in the dataset or in the model."""
+    rows = []
+    if classes["matched_by"] == "number":
+        rows.append(("classes", "matched by number, because no name is the same"))
+    if classes["not_in_model"]:
+        rows.append(("not scored", f"{classes['images_left_out']:,} images of {listed(classes['not_in_model'])}"))
+    if classes["not_in_dataset"]:
+        rows.append(("not in dataset", listed(classes["not_in_dataset"])))
+    return rows
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_PAIRS_SHOWN} more" if len(names) > MOST_PAIRS_SHOWN else ""
+    return ", ".join(names[:MOST_PAIRS_SHOWN]) + more
 
 
 def confusion_table(names: list[str], result: dict[str, Any]) -> str:

@@ -180,11 +180,12 @@ def check_classes(found: ClassFolders) -> None:
     if "train" not in found.files:
         return  # image_dataset raises the error
     train, root = found.files["train"], found.roots["train"]
-    empty = [name for name, paths in train.items() if not paths]
-    if empty:
-        raise ValueError(f"No image in the class folders {first_of(empty)} of {root}. Fill or remove them.")
-    if len(train) < 2:
-        raise ValueError(f"{root} has only one class folder, {first_of(list(train))}.{classes_below(found)} {LAYOUTS}")
+    used = [name for name, paths in train.items() if paths]
+    if len(used) < 2:
+        raise ValueError(f"{root} has only one class folder with images, {used[0]}.{classes_below(found, used[0])} {LAYOUTS}")
+    if len(used) < len(train):
+        empty = first_of([name for name in train if name not in used])
+        raise ValueError(f"No image in the class folders {empty} of {root}. Fill or remove them.")
     for split, classes in found.files.items():
         unknown = sorted(name for name in set(classes) - set(train) if classes[name])
         if unknown:
@@ -194,10 +195,9 @@ def check_classes(found: ClassFolders) -> None:
             )
 
 
-def classes_below(found: ClassFolders) -> str:
+def classes_below(found: ClassFolders, name: str) -> str:
     """Advice if the classes are below a single class folder; otherwise an empty string."""
     root = found.roots["train"]
-    (name,) = found.files["train"]
     folder = root / name
     while len(inner := found.inner[str(folder)]) == 1:
         folder /= inner[0]

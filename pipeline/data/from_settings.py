@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from pipeline.common.system import usable_cores
+from pipeline.data import image_dataset
 from pipeline.data.bad_images import without_bad_images
 from pipeline.data.image_dataset import ImageDataset, load_image_dataset
 from pipeline.settings.config import Config
@@ -44,6 +45,14 @@ def load_here(config: Config, accelerator: Accelerator) -> ImageDataset:
         streamed=config.loader == "stream",
     )
     return skip_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset
+
+
+def load_for_evaluation(config: Config, split: str | None, accelerator: Accelerator) -> tuple[ImageDataset, str]:
+    """As image_dataset.load_for_evaluation, without bad images if on_bad_image is skip. All ranks must call it."""
+    with accelerator.local_main_process_first():
+        columns = {"label_column": config.label_column, "hub_config": config.hub_config}
+        dataset, split = image_dataset.load_for_evaluation(config.dataset, split, **columns)
+        return skip_bad_images(dataset, config, accelerator) if config.on_bad_image == "skip" else dataset, split
 
 
 def skip_bad_images(dataset: ImageDataset, config: Config, accelerator: Accelerator) -> ImageDataset:

@@ -14,7 +14,7 @@ from pipeline.data.image_folder import read_image_folder
 from pipeline.data.known_datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD, DatasetRow
 from pipeline.data.looks import Looks, looks_of
 from pipeline.data.shard_index import is_tar_folder, stream_folder, stream_hub_set, stream_parquet_files
-from pipeline.data.splits import Reading, Split, stratified_rows
+from pipeline.data.splits import Reading, Split, joined, stratified_rows
 from pipeline.images.decode import GREY_MAX, BadImage, decode_image
 from pipeline.images.files import first_of
 
@@ -104,14 +104,7 @@ def load_image_dataset(
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"max_train_samples must be 1 or more, got {max_train_samples}.")
     row = _find_row(name)
-    source, splits, class_names, notes = _read(name, row, label_column, hub_config, streamed)
-    notes = list(notes)
-    for split_name, split in splits.items():
-        if not len(split):
-            raise ValueError(f"The {split_name} split of {source} is empty.")
-    if name in DATASETS and Path(name).is_dir():
-        notes.append(f"The known set {name} is used, not the folder of that name; for the folder, write ./{name}.")
-
+    source, splits, class_names, notes = _read_checked(name, row, label_column, hub_config, streamed)
     if "train" not in splits:
         raise ValueError(f"{source} has no training split. Its splits: {', '.join(splits)}. Name one 'train'.")
     if len(class_names) < 2:
@@ -141,6 +134,61 @@ def load_image_dataset(
     )
 
 
+def load_for_evaluation(
+    name: str, split: str | None, *, label_column: str | None = None, hub_config: str | None = None
+) -> tuple[ImageDataset, str]:
+    """The dataset with only the images to score, as train, val and test alike, and the name of their split.
+
+    A split of the dataset is used as it is, without a training split or with other classes than it. all: every image. None:
+    every image of a dataset without splits, else test, or val if there is no test. train and val of a dataset with a training
+    split, and every split of one without splits, are those of load_image_dataset. Raises ValueError for a split that is not
+    there.
+    """
+    check_dataset_name(name)
+    source, splits, class_names, notes = _read_checked(name, _find_row(name), label_column, hub_config, False, False)
+    is_whole = list(splits) == ["train"]
+    if split is None:
+        split = "all" if is_whole else "test" if "test" in splits else "val"
+    if split == "all":
+        scored = joined(list(splits.values()), "all")
+    elif split in splits and (split == "test" or "train" not in splits):
+        scored = splits[split]
+    elif "train" in splits:
+        dataset = load_image_dataset(name, label_column=label_column, hub_config=hub_config)
+        scored, class_names, notes = getattr(dataset, split), dataset.class_names, dataset.notes
+    else:
+        raise ValueError(f"{source} has no {split} split. Its splits: {', '.join(splits)}. Choose one with --split, or all.")
+    dataset = ImageDataset(
+        name=name,
+        source=source,
+        train=scored,
+        val=scored,
+        test=scored,
+        class_names=class_names,
+        image_size=None,  # the model's preprocessing decides
+        channels=3,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        flip=False,
+        notes=notes,
+    )
+    return dataset, split
+
+
+def _read_checked(
+    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool, training: bool = True
+) -> tuple[str, dict[str, Split], list[str], list[str]]:
+    """As _read. Raises ValueError for a split without images."""
+    source, splits, class_names, notes = _read(name, row, label_column, hub_config, streamed, training)
+    for split_name, split in splits.items():
+        if not len(split):
+            raise ValueError(f"The {split_name} split of {source} is empty.")
+    notes = list(notes)
+    if name in DATASETS and Path(name).is_dir():
+        notes.append(f"The known set {name} is used, not the folder of that name; for the folder, write ./{name}.")
+    return source, splits, class_names, notes
+
+
 def _find_row(name: str) -> DatasetRow | None:
     """The row of a known name, or of a known Hub id if no folder has that name."""
     if name in DATASETS or Path(name).expanduser().is_dir():
@@ -149,7 +197,7 @@ def _find_row(name: str) -> DatasetRow | None:
 
 
 def _read(
-    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool
+    name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool, training: bool
 ) -> tuple[str, dict[str, Split], list[str], list[str]]:
     """The source in words, the splits of the dataset, the class names and notes."""
     if row and label_column is not None and label_column not in row.label_columns:
@@ -171,7 +219,7 @@ def _read(
         raise ValueError(f"{folder} contains tar files (webdataset), which only --loader stream can read.")
     if is_table_folder(folder):
         return f"folder {folder}", *read_table_folder(folder, label_column)
-    return f"folder {folder}", *read_image_folder(folder, label_column)
+    return f"folder {folder}", *read_image_folder(folder, label_column, training)
 
 
 def _read_digits(row: DatasetRow) -> Reading:

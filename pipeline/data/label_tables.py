@@ -43,10 +43,9 @@ def tables_in(folder: Path) -> list[Path]:
 
     In other subfolders, only metadata.csv and metadata.jsonl are used.
     """
-    found = [Path(entry.path) for entry in visible_entries(folder) if entry.name.lower().endswith(ENDINGS)]
-    for entry in visible_entries(folder):
-        if not is_folder(entry):
-            continue
+    entries = visible_entries(folder)
+    found = [Path(entry.path) for entry in entries if entry.name.lower().endswith(ENDINGS)]
+    for entry in filter(is_folder, entries):
         if role_within(entry.name) or re.search("label|annot|meta|csv", entry.name.lower()):
             inner = [Path(inner.path) for inner in visible_entries(entry.path)]
             found += [path for path in inner if path.name.lower().endswith(ENDINGS) and path.is_file()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,6 +160,12 @@ class Split:
         chosen._fingerprint = self._fingerprint
         return chosen
 
+    def with_labels(self, labels: np.ndarray) -> Split:
+        """The same images with other labels; int64 [N]."""
+        relabelled = self.select(np.arange(len(self)))
+        relabelled.labels = labels
+        return relabelled
+
     def _image(self, row: int) -> tuple[bytes | None, str | None]:
         """The bytes of an image in the table, else the path of its file."""
         index = int(self._rows[row])
@@ -174,6 +180,18 @@ class Split:
             fields = images.flatten()
             self._fields = fields[names.index("bytes")], fields[names.index("path")]
         return self._fields
+
+
+def joined(splits: Sequence[Split], name: str) -> Split:
+    """All images of splits that share their image column's type, one split after another."""
+    import pyarrow as pa
+
+    tables = {id(split.table): split for split in splits}  # splits that were carved from one table share it
+    starts = dict(zip(tables, np.cumsum([0, *(split.table_length for split in tables.values())]).tolist()))
+    columns = [getattr(split.table, "table", split.table).column(split.column) for split in tables.values()]
+    table = pa.table({"image": pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)})
+    rows = np.concatenate([starts[id(split.table)] + split.table_rows for split in splits])
+    return Split(name, table, "image", np.concatenate([split.labels for split in splits]), rows)
 
 
 Reading = tuple[dict[str, Split], list[str], list[str]]  # splits (train, val, test), class names, notes for the user

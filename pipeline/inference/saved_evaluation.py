@@ -7,15 +7,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.common import console
-from pipeline.data.from_settings import load_data
+from pipeline.data.from_settings import load_data, load_for_evaluation
 from pipeline.data.image_dataset import ImageDataset, check_dataset_name
+from pipeline.data.shards import StreamedSplit
+from pipeline.data.splits import Split, joined
 from pipeline.distributed.accelerator import fit_to_machine, make_accelerator, system_facts, with_channels_last
 from pipeline.images.decode import BadImage
+from pipeline.inference.class_matching import ClassMatch, match_classes
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.loaders.build import make_loader
 from pipeline.loaders.stream_loader import AnyLoader
@@ -48,41 +52,64 @@ class EvaluatedModel(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class OnSplit:
-    """A saved model on its device, with the loader of a split in the model's preprocessing."""
+    """A saved model on its device, with the loader of a split in the model's preprocessing.
+
+    match: how the classes were matched; num_left_out: images of the split whose class the model lacks.
+    """
 
     accelerator: Accelerator
     dataset: ImageDataset
     model: nn.Module
     loader: AnyLoader
+    split: str
+    match: ClassMatch
+    num_left_out: int
 
 
 def put_on_split(
-    saved: SavedModel, config: Config, split: str, *, device: str = "auto", own_set: bool = True, flip: bool = False
+    saved: SavedModel, config: Config, split: str | None, *, device: str = "auto", own_set: bool = True, flip: bool = False
 ) -> OnSplit:
     """Loads the dataset of the settings and matches its classes to those of the model. Every rank must call it.
 
-    own_set: whether it is the dataset of the model's run; flip: as in EvaluatedModel. Raises ValueError if model and dataset
-    do not fit together, CommandFailed for an image that cannot be read.
+    own_set: whether it is the dataset of the model's run; flip: as in EvaluatedModel. split: train, val, test or all; None is
+    test, of another dataset without splits all. Raises ValueError if model and dataset do not fit together, CommandFailed for
+    an image that cannot be read.
     """
     accelerator = make_accelerator(config, device)
-    dataset = load_data(config, accelerator)
+    if own_set:
+        dataset, split = load_data(config, accelerator), split or "test"
+        images = all_images(dataset) if split == "all" else getattr(dataset, split)
+    else:
+        dataset, split = load_for_evaluation(config, split, accelerator)
+        images = dataset.test
+    match = match_classes(saved, dataset.class_names, dataset.name)
+    scored = match.scored(images)
     if accelerator.is_main_process:
-        for note in [] if own_set else dataset.notes:
+        for note in [] if own_set else [*dataset.notes, *match.warnings(saved, dataset.name)]:
             console.warn(note)
-    order = class_order(saved, dataset, shown=accelerator.is_main_process)
     preprocessing = saved.preprocessing
     if own_set:  # folders of earlier versions lack source_size
         preprocessing = dataclasses.replace(preprocessing, source_size=dataset.image_size)
     config = with_channels_last(config, saved.model, accelerator)
     model = fit_to_machine(saved.model, config, accelerator)
-    evaluated = EvaluatedModel(model, order if order is None else order.to(accelerator.device), flip)
+    order = None if match.is_identity else torch.tensor(match.order, device=accelerator.device)
+    evaluated = EvaluatedModel(model, order, flip)
+    dataset = dataclasses.replace(dataset, class_names=match.names)
     try:
-        loader = make_loader(config, getattr(dataset, split), dataset, preprocessing, accelerator, training=False)
+        loader = make_loader(config, scored, dataset, preprocessing, accelerator, training=False)
         with accelerator.local_main_process_first():  # as in training: the other ranks read its cache
             loader.load()
     except BadImage as error:
         raise CommandFailed(str(error)) from error
-    return OnSplit(accelerator, dataset, evaluated.eval(), loader)
+    return OnSplit(accelerator, dataset, evaluated.eval(), loader, split, match, len(images) - len(scored))
+
+
+def all_images(dataset: ImageDataset) -> Split:
+    """The training, validation and test images, each once. Raises ValueError for a stream."""
+    if isinstance(dataset.test, StreamedSplit):
+        raise ValueError("--split all is not supported for a run with loader stream. Evaluate train, val and test.")
+    same = dataset.val.table is dataset.test.table and np.array_equal(dataset.val.table_rows, dataset.test.table_rows)
+    return joined([dataset.train, dataset.test] if same else [dataset.train, dataset.val, dataset.test], "all")
 
 
 def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -107,13 +134,14 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     result = {
         "model": args.model,
         "dataset": config.dataset,
-        "split": args.split,
+        "split": on_split.split,
         "tta": args.tta,
         **figures,
         "expected_calibration_error": calibration_error(accelerator.reduce(calibration)),
         "images_per_second": round(figures["num_samples"] / seconds, 1),
         "per_class_accuracy": dict(zip(dataset.class_names, per_class_accuracy(confusion))),
         "confusion_matrix": confusion.tolist(),
+        "classes": on_split.match.facts(on_split.num_left_out),
         **system_facts(accelerator),
     }
     return result if accelerator.is_main_process else None
@@ -147,30 +175,3 @@ def precision_of(run_dir: Path | None) -> str | None:
     """The precision of the run's test, from its summary.json; None if there is none."""
     path = None if run_dir is None else run_dir / "summary.json"
     return json.loads(path.read_text()).get("mixed_precision") if path is not None and path.is_file() else None
-
-
-def class_order(saved: SavedModel, dataset: ImageDataset, shown: bool) -> Tensor | None:
-    """For each class of the dataset the model's class of the same name, int64 [num_classes]; None if the order is the same.
-
-    Compares the dataset's class names with the model's label names, then with their descriptions. If neither match, classes
-    are matched by number, with a warning if `shown`. Raises ValueError if the numbers of classes differ.
-    """
-    theirs = dataset.class_names
-    if saved.num_classes != len(theirs):
-        raise ValueError(
-            f"{saved.source} predicts {saved.num_classes} classes, but {dataset.name} has {len(theirs)} "
-            f"({', '.join(theirs[:5])}{', ...' if len(theirs) > 5 else ''}). Choose a dataset or a model with the same classes."
-        )
-    for ours in (saved.label_names or [], saved.shown_names):
-        if ours == theirs:
-            return None
-        if len(set(ours)) == len(theirs) and set(ours) == set(theirs):
-            return torch.tensor([ours.index(name) for name in theirs])
-    if shown:
-        pairs = zip(saved.shown_names, theirs)
-        number, (name, other) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
-        console.warn(
-            f"The class names of {saved.source} and {dataset.name} differ (class {number} is {name!r} and {other!r}). "
-            "Classes are matched by number."
-        )
-    return None

@@ -248,7 +248,7 @@ def test_validation_is_used_as_test_if_there_is_no_test_split(tmp_path):
 @pytest.mark.parametrize(
     "train, test, message",
     [
-        ({"a": 3, "b": 0}, {"a": 1}, "No image in the class folders b of .*train"),
+        ({"a": 3, "b": 0, "c": 3}, {"a": 1}, "No image in the class folders b of .*train"),
         ({"a": 3, "b": 3}, {"a": 1, "c": 1}, "classes that .*train lacks: c"),
         ({"a": 0}, {"a": 1}, "Found no images.*Expected: FOLDER/train/CLASS"),
     ],

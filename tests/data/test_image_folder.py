@@ -135,17 +135,25 @@ def test_split_folders_without_class_folders_are_refused(tmp_path, names):
 @pytest.mark.parametrize("below", ["flowers", "data/flowers", "flowers/train"])
 def test_a_single_class_is_refused_with_the_folder_below_that_has_several(tmp_path, below):
     write_classes(tmp_path / below, {"daisy": 10, "rose": 10})
-    with pytest.raises(ValueError, match=f"only one class folder.*{below}.*daisy, rose.*use --dataset"):
+    with pytest.raises(ValueError, match=f"only one class folder with images.*{below}.*daisy, rose.*use --dataset"):
         load(tmp_path)
 
 
 def test_a_single_class_is_refused(tmp_path):
     write_classes(tmp_path, {"photos": 10})
-    with pytest.raises(ValueError, match="only one class folder, photos"):
+    with pytest.raises(ValueError, match="only one class folder with images, photos"):
         load(tmp_path)
     write_classes(tmp_path / "x" / "train" / "flowers", {"daisy": 10, "rose": 10})
     with pytest.raises(ValueError, match="daisy, rose.*move them up into"):
         load(tmp_path / "x")
+
+
+def test_a_folder_without_images_does_not_make_a_second_class(tmp_path):
+    """Caltech 101's layout."""
+    write_classes(tmp_path / "101_ObjectCategories", {"ant": 10, "bass": 10})
+    (tmp_path / "Annotations" / "ant").mkdir(parents=True)
+    with pytest.raises(ValueError, match="use --dataset .*101_ObjectCategories"):
+        load(tmp_path)
 
 
 def test_loose_images_are_counted_where_there_are_no_classes(tmp_path):

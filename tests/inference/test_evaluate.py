@@ -132,23 +132,6 @@ def test_classes_in_another_order_are_matched_by_name(finished_run, tmp_path, ca
     assert printed["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-6)
 
 
-def test_other_names_are_matched_by_number_with_a_warning(finished_run, tmp_path, capsys):
-    summary, run_dir = finished_run()
-    config = json.loads((run_dir / "model" / "config.json").read_text())
-    config["label_names"][4] = "four"
-    (run_dir / "model" / "config.json").write_text(json.dumps(config))
-    assert evaluate.main([str(run_dir / "model"), "--dataset", "digits"]) == 0
-    assert "class 4 is 'four' and '4'" in capsys.readouterr().err
-
-
-def test_another_number_of_classes_ends_in_one_line(finished_run, photos, capsys):
-    _, run_dir = finished_run()
-    capsys.readouterr()
-    assert evaluate.main([str(run_dir), "--dataset", str(photos)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "10 classes" in error and "has 3 (bird, cat, dog)" in error
-
-
 def test_flip_averages_the_probabilities_of_an_image_and_its_mirror_image(finished_run):
     _, run_dir = finished_run()
     model = load_saved_model(str(run_dir)).model
