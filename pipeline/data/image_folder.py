@@ -22,11 +22,13 @@ from pipeline.data.label_tables import (
     label_candidates,
     label_text,
     read_table,
+    role_of,
     tables_in,
 )
 from pipeline.data.splits import Reading, Split, find_splits
 from pipeline.images.files import FolderWalk, LeftOut, first_of
 
+SMALLEST_SHARE = 0.2  # of the images, that a table must list to be preferred to class folders
 Rows = dict[str, list[tuple[str, str, str]]]  # by split: path of the image, label, and a description of the row
 
 
@@ -79,10 +81,11 @@ def read_image_folder(folder: Path, label_column: str | None, for_training: bool
     if is_confirmed(found):
         return reading
     splits, class_names, notes = reading
+    has_few = len(found.main) < SMALLEST_SHARE * len(found.index.paths)  # such as a list of the classes
     is_numbered = len({re.sub(r"\d+", "", name) for name in class_names}) == 1 and re.search("[A-Za-z]", class_names[0])
-    if is_clear and (is_numbered or found.main.path.name in METADATA or is_preferred(candidates[0])):
+    if is_clear and not has_few and (is_numbered or found.main.path.name in METADATA or is_preferred(candidates[0])):
         return read_tables(found, candidates[0], for_training)
-    if candidates and (is_clear or is_numbered):
+    if candidates and not has_few and (is_clear or is_numbered):
         raise ValueError(
             f"The folders of {folder} ({first_of(class_names)}) and the table {found.main.path} ({choice}) may both name the "
             f"classes, and they differ. Choose a column with --label_column, or move the table out of the folder."
@@ -93,11 +96,12 @@ def read_image_folder(folder: Path, label_column: str | None, for_training: bool
 
 def find_tables(folder: Path) -> Tables | None:
     """The tables with file names of the folder's images; None if there are none. Raises ValueError if two are ambiguous."""
-    tables = [read_table(path, folder) for path in tables_in(folder)]
+    tables, unreadable = readable_tables(folder)
     if not tables:
         return None
     left_out = LeftOut()
     children, notes = class_candidates(folder)
+    notes += unreadable
     walk = FolderWalk(folder, left_out)
     paths = [path for name in walk.subfolders() if name in children for path in walk.images(name)] + walk.images_beside()
     index = FileIndex(folder, paths)
@@ -119,6 +123,19 @@ def find_tables(folder: Path) -> Tables | None:
     left_out.files = +left_out.files
     notes += [f"Tables that are not used: {first_of(unused)}."] if unused else []
     return Tables(folder, index, kept, files, [*notes, *left_out.notes()])
+
+
+def readable_tables(folder: Path) -> tuple[list[LabelTable], list[str]]:
+    """The tables of the folder, and notes on those that cannot be read. Raises ValueError if these have names of label tables."""
+    tables, notes = [], []
+    for path in tables_in(folder):
+        try:
+            tables.append(read_table(path, folder))
+        except ValueError as error:
+            if path.name in METADATA or role_of(path, folder):
+                raise
+            notes.append(f"Not used: {error}")
+    return tables, notes
 
 
 def check_label_column(found: Tables, column: str) -> str:

@@ -56,13 +56,18 @@ def tables_in(folder: Path) -> list[Path]:
 
 def read_table(path: Path, root: Path) -> LabelTable:
     """Reads a table. Raises ValueError if the file is not a valid table."""
-    role = role_within(path.stem) or (split_role(path.parent.name) if path.parent != root else None)
+    role = role_of(path, root)
     try:
         text = decoded(path.read_bytes())
         columns = rows_of_json(text) if path.suffix.lower() in (".jsonl", ".ndjson") else rows_of_csv(text, path.suffix)
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"Cannot read the table {path}: {error}. Repair it, or move it out of the folder.") from error
     return LabelTable(path, columns, role)
+
+
+def role_of(path: Path, root: Path) -> str | None:
+    """The split of a table by its name, or that of its folder."""
+    return role_within(path.stem) or (split_role(path.parent.name) if path.parent != root else None)
 
 
 def decoded(content: bytes) -> str:
@@ -179,7 +184,7 @@ def label_candidates(table: LabelTable, files: str) -> list[str]:
     candidates = []
     for name, values in table.columns.items():
         distinct = set(values) - {""}
-        is_own = len(distinct) == len(values) and len(values) > 2
+        is_own = len(distinct) == len(values)
         is_split = len(distinct) > 1 and all(split_role(value) for value in distinct)
         if name != files and len(distinct) > 1 and not is_own and not is_split and not any(map(is_fraction, distinct)):
             candidates.append(name)

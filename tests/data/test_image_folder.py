@@ -333,6 +333,25 @@ def test_a_table_of_other_facts_leaves_the_class_folders_with_a_note(tmp_path):
     assert loaded.class_names == ["cat", "dog"] and noted(loaded, "info.csv is not used")
 
 
+@pytest.mark.parametrize(
+    "content", ["id,name\n0,cat\n1,dog\n", "id,kind\n0,x\n1,x\n2,y\n", "", "not a table\n1,2,3\n", "a,b\n1,2\n3,4\n"]
+)
+def test_other_tables_beside_class_folders_change_nothing(tmp_path, content):
+    for name in ("cat", "dog"):
+        for number in range(20):
+            write(tmp_path / name / f"{number}{name}.png" if number > 4 else tmp_path / name / f"{number}.png", number)
+    (tmp_path / "classes.csv").write_text(content)
+    loaded = load(tmp_path)
+    assert loaded.class_names == ["cat", "dog"] and sum(counts(loaded)) == 40
+
+
+def test_a_broken_table_of_labels_is_an_error(tmp_path):
+    write_classes(tmp_path, {"cat": 10, "dog": 10})
+    (tmp_path / "train.csv").write_text("file,label\n1,2,3\n")
+    with pytest.raises(ValueError, match="Cannot read the table .*train.csv: row 2 has 3 values"):
+        load(tmp_path)
+
+
 def test_a_stream_reads_the_same_table(tmp_path):
     for number in range(20):
         write(tmp_path / "images" / f"{number}.png", number)
