@@ -166,7 +166,7 @@ def test_a_small_crop_of_a_large_photo_is_decoded_smaller_but_large_enough() -> 
     large = table_of([encode(np.kron(noise(50, 1, 60), np.ones((10, 10, 1), np.uint8)), "JPEG")])
     sizes = []
 
-    def spy(encoded: bytes, channels: int, shrink: Any) -> torch.Tensor:
+    def spy(encoded: bytes, channels: int, shrink: Any, grey_max: int) -> torch.Tensor:
         pixels = decode_pixels(encoded, channels, shrink)
         sizes.append(tuple(pixels.shape))
         return pixels

@@ -240,12 +240,12 @@ def write_squares(root: Path, side: int) -> None:
 def test_an_image_size_that_patches_do_not_cover_is_refused(run_training, tmp_path):
     write_squares(tmp_path / "set", 40)
     with pytest.raises(ValueError, match="the last 10 rows and columns of 90 x 90.*Use --image_size 80 or 96"):
-        run_training(dataset=str(tmp_path / "set"), model_name="test_vit", image_size=90, dry_run=True)
+        run_training(dataset=str(tmp_path / "set"), model_name="vit_tiny_patch16_224", image_size=90, dry_run=True)
 
 
 def test_small_images_that_patches_do_not_cover_are_enlarged_with_a_note(run_training, tmp_path, capsys):
     write_squares(tmp_path / "set", 40)
-    run_training(dataset=str(tmp_path / "set"), model_name="test_vit", dry_run=True, max_train_samples=None)
+    run_training(dataset=str(tmp_path / "set"), model_name="vit_tiny_patch16_224", dry_run=True, max_train_samples=None)
     out = capsys.readouterr().out
     assert "last 8 rows and columns of 40 x 40 images: they are enlarged to 48 x 48" in out and "1 x 48 x 48, loader" in out
 
