@@ -167,7 +167,7 @@ def test_a_small_crop_of_a_large_photo_is_decoded_smaller_but_large_enough() -> 
     sizes = []
 
     def spy(encoded: bytes, channels: int, shrink: Any, grey_max: int) -> torch.Tensor:
-        pixels = decode_pixels(encoded, channels, shrink)
+        pixels = decode_pixels(encoded, channels, shrink, grey_max)
         sizes.append(tuple(pixels.shape))
         return pixels
 
