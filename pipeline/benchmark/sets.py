@@ -88,5 +88,5 @@ def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
         "parquet": parquet,
         "num_images": len(split),
         "num_classes": len(dataset.class_names),
-        "flip": dataset.flip,
+        "flip": dataset.flip if config.flip is None else config.flip,
     }

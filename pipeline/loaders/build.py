@@ -85,7 +85,7 @@ def make_loader(
         preprocessing,
         device=device,
         augment=augment,
-        flip=dataset.flip,
+        flip=dataset.flip if config.flip is None else config.flip,
         random_erasing=config.random_erasing if training else 0.0,
         seed=config.seed,
         channels_last=bool(config.channels_last),

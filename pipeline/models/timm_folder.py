@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.common.files import folder_written_aside
+from pipeline.common.files import folder_written_aside, write_json
 
 WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
 
@@ -101,8 +102,9 @@ def _damaged(file: Path, error: Exception) -> ValueError:
 def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
     """Loads weights into a timm model by name; returns a report.
 
-    The classifier keeps its values if its shape differs (another number of classes). Raises ValueError for any other difference
-    in shape, for a file that shares no tensor with the model, and for a damaged file.
+    The classifier keeps its values if its shape differs (another number of classes). The first convolution is adapted to another
+    number of input channels. Raises ValueError for any other difference in shape, for a file that shares no tensor with the
+    model, and for a damaged file.
     """
     file = weights_file(source)
     try:
@@ -110,28 +112,57 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
     target, classifier = model.state_dict(), classifier_names(model)
+    adapted = _adapt_first_convolutions(model, found, target)
     differing = {name for name in found if name in target and found[name].shape != target[name].shape}
     wrong = [
         f"{name} {tuple(found[name].shape)}, the model has {tuple(target[name].shape)}"
         for name in sorted(differing - classifier)
     ]
-    loaded = tuple(name for name in target if name in found and name not in differing)
+    taken = [name for name in target if name in found and name not in differing]
+    loaded = tuple(name for name in taken if name not in adapted)
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
             f"{file} is of another model: {'; '.join(wrong[:5])}{more}. Set model_name, stem, image_size and the "
             "number of channels to those of the file."
         )
-    if not loaded:
+    if not taken:
         first = next(iter(found), None)
         raise ValueError(f"{file} shares no tensor with the model; its first tensor is {first!r}. Set model_name to its model.")
-    model.load_state_dict({name: found[name] for name in loaded}, strict=False)
+    model.load_state_dict({name: found[name] for name in taken}, strict=False)
     return LoadReport(
         source=str(file),
         loaded=loaded,
-        reinitialised=tuple(name for name in target if name not in loaded),
+        adapted=adapted,
+        reinitialised=tuple(name for name in target if name not in taken),
         unused=tuple(name for name in found if name not in target),
     )
+
+
+def _adapt_first_convolutions(model: nn.Module, found: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[str, ...]:
+    """Replaces, in `found`, the weights of first convolutions with another number of input channels; returns their names.
+
+    Each new channel gets the sum of the channels divided by their new number, so a grey image keeps its response.
+    """
+    stems = vars(model).get("pretrained_cfg", {}).get("first_conv") or ()
+    names = [f"{stem}.weight" for stem in ((stems,) if isinstance(stems, str) else stems)]
+    adapted = []
+    for name in names:
+        if name in found and name in target and found[name].shape != target[name].shape:
+            weight, channels = found[name], target[name].shape[1]
+            shared = weight.sum(dim=1, keepdim=True, dtype=torch.float32) / channels
+            if shared.expand(-1, channels, *shared.shape[2:]).shape == target[name].shape:
+                found[name] = shared.repeat(1, channels, *[1] * (weight.ndim - 2)).to(weight.dtype)
+                adapted.append(name)
+    return tuple(adapted)
+
+
+def _without_repetitions(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of timm without model arguments that it repeats: transformers would pass num_classes twice and fail."""
+    repeated = {"num_classes": config["num_classes"], "in_chans": 3}
+    arguments = config.pop("model_args", {})
+    kept = {name: value for name, value in arguments.items() if name not in repeated or value != repeated[name]}
+    return config | ({"model_args": kept} if kept else {})
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -184,4 +215,5 @@ def save_model(
             },
             safe_serialization=True,
         )
+        write_json(aside / CONFIG_FILE, _without_repetitions(read_config(aside / CONFIG_FILE)))
         (aside / README_FILE).write_text(readme, encoding="utf-8")

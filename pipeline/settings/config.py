@@ -90,6 +90,11 @@ class Config:
         "Augmentation of training images. `none` applies none. `light` crops and flips as suits the dataset. `randaugment` "
         "(arXiv 1909.13719) and `trivialaugment` (arXiv 2103.10158) add their operations to `light`.",
     )
+    flip: bool | None = setting(
+        None,
+        "Mirror half of the training images, in every augmentation but `none`. `null` does not mirror digits and mirrors all "
+        "other datasets. Set `false` for images that change their meaning, such as text or road signs.",
+    )
     random_erasing: float = setting(
         0.0, "Probability that a random rectangle of an image is erased (arXiv 1708.04896).", at_least=0, at_most=1
     )
@@ -368,6 +373,7 @@ def ignored_settings(config: Config) -> list[str]:
         "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
         "shuffle_buffer": ("loader stream", config.loader == "stream"),
         "num_workers": ("loader workers", config.loader != "device"),
+        "flip": ("an augment other than none", config.augment != "none"),
     }
     return [
         f"{name} {getattr(config, name)} has no effect: it needs {need}."

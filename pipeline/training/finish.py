@@ -5,6 +5,7 @@ import resource
 import sys
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 
@@ -121,9 +122,14 @@ def peak_memory_bytes(accelerator: Accelerator) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def closing_table(summary: dict[str, Any], config: Config) -> str:
-    """The table printed at the end of a run: test figures, best epoch, time, and where the files are."""
+def closing_table(summary: dict[str, Any], config: Config, architecture: str) -> str:
+    """The table printed at the end of a run: test figures, best epoch, time, and where the files are.
+
+    architecture: timm's name of the model; loading one that this project registers requires `import pipeline`.
+    """
     best, test, run_dir = summary["best"], summary["test"], config.run_dir
+    is_ours = timm.model_entrypoint(architecture).__module__.startswith("pipeline.")
+    imports = "import timm, pipeline" if is_ours else "import timm"
     margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
     return "\n" + console.table(
         [
@@ -140,7 +146,7 @@ def closing_table(summary: dict[str, Any], config: Config) -> str:
                 "time",
                 f"{console.duration(summary['seconds'])}, {summary['images_per_second']:,.0f} images/s in training",
             ),
-            ("model", f'{run_dir}/model  (timm.create_model("local-dir:{run_dir}/model", pretrained=True))'),
+            ("model", f'{run_dir}/model  ({imports}; timm.create_model("local-dir:{run_dir}/model", pretrained=True))'),
             ("figures", f"{run_dir}/metrics.jsonl, summary.json"),
         ]
     )

@@ -27,7 +27,7 @@ from pipeline.training.evaluation import evaluate
 from pipeline.training.finish import closing_table, finish, stop
 from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
-from pipeline.training.plan import plan_text
+from pipeline.training.plan import architecture, plan_text
 from pipeline.training.run import Run
 from pipeline.training.state import TrainState, average_buffers, begin_state
 from pipeline.training.step import Share, train_step
@@ -66,7 +66,7 @@ def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
         summary = train_in(run, parts)
     finally:
         run.release()
-    console.say(closing_table(summary, config), accelerator.is_main_process)
+    console.say(closing_table(summary, config, architecture(parts.model)), accelerator.is_main_process)
     return summary
 
 

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import assert_identical, cut_back, flags, lines_of, torchrun
 from PIL import Image
 
@@ -24,9 +26,10 @@ from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, random_part
 from pipeline.images.decode import BadImage, decode_image, decode_pixels
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders import decoded_cache, sources
-from pipeline.loaders.build import choose_loader
+from pipeline.loaders.build import choose_loader, make_loader
 from pipeline.loaders.loader import Loader
 from pipeline.loaders.sources import DeviceImages, FittedImages, WorkerImages, make_source
+from pipeline.settings.config import Config
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(8, 3, (0.5,) * 3, (0.2,) * 3, source_size=8)
@@ -485,3 +488,15 @@ def test_runs_without_the_bad_images_agree_on_both_loaders_after_resuming_and_on
     assert two.stderr.count("The image is skipped.") == 5
     ours, theirs = ([line.get("num_samples") for line in lines_of(tmp_path / name)] for name in ("device", "two"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "own, flip, mirrored", [(False, None, False), (False, True, True), (True, None, True), (True, False, False)]
+)
+def test_the_setting_flip_decides_over_the_dataset(own: bool, flip: bool | None, mirrored: bool) -> None:
+    """The digits are not mirrored unless asked for, other sets are."""
+    digits = replace(load_image_dataset("digits"), flip=own)
+    preprocessing = Preprocessing(8, 1, digits.mean, digits.std, source_size=8)
+    config = Config(flip=flip, num_workers=0)
+    loader = make_loader(config, digits.train, digits, preprocessing, Accelerator(cpu=True), training=True)
+    assert isinstance(loader, Loader) and loader.transform.flip == mirrored

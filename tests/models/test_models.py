@@ -276,6 +276,18 @@ def test_init_from_takes_the_stem_of_the_folder_at_any_size(saved):
     assert continued.pretrained_cfg["architecture"] == "resnet18_small_stem"
 
 
+def test_init_from_adapts_the_first_convolution_to_other_channels(saved):
+    """A grey image keeps its response, whichever way."""
+    model, run = saved
+    grey = images_of(16).mean(dim=1, keepdim=True)
+    narrow, report = create_model("resnet18", num_classes=5, in_chans=1, image_size=16, init_from=run)
+    assert report.adapted == ("conv1.weight",) and report.reinitialised == () and "122 of 122 tensors" in str(report)
+    assert torch.allclose(logits(narrow, grey), logits(model, grey.repeat(1, 3, 1, 1)), atol=1e-5)
+    save(narrow, run / "narrow", 16, in_chans=1)
+    wide, _ = create_model("resnet18", num_classes=5, image_size=16, init_from=run / "narrow")
+    assert torch.allclose(logits(wide, grey.repeat(1, 3, 1, 1)), logits(narrow, grey), atol=1e-5)
+
+
 def test_init_from_refuses_weights_that_do_not_fit(saved, tmp_path):
     run = saved[1]
     with pytest.raises(ValueError, match=r"conv1.weight \(64, 3, 3, 3\), the model has \(64, 3, 7, 7\)"):
