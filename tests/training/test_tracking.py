@@ -1,5 +1,6 @@
 """Trackers: metrics.jsonl always, the others if log_with names them, and none of them can stop a run."""
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -86,9 +87,10 @@ def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     ],
 )
 def test_wandb_queues_a_preempted_trial_again(summary, calls):
+    wandb = pytest.importorskip("wandb")
     made = []
 
-    class Run:
+    class Run:  # a stand-in with methods that the real one has, called as it can be
         summary: dict = {}
 
         def mark_preempting(self):
@@ -97,6 +99,9 @@ def test_wandb_queues_a_preempted_trial_again(summary, calls):
         def finish(self, exit_code):
             made.append(f"finish {exit_code}")
 
+    for name in ("mark_preempting", "finish"):
+        theirs, ours = (inspect.signature(getattr(kind, name)).parameters.keys() for kind in (wandb.Run, Run))
+        assert theirs == ours, name
     end_wandb(Run(), summary, {"seconds": 1.0})
     assert made == calls and Run.summary == {"seconds": 1.0}
 
