@@ -16,7 +16,7 @@ from pipeline.inference.saved_model import SavedModel
 
 @dataclasses.dataclass(frozen=True)
 class ClassMatch:
-    """Which classes of a dataset are scored, and as which of the model.
+    """The scored classes of a dataset, and the class of the model for each.
 
     order: the model's classes as the logits are arranged, a permutation of all; names: of these classes; numbers: for each class
     of the dataset its place in order, -1 if the model lacks it; by: name or number.
@@ -44,7 +44,7 @@ class ClassMatch:
         return split.select(rows).with_labels(labels[rows])
 
     def warnings(self, saved: SavedModel, dataset: str) -> list[str]:
-        """What a reader of the figures must know."""
+        """The warnings to print with the figures."""
         warnings = []
         if self.by == "number":
             pairs = zip(saved.shown_names, self.names)
@@ -60,7 +60,7 @@ class ClassMatch:
         return warnings
 
     def facts(self, num_left_out: int) -> dict[str, Any]:
-        """As they are in the result of an evaluation. num_left_out: images of classes that the model lacks."""
+        """The keys of an evaluation's result. num_left_out: images of classes that the model lacks."""
         return {
             "matched_by": self.by,
             "not_in_model": self.not_in_model,
@@ -100,7 +100,7 @@ def match_classes(saved: SavedModel, theirs: list[str], dataset: str) -> ClassMa
 
 
 def pairs_by_name(ours: list[str], theirs: list[str]) -> dict[int, int]:
-    """For each class of the dataset with a class of the model of that name its number; each class of the model once."""
+    """Maps each class of the dataset to the number of the model's class of the same name, each used once."""
     pairs: dict[int, int] = {}
     used: set[int] = set()
     for form in (str, normalized, ignoring_case):

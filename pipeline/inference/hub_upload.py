@@ -41,8 +41,8 @@ def push_to_hub(folder: Path, repo: str, private: bool) -> str:
         additions = [CommitOperationAdd(name, path) for name, path in files.items()]
         try:
             api.create_repo(repo, private=private, exist_ok=True)
-            if private and not api.model_info(repo).private:  # one that exists keeps its visibility
-                raise ValueError("It exists and is public, but --private is given. Make it private or give another name.")
+            if private and not api.model_info(repo).private:  # an existing repository keeps its visibility
+                raise ValueError("It exists and is public, but --private is set. Make it private or choose another name.")
             commit = api.create_commit(repo, additions, commit_message="Add the model")
         except (OSError, RuntimeError, ValueError) as error:
             raise CommandFailed(
