@@ -38,7 +38,7 @@ def is_alive(process: int) -> bool:
 
 
 def process_tree(process: int) -> list[psutil.Process]:
-    """The process and all its descendants on this machine; empty when it has ended."""
+    """The process and all its descendants on this machine; empty if it has ended."""
     try:
         root = psutil.Process(process)
         return [root, *root.children(recursive=True)]
@@ -53,14 +53,14 @@ def tree_memory(process: int) -> int:
     """
     total = 0
     for one in process_tree(process):
-        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+        with contextlib.suppress(psutil.Error):  # it has ended, or belongs to another user
             memory = one.memory_full_info()
             total += getattr(memory, "pss", memory.uss)
     return total
 
 
 def end_tree(process: subprocess.Popen, seconds: float) -> None:
-    """Asks a process to end, kills it after `seconds`, and kills every descendant that is left."""
+    """Terminates a process, kills it after `seconds`, and kills all remaining descendants."""
     tree = process_tree(process.pid)
     try:
         if process.poll() is None:
@@ -101,7 +101,7 @@ def decoding_threads(number: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # threads that start later take the number that was set last
+        torch.set_num_threads(before)  # later threads use the number that was set last
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":

@@ -35,7 +35,7 @@ def without_bad_images(splits: list[Split], channels: int, num_threads: int, sho
 
     An image that is in two splits counts once. shown: whether to show a progress bar and warnings.
     """
-    kept: dict[Split, Split] = {}  # one split that serves as two stays one
+    kept: dict[Split, Split] = {}  # a split that is used twice is screened once
     messages: dict[tuple[str, int], str] = {}  # by table and row
     for split in dict.fromkeys(splits):
         bad = bad_images(split, channels, num_threads, shown)

@@ -108,7 +108,7 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
 
 
 def files_of_no_split(builder: Any, folder: Path) -> list[str]:
-    """A note on the Parquet and Arrow files below the folder that `datasets` puts into no split."""
+    """A note on the Parquet and Arrow files below the folder that `datasets` assigns to no split."""
     used = {os.path.realpath(path) for paths in builder.config.data_files.values() for path in paths}
     files = sorted(path for pattern in ("*.parquet", "*.arrow") for path in folder.rglob(pattern))
     unused = [str(path) for path in files if os.path.realpath(path) not in used]
@@ -155,7 +155,7 @@ def _to_splits(
             raise ValueError(f"{source}: column {label_column} differs between {found[next(iter(found))]} and {theirs}.")
         if is_unlabelled(dataset, label_column):
             if ours == "train":
-                raise ValueError(f"{source}: column {label_column} of {theirs} holds no label, only null, NaN or -1.")
+                raise ValueError(f"{source}: column {label_column} of {theirs} has no labels, only null, NaN or -1.")
             notes.append(f"The split {theirs} has no labels and is not used.")
             continue
         if not isinstance(dataset.features[image_column], datasets.Image):
@@ -168,7 +168,7 @@ def _to_splits(
 
 
 def unused_note(names: list[str], found: dict[str, str], row: DatasetRow | None) -> list[str]:
-    """A note on splits of a set that is not a known one that are neither train, val nor test."""
+    """A note on splits that are neither train, val nor test; none for a known dataset."""
     unused = [name for name in names if name not in found.values()]
     return [f"Not used, because they are neither train, val nor test: {', '.join(unused)}."] if unused and row is None else []
 

@@ -137,7 +137,7 @@ def load_image_dataset(
 def load_for_evaluation(
     name: str, split: str | None, *, label_column: str | None = None, hub_config: str | None = None
 ) -> tuple[ImageDataset, str]:
-    """The dataset with only the images to score, as train, val and test alike, and the name of their split.
+    """A dataset whose train, val and test are all the images to score, and the name of their split.
 
     A split of the dataset is used as it is, without a training split or with other classes than it. all: every image. None:
     every image of a dataset without splits, else test, or val if there is no test. train and val of a dataset with a training
@@ -165,7 +165,7 @@ def load_for_evaluation(
         val=scored,
         test=scored,
         class_names=class_names,
-        image_size=None,  # the model's preprocessing decides
+        image_size=None,  # the preprocessing of the model determines it
         channels=3,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -178,7 +178,7 @@ def load_for_evaluation(
 def _read_checked(
     name: str, row: DatasetRow | None, label_column: str | None, hub_config: str | None, streamed: bool, training: bool = True
 ) -> tuple[str, dict[str, Split], list[str], list[str]]:
-    """As _read. Raises ValueError for a split without images."""
+    """Like _read, but raises ValueError for a split without images."""
     source, splits, class_names, notes = _read(name, row, label_column, hub_config, streamed, training)
     for split_name, split in splits.items():
         if not len(split):
@@ -266,7 +266,7 @@ def _with_validation(
         return train, own_val
     if val_fraction == 0:
         notes.append("val_fraction 0: the test split is used as validation, so the best epoch is selected on it.")
-        return train, test  # the same object, so that its images are held once
+        return train, test  # the same object, so that its images are in memory once
     size = round(len(train) * val_fraction)
     if not 0 < size < len(train):
         raise ValueError(
@@ -274,13 +274,13 @@ def _with_validation(
             f"{len(train) - size} for training; each needs at least one. Change val_fraction, or use more images."
         )
     rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION, keep=1)
-    if not len(rows):  # one image of each class, as a small max_train_samples leaves
+    if not len(rows):  # each class has one image, for example with a small max_train_samples
         rows = stratified_rows(train.labels, size, seed, BEFORE_TRAINING, VALIDATION)
     return _without(train, rows), train.select(rows, "val")
 
 
 def _classes_without_images(train: Split, class_names: list[str]) -> list[str]:
-    """A note on the classes of which there is no training image."""
+    """A note on the classes without training images."""
     counts = np.bincount(train.labels, minlength=len(class_names))
     empty = [class_names[number] for number in np.flatnonzero(counts == 0)]
     return [f"{len(empty):,} of {len(class_names):,} classes have no training image: {first_of(empty)}."] if empty else []

@@ -28,7 +28,7 @@ from pipeline.data.label_tables import (
 from pipeline.data.splits import Reading, Split, find_splits
 from pipeline.images.files import FolderWalk, LeftOut, first_of
 
-SMALLEST_SHARE = 0.2  # of the images, that a table must list to be preferred to class folders
+SMALLEST_SHARE = 0.2  # the smallest fraction of the images in a table that takes precedence over class folders
 Rows = dict[str, list[tuple[str, str, str]]]  # by split: path of the image, label, and a description of the row
 
 

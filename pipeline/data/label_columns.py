@@ -1,4 +1,4 @@
-"""Columns of labels in tables: which one it is, its classes and the label ids."""
+"""Label columns of tables: finds the column, its classes and the label ids."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def label_classes(train: Any, column: str, known: tuple[str, ...] | None) -> tup
         names = list(known)
     if names is not None:
         return list(range(len(names))), list(names)
-    # NaN, the missing value of pandas, is the only one that differs from itself
+    # NaN, the missing value of pandas, is the only value that differs from itself
     values = sorted(value for value in pc.unique(train.data.column(column)).to_pylist() if value is not None and value == value)
     if len(values) == len(train) > 2:
         raise ValueError(
-            f"Column {column} has another value for each of the {len(train):,} images ({values[0]!r}, {values[1]!r}, ...), so it "
-            "cannot be the label. Choose another column with --label_column."
+            f"Column {column} has a different value for each of {len(train):,} images ({values[0]!r}, {values[1]!r}, ...), so "
+            "it cannot be the label. Choose another column with --label_column."
         )
     if values and not isinstance(values[0], str):
         values = [value for value in values if value >= 0]  # label_ids rejects negative labels
     fraction = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)
     if fraction is not None:
-        raise ValueError(f"Column {column} holds fractions such as {fraction}, so it cannot be the label. {ONE_LABEL}")
+        raise ValueError(f"Column {column} has fractions such as {fraction}, so it cannot be the label. {ONE_LABEL}")
     return values, [str(int(value) if isinstance(value, float) else value) for value in values]
 
 

@@ -1,4 +1,4 @@
-"""What the images of a dataset look like, from a sample: their size, their channels and the range of 16-bit values."""
+"""Detects properties of a dataset from a sample of its images: size, channels, range of 16-bit values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.images.decode import DEEP_GREY_MODES, GREY_MAX, GREY_MODES, BadIma
 
 LARGEST_SMALL_IMAGE = 96
 NUM_HEADERS, NUM_DECODED = 32, 64  # images of the sample
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
-DARK_COLOR = 63  # of 255: what 14 of 16 bits leave of the upper 8
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # the bit depths of cameras and scanners
+DARK_COLOR = 63  # of 255: the upper 8 bits of the largest 14-bit value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def looks_of(split: Split, skip_bad: bool) -> Looks:
 
 
 def range_of_values(split: Split) -> tuple[int, list[str]]:
-    """grey_max of a split with 16-bit images, and notes: the highest value of the smallest bit depth that holds the sample."""
+    """grey_max of a split with 16-bit images, and notes: the highest value of the smallest bit depth that fits the sample."""
     grey: list[int] = []
     color: list[int] = []
     for row in split.some_rows(NUM_DECODED):
@@ -63,7 +63,7 @@ def range_of_values(split: Split) -> tuple[int, list[str]]:
             if is_deep:
                 (grey if mode in DEEP_GREY_MODES else color).append(largest_value(encoded))
         except BadImage:
-            continue  # it is reported when it is used
+            continue  # it is reported when it is read for training
     notes = []
     bits = next(depth for depth in BIT_DEPTHS if max(grey, default=GREY_MAX) < 2**depth or depth == BIT_DEPTHS[-1])
     if bits < BIT_DEPTHS[-1]:

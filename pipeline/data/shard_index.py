@@ -129,7 +129,7 @@ def _to_splits(
             raise ValueError(f"{source}: column {train.column} differs between {next(iter(found.values()))} and {theirs}.")
         if is_unlabelled(index.labels, index.column):
             if ours == "train":
-                raise ValueError(f"{source}: column {index.column} of {theirs} holds no label, only null, NaN or -1.")
+                raise ValueError(f"{source}: column {index.column} of {theirs} has no labels, only null, NaN or -1.")
             notes.append(f"The split {theirs} has no labels and is not used.")
             continue
         ids = label_ids(index.labels, index.column, classes, f"{theirs} of {source[0].lower()}{source[1:]}")

@@ -17,7 +17,7 @@ from pipeline.data.splits import Split
 from pipeline.images.decode import BadImage
 
 ATTEMPTS, FIRST_WAIT_SECONDS = 4, 0.5  # the wait doubles after each attempt: 3.5 s in all
-SAMPLED_CHUNKS = 4  # of which rows are looked at before training
+SAMPLED_CHUNKS = 4  # chunks of which rows are sampled before training
 THREADS = 4  # per worker, for reading ahead
 ARROW_FILE_MAGIC = b"ARROW1"  # the first bytes of the IPC file format; the stream format has none
 

@@ -183,10 +183,10 @@ class Split:
 
 
 def joined(splits: Sequence[Split], name: str) -> Split:
-    """All images of splits that share their image column's type, one split after another."""
+    """Concatenates splits whose image columns have the same type."""
     import pyarrow as pa
 
-    tables = {id(split.table): split for split in splits}  # splits that were carved from one table share it
+    tables = {id(split.table): split for split in splits}  # splits of one table share it
     starts = dict(zip(tables, np.cumsum([0, *(split.table_length for split in tables.values())]).tolist()))
     columns = [getattr(split.table, "table", split.table).column(split.column) for split in tables.values()]
     table = pa.table({"image": pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)})

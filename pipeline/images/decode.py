@@ -18,7 +18,7 @@ Shrink = Callable[[int, int], int]  # maps width and height to the factor (1, 2,
 
 MAX_PIXELS = 178_956_970  # PIL's own limit; checked here too, because a library may have raised PIL's
 GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-DEEP_GREY_MODES = GREY_MODES[2:-1]  # of more than 8 bits, as whole numbers
+DEEP_GREY_MODES = GREY_MODES[2:-1]  # integer modes of more than 8 bits
 GREY_MAX = 65535  # of 16 bits
 ORIENTATION = 0x0112  # the Exif tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -102,7 +102,7 @@ def largest_value(encoded: bytes) -> int:
 
 
 def _turn(image: PILImage) -> Transpose | None:
-    """The transposition that the Exif orientation asks for; None for an upright image or a damaged Exif block."""
+    """The transposition for the Exif orientation; None for an upright image or a damaged Exif block."""
     from PIL.Image import Transpose
 
     turns = {

@@ -72,9 +72,9 @@ def test_a_table_of_pandas_with_a_category_and_an_index(tmp_path):
     [
         ([1.0, 0.0, None, *numbers(2, float)], "Row 2 of train .* has label None"),
         ([1.0, 0.0, float("nan"), float("nan"), *numbers(2, float)], "Row 2 of train .* has label nan, .* .2 such rows"),
-        ([0.5, 1.0, 0.0] * 5, "holds fractions such as 0.5"),
-        ([f"x{row}" for row in range(ROWS)], "another value for each of the 20 images .'x0', 'x1'.*--label_column"),
-        (list(range(ROWS)), "another value for each of the 20 images"),
+        ([0.5, 1.0, 0.0] * 5, "has fractions such as 0.5"),
+        ([f"x{row}" for row in range(ROWS)], "a different value for each of 20 images .'x0', 'x1'.*--label_column"),
+        (list(range(ROWS)), "a different value for each of 20 images"),
         (["a"] * ROWS, "one class only"),
         ([[0, 1], [1]] * 10, "no label column.*label .list, multi-label"),
         (pa.array(range(ROWS), pa.date32()), "no label column.*label .date32"),
@@ -93,7 +93,7 @@ def test_a_column_that_label_column_cannot_name_is_explained(tmp_path):
     for column, message in (("label", "cannot be the label.*multi-label"), ("lable", "has no column 'lable'.*kind .int64")):
         with pytest.raises(ValueError, match=message):
             load_image_dataset(str(tmp_path / "set"), label_column=column)
-    with pytest.raises(ValueError, match="score holds fractions such as 0.1"):
+    with pytest.raises(ValueError, match="score has fractions such as 0.1"):
         load_image_dataset(str(tmp_path / "set"), label_column="score")
     assert load_image_dataset(str(tmp_path / "set")).class_names == ["0", "1"]
 
