@@ -2,8 +2,11 @@
 
 `import pipeline` registers the models of this project (`simple_mlp`, `small_convnet*`, `<name>_small_stem`) with timm, so that
 timm can load a saved folder. timm takes seconds to import. If it is not imported yet, an import hook registers them when it is.
+
+It also lets OpenMP's threads sleep while they wait, unless the environment says otherwise or torch has started them already.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +15,10 @@ from types import ModuleType
 from typing import cast
 
 __version__ = "0.1.0"
+
+if "torch" not in sys.modules:  # OpenMP reads it once
+    # Threads that spin take the cores of decoding workers and of other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class _TimmLoader(SourceFileLoader):

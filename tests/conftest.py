@@ -20,6 +20,7 @@ from fork_server import Fork, ForkServer
 ROOT = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for processes that run a test file as their program
 
+os.environ["OMP_WAIT_POLICY"] = "passive"  # as `import pipeline` would set it, so that it is the same in every process
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; pytest-xdist uses the other cores
 ON_THE_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}  # for processes of tests
 AT_THE_START = {**os.environ, **ON_THE_CPU}
