@@ -93,7 +93,7 @@ def test_training_fit_is_the_drawn_part_resized() -> None:
     assert part != (0, 0, 120, 90)
     expected = np.asarray(image.crop(part).resize((24, 24), Image.Resampling.BICUBIC)).astype(int)
     fitted = fit_for_training(image, photos(), draws).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(fitted - expected).mean() < 8  # the resize may sample beyond the crop and average by whole factors
+    assert np.abs(fitted - expected).max() <= 1 and (fitted != expected).mean() < 0.02  # torch rounds its weights differently
 
 
 def test_only_photos_that_are_augmented_are_cropped_before_the_device() -> None:
