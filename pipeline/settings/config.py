@@ -1,8 +1,7 @@
-"""The settings of a run: one flat frozen dataclass, the limits of its values, and the combinations that are refused."""
+"""The settings of a run: one flat frozen dataclass with the limits of its values; settings/checks.py has what is refused."""
 
 import dataclasses
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -311,75 +310,6 @@ class Config:
 DEFAULTS = Config()
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
-
-
-def check_limits(config: Config) -> None:
-    """Raises ValueError if a number is outside the limits of its field or settings contradict each other."""
-    holds = {
-        "above": lambda value, bound: value > bound,
-        "at_least": lambda value, bound: value >= bound,
-        "at_most": lambda value, bound: value <= bound,
-        "below": lambda value, bound: value < bound,
-    }
-    for name, field in FIELDS.items():
-        value = getattr(config, name)
-        for word, bound in field.metadata["limits"].items():
-            if isinstance(value, (int, float)) and not holds[word](value, bound):
-                raise ValueError(f"Setting {name} is {value}; it must be {word.replace('_', ' ')} {bound}.")
-    for wrong, message in contradictions(config):
-        if wrong:
-            raise ValueError(message)
-
-
-def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
-    """Each combination of settings that is refused: whether config has it, and the message for it."""
-    schedule = config.batch_size_schedule
-    steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
-    yield config.pretrained and config.init_from is not None, (
-        "pretrained and init_from both select the initial weights. Set only one of them."
-    )
-    yield config.warmup_epochs >= config.epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
-        f"warmup_epochs {config.warmup_epochs} must be below epochs {config.epochs}."
-    )
-    yield any(epoch < 1 or size < 1 for epoch, size in schedule.items()), (
-        f"batch_size_schedule {schedule} must map epochs of at least 1 to batch sizes of at least 1. "
-        "Set the batch size of epoch 0 with batch_size."
-    )
-    yield any(epoch >= config.epochs for epoch in schedule), (
-        f"batch_size_schedule {schedule} has an entry after the end of the run. Its epochs must be below epochs {config.epochs}."
-    )
-    yield config.loader == "stream" and config.on_bad_image == "skip", (
-        "loader stream does not support on_bad_image skip, which decodes every image before training. Repair or remove the bad "
-        "images, or use loader workers."
-    )
-    yield config.compile_mode is not None and (config.micro_batch_size is not None or config.uses_sam), (
-        "compile reduce-overhead needs one pass per step, but micro_batch_size and SAM make several. Use compile true."
-    )
-    yield any(step <= 0 for step in steps) or steps != sorted(steps), (
-        f"step_epochs {config.step_epochs} must be above 0, and a list must be in ascending order."
-    )
-    yield config.run_name is not None and Path(config.run_name).name != config.run_name, (
-        f"run_name {config.run_name!r} must be a plain folder name. Set the folder that contains it with output_dir."
-    )
-
-
-def ignored_settings(config: Config) -> list[str]:
-    """A sentence for each setting that differs from its default and has no effect because of another setting."""
-    needs = {
-        "gamma": ("scheduler step or plateau", config.scheduler in ("step", "plateau")),
-        "step_epochs": ("scheduler step", config.scheduler == "step"),
-        "plateau_patience": ("scheduler plateau", config.scheduler == "plateau"),
-        "min_lr_scale": ("scheduler plateau, cosine or linear", config.scheduler in ("plateau", "cosine", "linear")),
-        "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
-        "shuffle_buffer": ("loader stream", config.loader == "stream"),
-        "num_workers": ("loader workers", config.loader != "device"),
-        "flip": ("an augment other than none", config.augment != "none"),
-    }
-    return [
-        f"{name} {getattr(config, name)} has no effect: it needs {need}."
-        for name, (need, met) in needs.items()
-        if not met and getattr(config, name) != getattr(DEFAULTS, name)
-    ]
 
 
 def to_yaml(config: Config) -> str:

@@ -13,7 +13,8 @@ import yaml
 
 from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
-from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config, check_limits
+from pipeline.settings.checks import check_limits
+from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config
 
 
 class SettingsLoader(yaml.SafeLoader):

@@ -28,7 +28,8 @@ from pipeline.optim.ema import create_ema
 from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
 from pipeline.optim.schedule import check_scheduler_name
 from pipeline.settings.batch_size import fitting_batch_size
-from pipeline.settings.config import Config, ignored_settings
+from pipeline.settings.checks import ignored_settings
+from pipeline.settings.config import Config
 from pipeline.training.micro_batch import check_batchnorm, with_micro_batch_size
 from pipeline.training.tracking import tracker_names
 

@@ -43,7 +43,8 @@ from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders.sources import FittedImages
 from pipeline.loaders.stream_loader import StreamLoader
 from pipeline.run_folder.resume import check_same_settings
-from pipeline.settings.config import Config, check_limits
+from pipeline.settings.checks import check_limits
+from pipeline.settings.config import Config
 from pipeline.settings.parser import from_yaml
 from pipeline.training.loop import train
 from pipeline.training.run import TrainingFailed

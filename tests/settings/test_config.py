@@ -9,7 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT, run_process
 
-from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, Config, ignored_settings, to_yaml
+from pipeline.settings.checks import ignored_settings
+from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, Config, to_yaml
 from pipeline.settings.parser import limits_in_words, make_parser, parse_config, read_config
 
 # A value other than the default for every setting, as a person writes it, and what must arrive.
@@ -220,3 +221,9 @@ def test_help_and_a_wrong_setting_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("imported:\n") and "--optimizer" in done.stdout
+
+
+@pytest.mark.parametrize("warmup_epochs, epochs, warned", [(3.0, 4, True), (2.0, 4, False), (1.0, 1, False)])
+def test_a_warm_up_that_is_shortened_is_reported(warmup_epochs, epochs, warned):
+    sentences = ignored_settings(Config(warmup_epochs=warmup_epochs, epochs=epochs))
+    assert sentences == (["warmup_epochs 3 is shortened to half of the run, 2 epochs."] if warned else [])
