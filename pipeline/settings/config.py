@@ -35,13 +35,16 @@ class Config:
     dataset: str = setting(
         "digits",
         "Images to train on: `digits` (embedded), `mnist`, `fashion_mnist`, `cifar10`, `cifar100`, `oxford_iiit_pet`, a Hub id "
-        "owner/name, or a folder with class folders, Parquet or Arrow files, or tar files (`loader stream` only).",
+        "owner/name, or a folder with class folders, images and a CSV file of labels, Parquet or Arrow files, or tar files "
+        "(`loader stream` only).",
     )
     hub_config: str | None = setting(
         None, "Configuration of a Hub dataset that has several. `null` uses the dataset's default."
     )
     label_column: str | None = setting(
-        None, "Column of the labels, for example `coarse_label` for the 20 superclasses of cifar100. `null` finds it by its type."
+        None,
+        "Column of the labels, for example `coarse_label` for the 20 superclasses of cifar100, or one of a CSV file. `null` "
+        "finds it by its name, type and values.",
     )
     image_size: int | None = setting(
         None,
