@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.read_runs import RunRecord
-from pipeline.report.read_sweeps import Sweep
+from pipeline.report.read_runs import RunRecord, Sweep
 from pipeline.settings.config import FIELDS
 
 OWN_TO_A_RUN = {
@@ -63,10 +62,12 @@ def strategy(run: RunRecord) -> str:
 
 
 def score(run: RunRecord, sweep: Sweep | None) -> float | None:
-    """The value to rank by, larger is better: the sweep's metric, else the best validation accuracy."""
-    if sweep is not None and run.trial is not None:
-        return None if run.trial.value is None else run.trial.value if sweep.maximize else -run.trial.value
-    return run.val_accuracy
+    """The value to rank by, larger is better: the best validation accuracy, or the metric of the sweep of all runs."""
+    if sweep is None:
+        return run.val_accuracy
+    own = run.val_accuracy if sweep.metric == "val/accuracy" else None  # of a run in the sweep's folder that is no trial
+    value = own if run.trial is None else run.trial.value
+    return None if value is None else value if sweep.maximize else -value
 
 
 def ranked(runs: Sequence[RunRecord], sweep: Sweep | None) -> list[RunRecord]:

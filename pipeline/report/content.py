@@ -24,8 +24,7 @@ from pipeline.report.curves import AXES, curves, schedules
 from pipeline.report.figure_style import STYLE, Look, looks, png_and_svg
 from pipeline.report.importance import FEWEST_RUNS, importances
 from pipeline.report.pages import Block, Figure, Gallery, Page, Picture, Section, Views
-from pipeline.report.read_runs import RunRecord, number
-from pipeline.report.read_sweeps import Sweep
+from pipeline.report.read_runs import RunRecord, Sweep, number
 from pipeline.report.tables import (
     class_table,
     comparison_table,
@@ -104,7 +103,7 @@ def make_report(
     sections.append(section("unfinished", "Unfinished or damaged runs", unfinished_table(runs)))
     filled = tuple(part for part in sections if part.blocks)
     title = f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs"
-    return Report(Page(title, overview(runs, sweep, target, tested), filled), look_of, drawing.files)
+    return Report(Page(title, overview(runs, target, tested), filled), look_of, drawing.files)
 
 
 def section(id: str, title: str, *blocks: Block | None) -> Section:
@@ -117,14 +116,17 @@ def best_tested(runs: Sequence[RunRecord], sweep: Sweep | None) -> RunRecord | N
 
 
 def overview(
-    runs: Sequence[RunRecord], sweep: Sweep | None, target: float | None, tested: RunRecord | None
+    runs: Sequence[RunRecord], target: float | None, tested: RunRecord | None
 ) -> tuple[tuple[str, str], ...]:
     """The overview at the top of the page, as pairs of term and text."""
     states = Counter(run.status for run in runs)
     terms = [("Runs", ", ".join(f"{count} {status}" for status, count in sorted(states.items())))]
-    if sweep is not None:
-        goal = "maximize" if sweep.maximize else "minimize"
-        terms.append(("Sweep", f"{sweep.path.resolve().name}: {sweep.method}, {goal} {sweep.metric}"))
+    sweeps = Counter(run.sweep for run in runs if run.sweep is not None)
+    goals = [
+        f"{sweep.name}: {sweep.method}, {'maximize' if sweep.maximize else 'minimize'} {sweep.metric}, {count} runs"
+        for sweep, count in sweeps.items()
+    ]
+    terms.append(("Sweep" if len(goals) == 1 else "Sweeps", "; ".join(goals)))
     terms.append(("Dataset", joined(run.settings.get("dataset") for run in runs)))
     if tested is not None:
         text = f"{tested.name}, validation accuracy {percent(tested.val_accuracy)}, test {measured(tested.test).text}"
@@ -172,12 +174,12 @@ def settings_section(
     """Parallel coordinates and importance of the settings, over the runs that have ended."""
     compared = [run for run in best_first if run.ended and score(run, sweep) is not None]
     names = varied_settings(compared) if compared else []
-    own_metric = sweep is not None and sweep.metric != "val/accuracy" and any(run.trial for run in compared)
     signed = [score(run, sweep) or 0.0 for run in compared]
-    if own_metric and sweep is not None:
-        label, values = sweep.metric, signed if sweep.maximize else [-value for value in signed]
+    sign = 1 if sweep is None or sweep.maximize else -1
+    if sweep is not None and sweep.metric != "val/accuracy":
+        label, values = sweep.metric, [sign * value for value in signed]
     else:
-        label, values = "validation accuracy (%)", [100 * value for value in signed]
+        label, values = "validation accuracy (%)", [100 * sign * value for value in signed]
     shares = (
         importances([{name: run.settings.get(name) for name in names} for run in compared], values) if names else {}
     )

@@ -23,6 +23,21 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A sweep's file. metric: as in W&B, for example "val/accuracy"; maximize: whether a larger value is better.
+
+    name: unique among the sweeps read together. logarithmic: the parameters that have a logarithmic distribution.
+    """
+
+    name: str
+    path: Path
+    method: str
+    metric: str
+    maximize: bool
+    logarithmic: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Trial:
     """A sweep's record of one of its runs. value: of the sweep's metric, None if there is none."""
 
@@ -41,7 +56,7 @@ class RunRecord:
     settings: include the learning rate that was used if lr is null. epochs: a dict per finished epoch with epoch, step,
     seconds, train and val (figures by name). log: the training lines, with progress in epochs if it is known. best, test: as in
     summary.json; without a summary, best is that of the epochs. facts: the rest of the summary, and image_size, the side of
-    the model's input in pixels.
+    the model's input in pixels. sweep: the sweep whose folder holds the run; trial: the sweep's record of the run.
     """
 
     name: str
@@ -55,6 +70,7 @@ class RunRecord:
     test: Line | None = None
     facts: Line = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sweep: Sweep | None = None
     trial: Trial | None = None
 
     @property

@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.common.console import duration, percent
 from pipeline.report.comparison import repeated, score, setting_text, strategy, varied_settings
-from pipeline.report.read_runs import RunRecord, number
-from pipeline.report.read_sweeps import Sweep
+from pipeline.report.read_runs import RunRecord, Sweep, number
 
 ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table in any case
 MOST_CONFUSIONS = 10
@@ -132,17 +131,21 @@ def comparison_table(runs: Sequence[RunRecord], target: float | None) -> Table:
 
 
 def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: float | None) -> Table:
-    """The runs from best to worst, with the settings in which they differ. A run without a score has no rank."""
+    """The runs from best to worst, with the settings in which they differ. A run without a score has no rank.
+
+    Runs of several sweeps, or of a sweep and from elsewhere, have a column with the name of their sweep.
+    """
     names = list(ALWAYS_RANKED_BY) + [name for name in varied_settings(best_first) if name not in ALWAYS_RANKED_BY]
-    has_own_metric = sweep is not None and any(run.trial is not None for run in best_first)
-    metric = sweep.metric if sweep is not None and has_own_metric else "validation accuracy"
-    own_column = has_own_metric and metric != "val/accuracy"
+    sweep_column = len({run.sweep for run in best_first}) > 1
+    metric = sweep.metric if sweep is not None else "validation accuracy"
+    own_column = sweep is not None and metric != "val/accuracy"
     rows = []
     for rank, run in enumerate(best_first, 1):
         value = score(run, sweep)
         cells = [
             count(rank if value is not None and run.ended else None),
             words(run.name),
+            *((words("-" if run.sweep is None else run.sweep.name),) if sweep_column else ()),
             words(run.status),
             *(setting_cell(run.settings.get(name)) for name in names),
             *((count(None if run.trial is None else run.trial.value, ".4g"),) if own_column else ()),
@@ -152,12 +155,12 @@ def ranked_table(best_first: Sequence[RunRecord], sweep: Sweep | None, target: f
         ]
         cells += [words("yes" if is_over(run, target) else "no")] if target is not None else []
         rows.append(Row(tuple(cells), run.name, is_over(run, target)))
-    columns = ["rank", "run", "status", *(name.replace("_", " ") for name in names)]
+    columns = ["rank", "run", *(["sweep"] if sweep_column else []), "status", *(name.replace("_", " ") for name in names)]
     columns += [metric] if own_column else []
     columns += ["validation accuracy", "test accuracy", "time"]
     columns += [f"test accuracy at least {percent(target)}"] if target is not None else []
     over = sum(is_over(run, target) for run in best_first)
-    lowest = sweep is not None and has_own_metric and not sweep.maximize
+    lowest = sweep is not None and not sweep.maximize
     note = (
         f"Ranked by {metric}{', lowest first' if lowest else ''}. A ranking by validation does not use the test split, so the "
         "test accuracy of the first run is an unbiased estimate. Runs that failed, were interrupted or are running have no rank."
@@ -289,13 +292,14 @@ def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], swee
         "seconds", "images_per_second", "peak_memory_bytes", "num_parameters", "steps", "samples", "skipped_steps", "device",
         "num_processes",
     )  # fmt: skip
-    own = ("run", "folder", "status", "reason", "rank", "strategy", "finished_epochs", "image_size_used", "best_epoch")
+    own = ("run", "folder", "sweep", "status", "reason", "rank", "strategy", "finished_epochs", "image_size_used", "best_epoch")
     accuracies = ("best_val_accuracy", "best_val_loss", "test_accuracy", "test_top5_accuracy", "test_loss")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*own, *accuracies, *figures, *(f"setting_{name}" for name in names)])
     for run in runs:
-        values = [run.name, run.path, run.status, run.reason, rank.get(run.name), strategy(run), len(run.epochs)]
+        sweep_name = run.sweep.name if run.sweep is not None else None
+        values = [run.name, run.path, sweep_name, run.status, run.reason, rank.get(run.name), strategy(run), len(run.epochs)]
         values += [run.facts.get("image_size"), number(run.best, "epoch")]
         values += [run.val_accuracy, number(run.best, "loss")]
         values += [number(run.test, key) for key in ("accuracy", "top5_accuracy", "loss")]

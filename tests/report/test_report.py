@@ -343,6 +343,55 @@ def test_a_sweep_is_ranked_by_its_own_metric_and_shows_failed_trials(tmp_path: P
     assert "val/loss" in table.columns and "lowest first" in table.note
 
 
+def test_sweeps_beside_runs_and_nested_folders_are_found(tmp_path: Path):
+    runs = tmp_path / "runs"
+    write_run(runs / "single", (0.8,), optimizer="sgd")
+    sweep_folder(runs / "first", "minimize", "val/loss")
+    write_run(runs / "by" / "the" / "way" / "deep", (0.7,))
+    write_run(runs / "1" / "2" / "3" / "4" / "in reach", (0.6,))
+    for unseen in (runs / "1/2/3/4/5/too deep", runs / "single/inner", runs / ".hidden/run", runs / "wandb/run/files"):
+        write_run(unseen, (0.5,))
+    (runs / "loop").symlink_to(tmp_path)
+    (runs / "again").symlink_to(runs / "single")
+    records, sweep = read_records([runs])
+    assert sweep is None
+    assert [run.name for run in records] == ["single", "in reach", "deep", *(f"first/run-{place}" for place in range(7))]
+    best_first = ranked(records, None)
+    assert [run.name for run in best_first[:4]] == ["first/run-0", "first/run-1", "first/run-2", "single"]
+    table = ranked_table(best_first, sweep, None)
+    place = table.columns.index("sweep")
+    assert [row.cells[place].text for row in table.rows[:4]] == ["first", "first", "first", "-"]
+    assert "Ranked by validation accuracy." in table.note
+
+    with_the_sweep, _ = read_records([runs / "first" / "run-0", runs / "first", runs])
+    assert {run.name: run.sweep is not None for run in with_the_sweep} == {
+        run.name: run.sweep is not None for run in records
+    }
+
+
+def test_a_folder_of_one_sweep_is_ranked_by_the_sweeps_metric_and_several_sweeps_by_accuracy(tmp_path: Path):
+    sweep_folder(tmp_path / "a" / "trials", "minimize", "val/loss")
+    records, sweep = read_records([tmp_path])
+    assert sweep is not None and [run.name for run in ranked(records, sweep)][:2] == ["trials/run-3", "trials/run-4"]
+    assert "sweep" not in ranked_table(ranked(records, sweep), sweep, None).columns
+
+    sweep_folder(tmp_path / "b" / "trials")
+    records, sweep = read_records([tmp_path])
+    assert sweep is None
+    assert [run.name for run in ranked(records, sweep)][:4] == [
+        "a/trials/run-0", "a/trials/run-1", "a/trials/run-2", "b/trials/run-0",
+    ]  # fmt: skip
+    assert {run.sweep.name for run in records if run.sweep is not None} == {"a/trials", "b/trials"}
+
+
+def test_a_run_in_a_sweeps_folder_that_is_no_trial_has_a_rank_only_if_its_metric_is_known(tmp_path: Path):
+    for metric, goal, place in (("val/loss", "minimize", 6), ("val/accuracy", "maximize", 3)):
+        folder = sweep_folder(tmp_path / goal, goal, metric)
+        write_run(folder / "extra", (0.7,))
+        records, sweep = read_records([folder])
+        assert [run.name for run in ranked(records, sweep) if run.ended].index("extra") == place
+
+
 @pytest.mark.parametrize("higher_is_better, best", [(True, "run-0-parallel"), (False, "run-1-parallel")])
 def test_the_best_run_is_the_last_and_bluest_of_the_parallel_coordinates(higher_is_better, best, tmp_path):
     import matplotlib
