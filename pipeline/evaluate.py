@@ -5,13 +5,13 @@ calibration error over 15 bins of equal width (arXiv 1706.04599). `--tta flip` a
 its mirror image.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.common import console
+from pipeline.common.files import to_json
 from pipeline.settings.command_line import CommandParser, at_least, exit_status, one_of
 
 MOST_CLASSES_SHOWN = 20  # in the confusion matrix; with more classes the most confused pairs are shown
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_saved(args)
         end_process_group()
         if result is not None:
-            print(json.dumps(result) if args.json else report(result))
+            print(to_json(result) if args.json else report(result))
         return 0
 
     return exit_status(run)

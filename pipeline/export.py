@@ -23,6 +23,8 @@ def make_parser() -> CommandParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; default: RUN/export/FORMAT")
     text = "images, folders or quoted patterns for the check; default: images of the run's test split"
     parser.add_argument("--images", metavar="PATH", nargs="+", default=[], help=text)
+    text = "where the run's dataset is now, if it has moved"
+    parser.add_argument("--dataset", metavar="PATH", help=text)
     text = "upload the timm folder to the Hugging Face Hub, with the token of HF_TOKEN"
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help=text)
     parser.add_argument("--private", action="store_true", help="with --push_to_hub: create a private repository")
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--push_to_hub uploads the timm folder, not --format {args.format}. Remove --format.")
     if args.private and args.push_to_hub is None:
         raise ValueError("--private requires --push_to_hub.")
+    if args.dataset is not None and args.images:
+        raise ValueError("--images and --dataset both select the images of the check. Pass one of them.")
     from pipeline.inference.export_formats import (
         check_exportable,
         check_packages,
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.model} is not a run. Pass the folder to write with --output.")
         output = saved.run_dir / "export" / args.format
     check_replaceable(output)
-    facts = export(saved, args.format, images_for_check(saved, args.images), output)
+    facts = export(saved, args.format, images_for_check(saved, args.images, args.dataset), output)
     check = facts["check"]
     rows = [
         ("export", str(output)),

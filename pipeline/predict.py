@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.common import console
-from pipeline.common.files import written_aside
+from pipeline.common.files import to_json, written_aside
 from pipeline.settings.command_line import CommandParser, at_least, check_output, exit_status, one_of
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def json_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[
     def line(path: str, ranked: Ranked) -> str:
         top = [{"label": name, "class": number, "probability": value} for name, number, value in ranked]
         best = {"label": ranked[0][0], "probability": ranked[0][2]}
-        return json.dumps({"image": path, **best, "top": top}, ensure_ascii=False) + "\n"
+        return to_json({"image": path, **best, "top": top}, ensure_ascii=False) + "\n"
 
     return "", line
 

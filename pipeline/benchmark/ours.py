@@ -12,7 +12,6 @@ from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.run_folder.paths import name_run
 from pipeline.settings.parser import read_config
 from pipeline.training.build import Parts, assemble, check_settings, load_images
 from pipeline.training.loop import train_epoch
@@ -68,10 +67,9 @@ def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState
     if not torch.cuda.is_available():  # otherwise Accelerate does not connect processes on CPUs
         os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = make_accelerator(config)
-    config = name_run(config, accelerator)
     parts = assemble(config, accelerator)
     load_images(parts, accelerator)
-    run = TimedRun(parts.config, accelerator, system_facts(accelerator))
+    run = TimedRun(parts.config, accelerator, system_facts(accelerator), {"given": config.dataset})
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     run.begin(state)
     return parts, run, state

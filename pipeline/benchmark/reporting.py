@@ -1,6 +1,5 @@
 """The output of a benchmark: tables for the terminal, JSON lines and a chart, with the facts of the machine."""
 
-import json
 import platform
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.benchmark.measuring import Row, Section
-from pipeline.common.files import write_atomically, written_aside
+from pipeline.common.files import to_json, write_atomically, written_aside
 from pipeline.common.system import usable_cores
 
 CURVE_ROWS = 16  # rows of a curve in the terminal; the files have all
@@ -95,7 +94,7 @@ def text_of(section: Section) -> str:
 def write_lines(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
     """Writes a JSON object per row, with its section and the facts."""
     rows: list[Row] = [{"section": section.title, **row, **facts} for section in sections for row in section.rows]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
 
 
 def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:

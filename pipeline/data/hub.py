@@ -40,8 +40,9 @@ def read_hub_set(
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = str(error).rstrip(".")
         raise ValueError(
-            f"Could not load the Hub set {hub_id!r} from {endpoint}: {reason}. Check the name (no folder has that "
-            "name either). --hub_config picks one of several configs; a private or gated set needs HF_TOKEN; "
+            f"Could not load the Hub set {hub_id!r} from {endpoint}: {reason}. "
+            f"Check the name (there is no folder {os.path.abspath(hub_id)} either); --dataset names another. "
+            "--hub_config picks one of several configs; a private or gated set needs HF_TOKEN; "
             "HF_ENDPOINT names another Hub; without a network only a cached set (HF_HOME) can be used."
         ) from error
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -71,11 +71,14 @@ def check_dataset_name(name: str) -> None:
     if path.is_file():
         raise ValueError(f"Dataset {name!r} is a file. Pass the folder that contains the images, Parquet or Arrow files.")
     if name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1 or path.is_absolute():
-        raise ValueError(f"No folder {name!r}. Check the path (the working folder is {Path.cwd()}).")
+        raise ValueError(f"No folder {name!r}: {path.absolute()} does not exist. Pass the path of the dataset with --dataset.")
     if HUB_ID.fullmatch(name):
         return
     hint, known = did_you_mean(name, DATASETS), ", ".join(DATASETS)
-    raise ValueError(f"Unknown dataset {name!r}.{hint} Known: {known}; or a folder, or a Hub id (owner/name).")
+    raise ValueError(
+        f"Unknown dataset {name!r}.{hint} Known: {known}; or a folder (there is no {path.absolute()}), or a Hub id "
+        "(owner/name). Pass one with --dataset."
+    )
 
 
 def load_image_dataset(

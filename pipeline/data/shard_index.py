@@ -57,7 +57,10 @@ def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, labe
     try:
         builder = datasets.load_dataset_builder(hub_id, config)
     except load_errors() as error:
-        raise ValueError(f"Could not find the Hub set {hub_id!r}: {str(error).rstrip('.')}. Check the name.") from error
+        raise ValueError(
+            f"Could not find the Hub set {hub_id!r}: {str(error).rstrip('.')}. Check the name (there is no folder "
+            f"{os.path.abspath(hub_id)} either); --dataset names another."
+        ) from error
     return _stream_files(builder, f"The Hub set {hub_id}", row, label_column)
 
 

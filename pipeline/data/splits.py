@@ -121,7 +121,7 @@ class Split:
 
     def _take_fingerprint(self) -> tuple[str, int]:
         digest, num_bytes = hashlib.sha256(), 0
-        data, path = self._image_fields()
+        data, path = self.image_fields()
         for chunk in data.chunks:
             for part in _logical_bytes(chunk):
                 digest.update(part)
@@ -169,11 +169,11 @@ class Split:
     def _image(self, row: int) -> tuple[bytes | None, str | None]:
         """The bytes of an image in the table, else the path of its file."""
         index = int(self._rows[row])
-        data, path = self._image_fields()
+        data, path = self.image_fields()
         encoded = data[index].as_py()
         return (encoded, None) if encoded is not None else (None, path[index].as_py())
 
-    def _image_fields(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    def image_fields(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         if self._fields is None:
             images = getattr(self.table, "table", self.table).column(self.column)
             names = [field.name for field in images.type]

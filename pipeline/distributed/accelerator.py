@@ -21,6 +21,7 @@ from pipeline.distributed import fsdp
 from pipeline.distributed.sync_batchnorm import convert_batchnorm
 from pipeline.settings.config import Config
 
+PRECISIONS = ("no", "fp16", "bf16")
 FEWEST_SAFE_CHANNELS = 16  # of the input of a strided 1x1 convolution in channels_last on a CPU
 TIMEOUT = timedelta(hours=1)  # of collective operations: one process of a machine may be downloading the dataset
 
@@ -43,6 +44,17 @@ def make_accelerator(config: Config, device: str = "auto") -> Accelerator:
         accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, timeout])
     if device not in ("auto", accelerator.device.type):
         raise ValueError(f"No device {device} was found, only {accelerator.device.type}. Use --device auto or cpu.")
+    if accelerator.gradient_accumulation_steps != 1:  # Accelerate would divide every gradient by it
+        accelerator.gradient_accumulation_steps = 1
+        if accelerator.is_main_process:
+            console.warn(
+                "The launcher's gradient_accumulation_steps has no effect: batch_size is that of an optimizer step. To limit the "
+                "images in memory, use --micro_batch_size."
+            )
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"The launcher's mixed_precision is {accelerator.mixed_precision}; it must be one of {', '.join(PRECISIONS)}."
+        )
     check_sharding(config, accelerator)
     check_layer_synchronization(config, accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -140,6 +152,14 @@ def check_sharding(config: Config, accelerator: Accelerator) -> None:
             )
 
 
+def largest(accelerator: Accelerator, *numbers: int) -> list[int]:
+    """The maximum of each number over all ranks, on every rank. Every rank must call it."""
+    if accelerator.num_processes == 1:
+        return list(numbers)
+    gathered = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return [int(number) for number in gathered.amax(dim=0)]
+
+
 def processes_here(accelerator: Accelerator) -> int:
     """The number of processes on this machine, which share its cores; all processes if the launcher does not set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
@@ -147,6 +167,11 @@ def processes_here(accelerator: Accelerator) -> int:
 
 def will_be_sharded(accelerator: Accelerator) -> bool:
     return fsdp.is_requested() and accelerator.num_processes > 1
+
+
+def launch_facts(accelerator: Accelerator) -> dict[str, Any]:
+    """What the launcher and the machine decide, apart from the precision, which is a setting."""
+    return {"device": accelerator.device.type, "FSDP": will_be_sharded(accelerator)}
 
 
 def prepared(
@@ -158,6 +183,11 @@ def prepared(
         return model, accelerator.prepare_optimizer(optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     return model, optimizer
+
+
+def with_precision(config: Config, accelerator: Accelerator) -> Config:
+    """The settings with mixed_precision filled in: the launcher may have set it, and a run keeps it on resume."""
+    return dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
 
 
 def with_channels_last(config: Config, model: nn.Module, accelerator: Accelerator) -> Config:

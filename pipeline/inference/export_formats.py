@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common.files import folder_written_aside, write_json
+from pipeline.data.fingerprint import fingerprint
 from pipeline.data.from_settings import load_data
 from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.decode import BadImage
 from pipeline.inference.prediction import find_images, read_file, read_image, to_input
 from pipeline.inference.saved_model import SavedModel
 from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
+from pipeline.run_folder.dataset_record import check_own_dataset
 from pipeline.settings.command_line import CommandFailed
 
 PREPROCESSING_FILE = "preprocessing.json"
@@ -128,10 +130,10 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
+def images_for_check(saved: SavedModel, places: Sequence[str], moved_to: str | None = None) -> Tensor:
     """Model input of at most 32 real images [B, C, S, S]: of `places` if given, else evenly spaced in the run's test split.
 
-    Raises ValueError if there is no image, or one cannot be read.
+    moved_to: the folder of the run's dataset, if it has moved. Raises ValueError if there is no image, or one cannot be read.
     """
     if places:
         paths, problems, _ = find_images(places)
@@ -142,7 +144,12 @@ def images_for_check(saved: SavedModel, places: Sequence[str]) -> Tensor:
         images = [image for image in read if isinstance(image, Tensor)]
     elif saved.config is not None:
         config = dataclasses.replace(saved.config, mixed_precision="no", loader="auto")
-        test = load_data(config, make_accelerator(config, "cpu")).test
+        if moved_to is not None:
+            config = dataclasses.replace(config, dataset=moved_to)
+        dataset = load_data(config, make_accelerator(config, "cpu"))
+        if saved.run_dir is not None:
+            check_own_dataset(saved.run_dir, {"given": config.dataset, **fingerprint(dataset)})
+        test = dataset.test
         try:
             images = [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]
         except BadImage as error:

@@ -29,17 +29,21 @@ class Mistake:
     png: bytes
 
 
-def most_confident_mistakes(run_dir: Path, how_many: int) -> tuple[list[Mistake], int]:
+def most_confident_mistakes(
+    run_dir: Path, how_many: int, moved_to: str | None = None
+) -> tuple[list[Mistake], int]:
     """The `how_many` mistakes of the highest confidence, in decreasing order, and the number of all mistakes.
 
-    Evaluates the model of model/ in fp32 on the dataset of config.yaml. Raises ValueError if one of the two is missing or
-    their classes differ, CommandFailed for an image that cannot be read.
+    Evaluates the model of model/ in fp32 on the dataset of config.yaml; moved_to: its folder, if it has moved. Raises
+    ValueError if the model or the dataset is missing or the dataset has changed, CommandFailed for an image that cannot be read.
     """
     saved = load_saved_model(str(run_dir))
     if saved.config is None:
         raise ValueError(f"{run_dir} has no config.yaml, which names its dataset. Pass the folder of a run.")
     # the machine of the report may not support the run's precision or compilation
     config = dataclasses.replace(saved.config, mixed_precision="no", compile=False, gradient_checkpointing=False)
+    if moved_to is not None:
+        config = dataclasses.replace(config, dataset=moved_to)
     on_split = put_on_split(saved, config, "test")
     dataset = on_split.dataset
     if saved.label_names != dataset.class_names:

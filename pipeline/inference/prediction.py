@@ -124,7 +124,8 @@ def predict_batch(
     best: Iterator[tuple[tuple[int, ...], tuple[float, ...]]] = iter(())
     if images:
         probabilities = probabilities_of(model, to_input(images, preprocessing, device))
-        values, classes = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+        # stable: of equal probabilities the first class, as in evaluation
+        values, classes = (part[:, :top_k] for part in probabilities.sort(dim=1, descending=True, stable=True))
         best = zip(map(tuple, classes.tolist()), map(tuple, values.tolist()))
     return [
         Prediction(path, problem=image) if isinstance(image, str) else Prediction(path, *next(best))

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pipeline.common import console
+from pipeline.data.fingerprint import dataset_folder, fingerprint
 from pipeline.data.from_settings import load_data, load_for_evaluation
 from pipeline.data.image_dataset import ImageDataset, check_dataset_name
 from pipeline.data.shards import StreamedSplit
@@ -23,6 +24,7 @@ from pipeline.inference.class_matching import ClassMatch, match_classes
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.loaders.build import make_loader
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.run_folder.dataset_record import check_own_dataset, differences, read_record
 from pipeline.settings.command_line import CommandFailed
 from pipeline.settings.config import Config
 from pipeline.training.evaluation import evaluate
@@ -72,12 +74,14 @@ def put_on_split(
     """Loads the dataset of the settings and matches its classes to those of the model. Every rank must call it.
 
     own_set: whether it is the dataset of the model's run; flip: as in EvaluatedModel. split: train, val, test or all; None is
-    test, of another dataset without splits all. Raises ValueError if model and dataset do not fit together, CommandFailed for
-    an image that cannot be read.
+    test, of another dataset without splits all. Raises ValueError if model and dataset do not fit together or the run's
+    dataset has changed, CommandFailed for an image that cannot be read.
     """
     accelerator = make_accelerator(config, device)
     if own_set:
         dataset, split = load_data(config, accelerator), split or "test"
+        if saved.run_dir is not None:
+            check_own_dataset(saved.run_dir, {"given": config.dataset, **fingerprint(dataset)})
         images = all_images(dataset) if split == "all" else getattr(dataset, split)
     else:
         dataset, split = load_for_evaluation(config, split, accelerator)
@@ -121,7 +125,8 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
         check_dataset_name(args.dataset)
     saved = load_saved_model(args.model)
     config = settings_of(saved, args)
-    own_set, flip = args.dataset is None, args.tta == "flip"
+    moved = settings_of_moved(saved, args)
+    config, own_set, flip = moved or config, args.dataset is None or moved is not None, args.tta == "flip"
     on_split = put_on_split(saved, config, args.split, device=args.device, own_set=own_set, flip=flip)
     accelerator, dataset = on_split.accelerator, on_split.dataset
     calibration = zero_calibration(accelerator.device)
@@ -145,6 +150,24 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
         **system_facts(accelerator),
     }
     return result if accelerator.is_main_process else None
+
+
+def settings_of_moved(saved: SavedModel, args: argparse.Namespace) -> Config | None:
+    """The run's settings, if --dataset is the folder to which the dataset of the run has moved, else None.
+
+    Every rank must call it.
+    """
+    folder = None if args.dataset is None else dataset_folder(args.dataset)
+    record = None if saved.run_dir is None else read_record(saved.run_dir)
+    if saved.config is None or record is None or record["path"] is None or folder is None or args.label_column is not None:
+        return None
+    config = settings_of(saved, argparse.Namespace(**{**vars(args), "dataset": None, "hub_config": None}))
+    config = dataclasses.replace(config, dataset=folder)
+    try:
+        dataset = load_data(config, make_accelerator(config, args.device))
+    except ValueError:  # another dataset, for example too small for the settings of the run
+        return None
+    return None if differences(record, fingerprint(dataset)) else config
 
 
 def settings_of(saved: SavedModel, args: argparse.Namespace) -> Config:

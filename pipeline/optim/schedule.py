@@ -28,12 +28,15 @@ def step(progress: float, history: History, config: Config) -> float:
 
 
 def plateau(progress: float, history: History, config: Config) -> float:
-    """gamma ** (number of plateaus); a plateau is more than plateau_patience epochs in a row without a better value."""
+    """gamma ** (number of plateaus); a plateau is plateau_patience epochs in a row without a better value.
+
+    Counted as in early stopping. torch's ReduceLROnPlateau needs one epoch more for the same patience.
+    """
     best, bad_epochs, scale = -math.inf, 0, 1.0
     for value in monitored(history, config):
         bad_epochs = 0 if value > best else bad_epochs + 1
         best = max(best, value)
-        if bad_epochs > config.plateau_patience:
+        if bad_epochs >= config.plateau_patience:
             scale, bad_epochs = max(scale * config.gamma, config.min_lr_scale), 0
     return scale
 
@@ -84,10 +87,19 @@ def lr_scale(progress: float, history: History, config: Config) -> float:
 
 
 def monitored(history: History, config: Config) -> list[float]:
-    """The monitored value of each epoch, signed so that larger is better; the better of the weights and their average."""
-    sign = 1.0 if config.monitor == "accuracy" else -1.0
+    """The monitored value of each epoch, signed so that larger is better; the better of the weights and their average.
+
+    A value that is not finite becomes -inf, so that it ranks last.
+    """
     kinds = ("val", "val_ema")
-    return [max(sign * epoch[kind][config.monitor] for kind in kinds if kind in epoch) for epoch in history]
+    return [max(signed(epoch[kind][config.monitor], config) for kind in kinds if kind in epoch) for epoch in history]
+
+
+def signed(value: float | None, config: Config) -> float:
+    """The value, or its negative for a loss; -inf for NaN, infinity and what a checkpoint holds for them, None."""
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return value if config.monitor == "accuracy" else -value
 
 
 def best_kind(entry: dict[str, Any], config: Config) -> str:
@@ -100,14 +112,15 @@ def best_kind(entry: dict[str, Any], config: Config) -> str:
 
 
 def best_epoch(history: History, config: Config) -> int | None:
-    """The index of the epoch with the best monitored value, the first of equals; None before the first epoch has ended."""
+    """The index of the epoch with the best monitored value, the first of equals; None before the first finite value."""
     values = monitored(history, config)
-    return values.index(max(values)) if values else None
+    best = max(values, default=-math.inf)
+    return values.index(best) if best > -math.inf else None
 
 
 def should_stop_early(history: History, config: Config) -> bool:
-    """Whether early_stopping_patience epochs have passed since the best one."""
-    best = best_epoch(history, config)
-    if best is None or config.early_stopping_patience is None:
+    """Whether early_stopping_patience epochs have passed since the best one, or since the start while none had a finite value."""
+    if config.early_stopping_patience is None:
         return False
-    return len(history) - 1 - best >= config.early_stopping_patience
+    best = best_epoch(history, config)
+    return len(history) - (0 if best is None else best + 1) >= config.early_stopping_patience

@@ -33,6 +33,8 @@ def make_parser() -> CommandParser:
     parser.add_argument("--target", type=fraction, metavar="FRACTION", help=text)
     text = "show the best run's N most confident mistakes; loads its model and dataset"
     parser.add_argument("--mistakes", type=at_least(0), default=0, metavar="N", help=text)
+    text = "with --mistakes: where that run's dataset is now, if it has moved"
+    parser.add_argument("--dataset", metavar="PATH", help=text)
     return parser
 
 
@@ -52,9 +54,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             (aside / name).write_bytes(content)
 
 
-def write_report(paths: Sequence[Path], output: Path, target: float | None, num_mistakes: int) -> str:
+def write_report(
+    paths: Sequence[Path], output: Path, target: float | None, num_mistakes: int, moved_to: str | None
+) -> str:
     """Reads the runs, writes the report and returns a line about it. Raises ValueError before writing for invalid input."""
     check_output(output)
+    if moved_to is not None and not num_mistakes:
+        raise ValueError("--dataset is read for --mistakes only. Add --mistakes N, or remove it.")
     runs, sweep = read_records(paths)
     mistakes = None
     if num_mistakes:
@@ -63,7 +69,7 @@ def write_report(paths: Sequence[Path], output: Path, target: float | None, num_
             raise ValueError("--mistakes requires a tested run, and none of these runs was tested. Remove --mistakes.")
         from pipeline.inference.mistakes import most_confident_mistakes
 
-        mistakes = most_confident_mistakes(tested.path, num_mistakes)
+        mistakes = most_confident_mistakes(tested.path, num_mistakes, moved_to)
     report = make_report(runs, sweep, target, mistakes)
     files = {
         PAGE: html_page(report.page, report.looks).encode(),
@@ -77,7 +83,7 @@ def write_report(paths: Sequence[Path], output: Path, target: float | None, num_
 def run(args: argparse.Namespace) -> int:
     """Writes the report and prints its path. Raises ValueError for invalid input, CommandFailed if it cannot be written."""
     try:
-        print(write_report(args.paths, args.output, args.target, args.mistakes))
+        print(write_report(args.paths, args.output, args.target, args.mistakes, args.dataset))
     except OSError as error:
         raise CommandFailed(f"The report could not be written: {error}") from error
     return 0

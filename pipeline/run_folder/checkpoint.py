@@ -5,6 +5,7 @@ checkpoints/step-<8 digits>/   *.safetensors, state.json (facts, and the size an
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.common.files import folder_written_aside, remove_folder, tidy, write_json
+from pipeline.common.files import finite, folder_written_aside, remove_folder, tidy, write_json
 
 Tensors = dict[str, Tensor]
 
@@ -27,31 +28,52 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, Tensors], facts: dict[str, Any]) -> Path:
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: Mapping[str, Tensors], facts: dict[str, Any], same_tensors: bool = False
+) -> Path:
     """Writes checkpoints/step-<step>: one safetensors file per entry of `tensors`, and `facts` in state.json.
 
-    Returns the folder. Raises OSError (a full disk, a read-only or missing folder) and then leaves the previous files unchanged.
+    It replaces a checkpoint of this step. same_tensors: that checkpoint contains the same tensors, and its files are linked
+    instead of written, if the file system has hard links. Returns the folder. Raises OSError (a full disk, a read-only or
+    missing folder) and then leaves the previous files unchanged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     final = checkpoint_path(run_dir, step)
     final.parent.mkdir(exist_ok=True)  # without parents: if run_dir is missing, a network drive may be unmounted
     tidy(final.parent, alone=True)
     try:
-        # a signal between the last batch and the end of an epoch saves the same step twice
+        # each epoch's last step is saved twice: before and after the validation
         with folder_written_aside(final, alone=True) as aside:
-            for name, content in tensors.items():
-                # safetensors rejects channels-last and shared tensors
-                save_file(
-                    {key: value.detach().contiguous() for key, value in content.items()}, aside / f"{name}.safetensors"
-                )
-            files = {path.name: file_facts(path) for path in sorted(aside.iterdir())}
-            state = {"format": FORMAT, "step": step, "files": files, **facts}
+            files = (link_files(final, aside) if same_tensors else None) or write_files(aside, tensors)
+            state = finite({"format": FORMAT, "step": step, "files": files, **facts})
             write_json(aside / "state.json", {**state, "sha256": own_sha256(state)})
     except SafetensorError as error:  # safetensors raises it for a full disk
         raise OSError(str(error)) from error
     return final
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensors]) -> dict[str, Any]:
+    """Writes a safetensors file for each entry; returns the size and SHA-256 of each file."""
+    from safetensors.torch import save_file
+
+    for name, content in tensors.items():
+        # safetensors refuses channels-last and shared tensors
+        save_file({key: value.detach().contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
+    return {path.name: file_facts(path) for path in sorted(folder.iterdir())}
+
+
+def link_files(source: Path, folder: Path) -> dict[str, Any] | None:
+    """Links the files of a checkpoint into a folder. Returns their sizes and hashes in its state.json; None on failure."""
+    try:
+        files: dict[str, Any] = json.loads((source / "state.json").read_text())["files"]
+        for name in files:
+            os.link(source / name, folder / name)
+        return files
+    except (OSError, ValueError, KeyError):  # the file system has no hard links, or the folder is missing
+        for path in folder.iterdir():
+            path.unlink()
+        return None
 
 
 def recover(run_dir: Path) -> None:
@@ -92,6 +114,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
         if file_facts(folder / name) != expected:
             raise BadCheckpoint(f"{folder}: {name} is damaged (size or SHA-256 mismatch)")
     return facts
+
+
+def recorded_dataset(folder: Path) -> dict[str, Any] | None:
+    """The record of the dataset in a checkpoint that has been verified; None in one of an earlier version."""
+    record = json.loads((folder / "state.json").read_text()).get("dataset")
+    return record if isinstance(record, dict) else None
 
 
 def read_tensors(folder: Path, name: str) -> Tensors:

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from pipeline.run_folder.paths import cannot_write
+
 BEAT_SECONDS = 5.0
 SILENT_BEATS = 3  # a holder on another machine is treated as dead after so many intervals without a heartbeat
 LENGTH = 256  # bytes of the file; constant, so that a reader never sees parts of two heartbeats
@@ -33,9 +35,7 @@ class RunLock:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(
-                f"Cannot write into {run_dir} ({error.strerror}). Make it writable, or choose another output_dir."
-            ) from error
+            raise cannot_write(run_dir, error) from error
         self.beats = 0
         if not self.take():
             os.close(self.file)

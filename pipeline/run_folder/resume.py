@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +35,33 @@ def changed_settings(recorded: Mapping[str, Any], config: Config) -> str:
     its default.
     """
     now, defaults = fixed_settings(config), fixed_settings(DEFAULTS)
-    if config.batch_size is None:  # null resolves to the same value again
-        now.pop("batch_size")
+    for name in ("batch_size", "mixed_precision"):  # null resolves to the same value again
+        if now[name] is None:
+            now.pop(name)
+    if recorded.get("mixed_precision") is None:  # an earlier version wrote null, whatever the launcher chose
+        now.pop("mixed_precision", None)
+    for name in ("dataset", "init_from"):
+        if is_same_path(recorded.get(name), now[name], may_move=name == "dataset"):
+            now.pop(name)
     pairs = {name: (recorded.get(name, defaults[name]), now[name]) for name in FIELDS if name in now}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
+
+
+def is_same_path(recorded: Any, now: Any, may_move: bool) -> bool:
+    """Whether two settings are the same path, which earlier versions recorded as it was passed.
+
+    may_move: whether any two absolute paths will do, as of a dataset, whose images are compared instead.
+    """
+    if not isinstance(recorded, str) or not isinstance(now, str) or not os.path.isabs(now):
+        return False
+    return os.path.abspath(os.path.expanduser(recorded)) == now or may_move and os.path.isabs(recorded)
+
+
+def is_moved(config: Config) -> bool:
+    """Whether the settings name another folder of the dataset than the run's config.yaml."""
+    path = config.run_dir / "config.yaml"
+    recorded = from_yaml(path).dataset if path.is_file() else config.dataset
+    return recorded != config.dataset and not is_same_path(recorded, config.dataset, may_move=False)
 
 
 def check_same_settings(config: Config) -> None:

@@ -204,8 +204,7 @@ class Config:
     )
     plateau_patience: int = setting(
         5,
-        "With `scheduler plateau`: lower the learning rate after more than this many epochs in a row without a better monitored "
-        "value.",
+        "With `scheduler plateau`: lower the learning rate after this many epochs in a row without a better monitored value.",
         at_least=1,
     )
     min_lr_scale: float = setting(
@@ -239,7 +238,8 @@ class Config:
     )
     early_stopping_patience: int | None = setting(
         None,
-        "Stop the run when this many epochs have passed since the best monitored value. `null` never stops early.",
+        "Stop the run after this many epochs in a row without a better monitored value, counted as in `plateau_patience`. `null` "
+        "never stops early.",
         at_least=1,
     )
     monitor: Literal["accuracy", "loss"] = setting(

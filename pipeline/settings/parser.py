@@ -1,6 +1,7 @@
 """Parses settings from the defaults, a YAML file and the command line, with one grammar. Errors are one line."""
 
 import argparse
+import os
 import re
 import sys
 import types
@@ -15,6 +16,8 @@ from pipeline.common import console
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.checks import check_limits
 from pipeline.settings.config import DEFAULTS, FIELDS, SECTIONS, TYPES, Config
+
+RUN_MARKS = (".lock", "metrics.jsonl", "checkpoints")  # of a run's folder, beside config.yaml
 
 
 class SettingsLoader(yaml.SafeLoader):
@@ -62,8 +65,21 @@ def make_parser() -> Any:
         default = getattr(DEFAULTS, name)
         limits = limits_in_words(field.metadata["limits"])
         text = f"{field.metadata['help']} Must be {limits}." if limits else field.metadata["help"]
-        group.add_argument(f"--{name}", type=TYPES[name], default=default, metavar=name.upper(), help=text)
+        group.add_argument(f"--{name}", type=accepted(name), default=default, metavar=name.upper(), help=text)
     return parser
+
+
+def accepted(name: str) -> Any:
+    """The type of a command-line option: a setting with the value `no` also accepts False.
+
+    YAML 1.1 reads `no` and `off` as False, so `wandb agent` passes `mixed_precision: no` as --mixed_precision=False.
+    """
+    return TYPES[name] | Literal[False] if says_no(name) else TYPES[name]
+
+
+def says_no(name: str) -> bool:
+    """Whether `no` is one of the values of a setting."""
+    return "no" in choices(TYPES[name])
 
 
 def limits_in_words(limits: dict[str, float]) -> str:
@@ -130,7 +146,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def read_config(arguments: list[str]) -> Config:
     """The settings of the arguments. Raises ValueError, with a one-line message, if they are invalid."""
     try:
-        values = vars(make_parser().parse_args(arguments))
+        values = vars(make_parser().parse_args(in_own_folder(arguments)))
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error))) from error
     values = {name: values[name] for name in FIELDS}
@@ -139,8 +155,28 @@ def read_config(arguments: list[str]) -> Config:
     return config
 
 
+def in_own_folder(arguments: list[str]) -> list[str]:
+    """The arguments, with the output_dir and run_name of its folder after each `--config` that names the config.yaml of a run.
+
+    So a run resumes from any working folder, and after its folder has moved. Later arguments override them.
+    """
+    placed: list[str] = []
+    for number, argument in enumerate(arguments):
+        placed.append(argument)
+        name, _, value = argument.partition("=")
+        if name != "--config" and arguments[number - 1 : number] != ["--config"]:
+            continue
+        path = Path(value if name == "--config" else argument).expanduser()
+        if path.name == "config.yaml" and any((path.parent / mark).exists() for mark in RUN_MARKS):
+            run_dir = Path(os.path.abspath(path)).parent if path.parent.name in ("", "..") else path.parent
+            placed += [f"--output_dir={run_dir.parent}", f"--run_name={run_dir.name}"]
+    return placed
+
+
 def as_declared(name: str, value: Any) -> Any:
-    """Converts a whole number to float for a float setting; other values are unchanged."""
+    """Converts a whole number to float for a float setting, and False to the word no; other values are unchanged."""
+    if value is False and says_no(name):
+        return "no"
     return float(value) if TYPES[name] in (float, float | None) and value is not None else value
 
 

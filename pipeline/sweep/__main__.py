@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.common import console
 from pipeline.common.files import write_atomically
 from pipeline.common.stopping import Signals
 from pipeline.common.system import usable_cores
@@ -187,6 +188,12 @@ def check_names(configs: Sequence[Any]) -> None:
         check_settings(config)
 
 
+def reversed_warning(sweep: Sweep) -> str:
+    goal, other = ("maximize", "minimize") if sweep.maximize else ("minimize", "maximize")
+    origin = "is" if "goal" in sweep.content["metric"] else "is not set, and its default is"
+    return f"The goal of {sweep.metric} {origin} {goal}: the worst trial ranks first. Write goal: {other} to find the best."
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the sweep and prints its table. Raises ValueError for an invalid file or settings, CommandFailed after that."""
     sweep, study, folder = prepare(args)
@@ -194,10 +201,10 @@ def run(args: argparse.Namespace) -> int:
 
     from pipeline.sweep.table import result_table, rows_of
 
-    print(
-        f"sweep      {sweep.name}: {sweep.method}, {study.limit} trials, {sweep.metric}\nfolder     {folder}",
-        flush=True,
-    )
+    print(f"sweep      {sweep.name}: {sweep.method}, {study.limit} trials, {sweep.aim}", flush=True)
+    if sweep.is_reversed:
+        console.warn(reversed_warning(sweep))
+    print(f"folder     {folder}", flush=True)
     try:
         signal_number = Agent(sweep, study, folder, args.num_parallel).run()
         rows = rows_of(study.places(), sweep)

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.config import FIELDS, Config
-from pipeline.settings.parser import read_config
+from pipeline.settings.parser import as_declared, read_config, says_no
 from pipeline.sweep.space import Space, read_parameter
 
 # apiVersion to description affect W&B only
@@ -75,6 +75,17 @@ class Sweep:
     program: str
     hyperband: Hyperband | None
     limit: int | None
+
+    @property
+    def aim(self) -> str:
+        """Goal and metric, such as `maximize val/accuracy`."""
+        worst = f" (the {'highest' if self.maximize else 'lowest'} ranks first)" if self.is_reversed else ""
+        return f"{GOALS[self.maximize]} {self.metric}{worst}"
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the goal is the lowest accuracy or the highest loss."""
+        return self.maximize == self.metric.endswith("loss")
 
     @property
     def fixed_content(self) -> dict[str, Any]:
@@ -169,10 +180,20 @@ def read_space(parameters: Any) -> Space:
             raise ValueError(f"Unknown setting {name!r} in parameters.{did_you_mean(str(name), FIELDS)}")
         if name in OURS:
             raise ValueError(f"{name} cannot be a parameter: the sweep sets it for each trial.")
-    space = Space(tuple(read_parameter(name, spec) for name, spec in parameters.items()))
+    space = Space(tuple(read_parameter(name, with_words(name, spec)) for name, spec in parameters.items()))
     if "output_dir" in space.varied:
         raise ValueError("output_dir cannot be varied: the folders of all trials are in the sweep's folder.")
     return space
+
+
+def with_words(name: str, spec: Any) -> Any:
+    """A parameter's keys with False replaced by `no`, which YAML 1.1 reads as False, if that is a value of the setting."""
+    if not isinstance(spec, dict) or not says_no(name):
+        return spec
+    values = {key: as_declared(name, spec[key]) for key in ("value",) if key in spec}
+    if isinstance(spec.get("values"), list):
+        values["values"] = [as_declared(name, value) for value in spec["values"]]
+    return {**spec, **values}
 
 
 def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:

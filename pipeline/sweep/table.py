@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from pipeline.common import console
-from pipeline.common.files import write_atomically
+from pipeline.common.files import to_json, write_atomically
 from pipeline.sweep.file import Sweep
 from pipeline.sweep.study import STATUS, reported
 from pipeline.sweep.trials import best_value
@@ -56,7 +55,7 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]], sweep: Sweep) ->
     writer.writeheader()
     for row in ranked(rows, sweep):
         writer.writerow({**row, **row["params"], sweep.metric: row["value"]})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(to_json(row) + "\n" for row in rows)
     write_atomically(folder / "trials.jsonl", lines.encode())
     write_atomically(folder / "results.csv", text.getvalue().encode())
 

@@ -151,7 +151,7 @@ def read_history(run_dir: Path, metric: str) -> list[float]:
     for line in whole_lines(run_dir / "metrics.jsonl"):
         is_epoch = line.get("event") == "epoch"
         if line.get("split") == split.removesuffix("_epoch") and is_epoch == split.endswith("_epoch") and key in line:
-            values.append(float(line[key]))
+            values.append(math.nan if line[key] is None else float(line[key]))  # null stands for NaN and infinity
     return values
 
 

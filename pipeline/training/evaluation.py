@@ -1,42 +1,87 @@
 """Evaluation: exact sums and counts over a split, for any number of processes."""
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pipeline.common.stopping import Interrupted, Signals
+from pipeline.distributed.accelerator import largest
 from pipeline.distributed.fsdp import is_sharded
-from pipeline.loaders.loader import Loader
+from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.training.metrics import add_batch, add_calibration, add_confusion, figures, zero_sums
 
+AGREE_EVERY_BATCHES = 10  # batches of a rank between two agreements of several processes on whether to stop
+
 
 def evaluate(
-    model: nn.Module, loader: AnyLoader, accelerator: Accelerator, calibration: Tensor | None = None
+    model: nn.Module,
+    loader: AnyLoader,
+    accelerator: Accelerator,
+    calibration: Tensor | None = None,
+    signals: Signals | None = None,
 ) -> tuple[dict[str, float | int], Tensor]:
     """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
 
     Every rank must call it, with the unwrapped model. calibration: bins from metrics.zero_calibration; this rank's samples
-    are added to them in place.
+    are added to them in place. signals: if one of the ranks receives a signal, every rank raises Interrupted.
     """
     sums = zero_sums(accelerator.device)
     confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
     was_training = model.training
     model.eval()
-    num_batches, sharded = 0, is_sharded(model)
+    sharded = is_sharded(model)
+    batches = padded_batches(loader) if sharded else loader.eval_epoch()
     # FSDP2 cannot train with weights that it gathered in inference mode
     with torch.no_grad() if sharded else torch.inference_mode():
-        for images, labels in loader.eval_epoch():
+        for images, labels in until_signal(batches, signals, accelerator):
             with accelerator.autocast():
                 logits = model(images).float()
-            num_batches += 1
+            if not len(labels):
+                continue
             add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
             add_confusion(confusion, logits, labels)
             if calibration is not None:
                 add_calibration(calibration, logits, labels)
-        if sharded:  # every rank takes part in each forward pass of any rank
-            assert isinstance(loader, Loader), "a stream of a sharded model is refused earlier"
-            for _ in range(loader.most_eval_batches() - num_batches):
-                model(loader.blank_image())
     model.train(was_training)
     return figures(accelerator.reduce(sums)), accelerator.reduce(confusion)
+
+
+def padded_batches(loader: AnyLoader) -> Iterator[Batch]:
+    """The batches of eval_epoch, then blank images without labels, as many batches as the rank with most batches has.
+
+    Every rank takes part in each forward pass of a sharded model.
+    """
+    assert isinstance(loader, Loader), "a stream of a sharded model is refused earlier"
+    number = 0
+    for number, (images, labels) in enumerate(loader.eval_epoch(), 1):
+        yield images, labels
+    for _ in range(loader.most_eval_batches() - number):
+        yield loader.blank_image(), loader.labels[:0]
+
+
+def until_signal(batches: Iterator[Batch], signals: Signals | None, accelerator: Accelerator) -> Iterator[Batch]:
+    """Yields the batches. Raises Interrupted between two of them, on every rank, if one of the ranks received a signal.
+
+    Several ranks agree every AGREE_EVERY_BATCHES batches, and ranks with fewer batches take part until all have finished.
+    """
+    if signals is None:
+        yield from batches
+    elif accelerator.num_processes == 1:
+        for batch in batches:
+            if signals.received:
+                raise Interrupted(signals.received)
+            yield batch
+    else:
+        some_left = 1
+        while some_left:
+            number = 0
+            for number, batch in enumerate(islice(batches, AGREE_EVERY_BATCHES), 1):
+                yield batch
+            received, some_left = largest(accelerator, signals.received, int(number == AGREE_EVERY_BATCHES))
+            if received:
+                raise Interrupted(received)

@@ -20,7 +20,7 @@ from pipeline.training.build import Parts
 from pipeline.training.evaluation import evaluate
 from pipeline.training.metrics import per_class_accuracy
 from pipeline.training.model_card import model_card
-from pipeline.training.run import Run
+from pipeline.training.run import LOWER_RATE, Run
 from pipeline.training.state import TrainState
 
 WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file with the weights of this validation
@@ -31,7 +31,11 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     accelerator = run.accelerator
     run.finish_saving()
     best = run.best_checkpoint(state)
-    assert best is not None, "a run has at least one epoch"
+    if best is None:
+        raise TrainingFailed(
+            f"No epoch's validation {run.config.monitor} was finite, so there is no best epoch. {LOWER_RATE}; this requires "
+            f"{run.new_run()}."
+        )
     model = state.bare_model
     entry = state.history[best_epoch(state.history, run.config) or 0]
     try:
@@ -42,7 +46,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             f"start {run.new_run(checkpoint_path(run.config.run_dir, state.step))}, the weights of the last epoch."
         ) from error
     load_weights(model, weights)
-    test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator)
+    test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator, signals=run.signals)
     run.read_clock(state)
     summary = make_summary(state, run, status)
     summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
@@ -75,9 +79,9 @@ def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
     status: "interrupted" (every rank must call it; the state is saved first) or "failed" (a single rank may call it).
     """
     if status == "interrupted":
-        if run.submitted != state.step:
-            run.save(state)
         try:
+            if run.submitted != state.step:
+                run.save(state)
             run.finish_saving()
         except TrainingFailed as error:
             console.warn(str(error))

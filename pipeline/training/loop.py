@@ -10,16 +10,18 @@ from torch import nn
 
 from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.data.fingerprint import fingerprint, with_absolute_paths
 from pipeline.data.shards import LostShard
-from pipeline.distributed.accelerator import make_accelerator, system_facts
+from pipeline.distributed.accelerator import make_accelerator, system_facts, with_precision
 from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.loaders.workers import worker_failure
 from pipeline.optim.optimizers import classifier_names, lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
-from pipeline.run_folder.paths import name_run
-from pipeline.run_folder.resume import ended_summary
+from pipeline.run_folder.dataset_record import check_own_dataset
+from pipeline.run_folder.paths import named_run
+from pipeline.run_folder.resume import ended_summary, is_moved
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
@@ -29,7 +31,7 @@ from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
 from pipeline.training.plan import architecture, plan_text
 from pipeline.training.run import Run
-from pipeline.training.state import TrainState, average_buffers, begin_state
+from pipeline.training.state import TrainState, begin_state
 from pipeline.training.step import Share, train_step
 
 
@@ -41,32 +43,44 @@ def train(config: Config) -> dict[str, Any]:
     """
     check_settings(config)
     accelerator = make_accelerator(config)
-    with failing_together():
-        return train_on(accelerator, name_run(config, accelerator))
+    given, config = config.dataset, with_absolute_paths(with_precision(config, accelerator))
+    with failing_together(), named_run(config, accelerator) as named:
+        return train_on(accelerator, named, given)
 
 
-def train_on(accelerator: Accelerator, config: Config) -> dict[str, Any]:
-    """train, as every process runs it."""
+def train_on(accelerator: Accelerator, config: Config, given: str) -> dict[str, Any]:
+    """train, as every process runs it. given: the dataset as the user passed it."""
     if accelerator.is_main_process:
         for sentence in warnings_of(config):
             console.warn(sentence)
     summary = ended_summary(config)
-    if summary is not None:
-        text = f"{config.run_dir} has ended ({summary['status']}). Nothing was changed."
-        console.say(text, accelerator.is_main_process)
-        return summary
+    if summary is not None and not is_moved(config):
+        return say_ended(summary, config, accelerator)
     parts = assemble(config, accelerator)
     config = parts.config
-    console.say(plan_text(config, parts, accelerator), accelerator.is_main_process)
+    if summary is None:
+        console.say(plan_text(config, parts, accelerator), accelerator.is_main_process)
     if config.dry_run:
         return {}
+    record = {"given": given, **fingerprint(parts.dataset)} if accelerator.is_main_process else {}
+    if summary is not None:
+        if accelerator.is_main_process:
+            check_own_dataset(config.run_dir, record)
+        return say_ended(summary, config, accelerator)
     load_images(parts, accelerator)
-    run = Run(config, accelerator, system_facts(accelerator) | {"bad_images": len(parts.dataset.bad_images)})
+    facts = system_facts(accelerator) | {"bad_images": len(parts.dataset.bad_images)}
+    run = Run(config, accelerator, facts, record)
     try:
         summary = train_in(run, parts)
     finally:
         run.release()
     console.say(closing_table(summary, config, architecture(parts.model)), accelerator.is_main_process)
+    return summary
+
+
+def say_ended(summary: dict[str, Any], config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    text = f"{config.run_dir} has ended ({summary['status']}). Nothing was changed."
+    console.say(text, accelerator.is_main_process)
     return summary
 
 
@@ -107,12 +121,20 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
     config, accelerator = run.config, run.accelerator
     while state.epoch < config.epochs:
         if should_stop_early(state.history, config):
+            text = (
+                f"Stopped early after epoch {state.epoch} of {config.epochs}: {config.early_stopping_patience} epochs without a "
+                f"better validation {config.monitor}."
+            )
+            console.say(text, accelerator.is_main_process)
             return "early_stopped"
         train_figures = train_epoch(state, parts.loaders["train"], run)
-        average_buffers(state, accelerator)
-        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, parts.loaders["val"], accelerator)[0]}
+        if run.submitted != state.step:
+            run.save(state, is_pending=True)  # if the validation is interrupted, only the validation is repeated
+        val, signals = parts.loaders["val"], run.signals
+        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, val, accelerator, signals=signals)[0]}
         if state.ema is not None:
-            figures_of["val_ema"] = evaluate(state.ema.module, parts.loaders["val"], accelerator)[0]
+            figures_of["val_ema"] = evaluate(state.ema.module, val, accelerator, signals=signals)[0]
+        run.check_validation(state, figures_of["val"]["loss"])
         end_epoch(state, run, figures_of)
     return "completed"
 
@@ -160,7 +182,7 @@ def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
     lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
     line = console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best)
     console.say(line, run.accelerator.is_main_process)
-    run.save(state)
+    run.save_figures(state)
     run.stop_if_asked(state, is_last=True)
 
 

@@ -25,9 +25,22 @@ def add_batch(sums: Tensor, logits: Tensor, labels: Tensor, loss_sum: Tensor) ->
 
     logits: float [B, num_classes]; labels: int64 [B]; loss_sum: float [], the samples' losses added up.
     """
-    top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    counts = [which.sum(dtype=sums.dtype) for which in (top5[:, 0], top5, labels != IGNORED)]
+    correct = predicted_classes(logits) == labels
+    counts = [which.sum(dtype=sums.dtype) for which in (correct, correct | in_top5(logits, labels), labels != IGNORED)]
     sums += torch.stack([loss_sum.to(sums.dtype), *counts])
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """The class with the largest logit, the first of equal ones; int64 [B]. Accuracy and confusion matrix both use it."""
+    return logits.argmax(dim=1)
+
+
+def in_top5(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label is among the five largest logits; of equal logits the first class ranks higher; bool [B]."""
+    own = logits.gather(1, labels.clamp(min=0)[:, None])
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    behind = (logits < own) | (logits == own) & (numbers >= labels[:, None])
+    return (logits.shape[1] - behind.sum(dim=1) < 5) & (labels != IGNORED)
 
 
 def figures(sums: Tensor) -> dict[str, float | int]:
@@ -46,7 +59,7 @@ def figures(sums: Tensor) -> dict[str, float | int]:
 def add_confusion(confusion: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Adds a batch in place to the confusion matrix, int64 [num_classes, num_classes], true class by predicted class."""
     num_classes = confusion.shape[0]
-    cells = labels * num_classes + logits.argmax(dim=1)
+    cells = labels * num_classes + predicted_classes(logits)
     confusion += torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -64,7 +77,7 @@ def zero_calibration(device: torch.device) -> Tensor:
 @torch.no_grad()
 def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Adds a batch to the bins in place. Confidence is the largest probability; bin m counts those in (m/15, (m+1)/15]."""
-    confidence, predicted = logits.to(bins.dtype).softmax(dim=1).max(dim=1)
+    confidence, predicted = logits.to(bins.dtype).softmax(dim=1).amax(dim=1), predicted_classes(logits)
     places = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
     bins.index_add_(
         1, places, torch.stack([torch.ones_like(confidence), (predicted == labels).to(bins.dtype), confidence])

@@ -1,5 +1,6 @@
 """The model card of a saved model: its data, settings and figures, and how to load it."""
 
+import os
 from typing import Any
 
 from pipeline.common import console
@@ -13,8 +14,14 @@ OMITTED = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "proje
 def model_card(config: Config, parts: Parts, summary: dict[str, Any]) -> str:
     """The README.md of a model folder, with the front matter that the Hub reads."""
     data, shape, test = parts.dataset, parts.preprocessing, summary["test"]
-    changed = [name for name in FIELDS if name not in OMITTED and getattr(config, name) != getattr(DEFAULTS, name)]
-    settings = "\n".join(f"- {name}: {getattr(config, name)}" for name in changed) or "- the defaults"
+    # a card may be published: it does not show where folders are on this machine
+    dataset = os.path.basename(config.dataset) if os.path.isabs(config.dataset) else config.dataset
+    source = data.source.replace(config.dataset, dataset)
+    values = {**vars(config), "dataset": dataset}
+    if config.mixed_precision == "no":
+        values["mixed_precision"] = DEFAULTS.mixed_precision
+    changed = [name for name in FIELDS if name not in OMITTED and values[name] != getattr(DEFAULTS, name)]
+    settings = "\n".join(f"- {name}: {values[name]}" for name in changed) or "- the defaults"
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     classes = ", ".join(map(str, data.class_names[:100])) + (", ..." if len(data.class_names) > 100 else "")
     return f"""---
@@ -22,7 +29,7 @@ library_name: timm
 pipeline_tag: image-classification
 tags: [image-classification, timm]
 ---
-# {config.model_name} trained on {data.name}
+# {config.model_name} trained on {dataset}
 
 An image classifier with {len(data.class_names)} classes and {summary["num_parameters"]:,} parameters. Its input is
 {shape.channels} x {shape.image_size} x {shape.image_size} with mean {shape.mean} and std {shape.std}, resized by
@@ -40,7 +47,7 @@ The test split was evaluated once, with these weights.
 
 ## Data
 
-{data.source}: {len(data.train):,} training, {len(data.val):,} validation and {len(data.test):,} test images.
+{source}: {len(data.train):,} training, {len(data.val):,} validation and {len(data.test):,} test images.
 {" ".join(data.notes)}
 Classes: {classes}.
 

@@ -1,6 +1,7 @@
 """A run besides its training steps: folder and lock, resuming, signals, log lines, checkpoints."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from torch import Tensor
 from pipeline.common import console
 from pipeline.common.files import write_atomically, write_json
 from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
+from pipeline.distributed.accelerator import largest, launch_facts
+from pipeline.distributed.fsdp import local
 from pipeline.optim.schedule import best_epoch
-from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path
+from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, recorded_dataset
 from pipeline.run_folder.checkpoint_writer import CheckpointWriter
+from pipeline.run_folder.dataset_record import check_same_images, write_record
 from pipeline.run_folder.lock import RunLock
 from pipeline.run_folder.resume import (
     check_same_settings,
@@ -26,10 +30,12 @@ from pipeline.run_folder.resume import (
 )
 from pipeline.settings.config import Config, to_yaml
 from pipeline.training.metrics import COUNT, LOSS
-from pipeline.training.state import TrainState, from_checkpoint, to_checkpoint
+from pipeline.training.state import TrainState, average_buffers, from_checkpoint, to_facts, to_tensors
 from pipeline.training.tracking import Tracker
 
 AGREE_EVERY_STEPS = 10  # with several processes, steps between two exchanges of received signals
+
+LOWER_RATE = "Lower --lr, lengthen --warmup_epochs or set --clip_grad_norm 1"
 
 SMALLEST_SCALE = 2.0**-6  # of the fp16 loss; it starts at 65536 and halves at each overflow
 
@@ -37,14 +43,18 @@ SMALLEST_SCALE = 2.0**-6  # of the fp16 loss; it starts at 65536 and halves at e
 class Run:
     """Everything of a run besides the training steps. Every rank creates one and calls its methods; rank 0 writes."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, facts: dict[str, Any]):
-        """Locks the folder. Raises ValueError if it is in use, or contains a run that these settings cannot resume."""
-        self.config, self.accelerator, self.facts = config, accelerator, facts
+    def __init__(self, config: Config, accelerator: Accelerator, facts: dict[str, Any], dataset: dict[str, Any]):
+        """Locks the folder. dataset: the record of the dataset for dataset.json, on rank 0.
+
+        Raises ValueError if the folder is in use, or contains a run that these settings or this dataset cannot resume.
+        """
+        self.config, self.accelerator, self.facts, self.dataset = config, accelerator, facts, dataset
         self.starts: list[Path] = []
         self.tracker: Tracker | None = None
         self.writer: CheckpointWriter | None = None
         self.last_read = time.perf_counter()
         self.submitted = -1  # step of the last checkpoint given to the writer; -1 before the first
+        self.pending = -1  # the same during the validation of its epoch, else -1
         if accelerator.is_main_process:
             self.lock = RunLock(config.run_dir)
             try:
@@ -62,11 +72,30 @@ class Run:
         self.starts, skipped = find_starts(self.config)
         for sentence in skipped:
             console.warn(sentence)
+        self.check_dataset()
         self.write_config()
+
+    def check_dataset(self) -> None:
+        """Raises ValueError if the images differ from those that the checkpoint was trained on."""
+        if not self.starts:
+            return
+        recorded = recorded_dataset(self.starts[0])
+        if recorded is None:
+            console.warn(
+                f"{self.starts[0]} was written by an earlier version and does not record its dataset: whether "
+                f"{self.config.dataset} has the same images is not verified."
+            )
+            return
+        check_same_images(recorded, self.dataset, self.config.run_dir)
+        if recorded["path"] == self.dataset["path"]:
+            self.dataset["given"] = recorded["given"]
 
     def write_config(self) -> None:
         kept = dataclasses.replace(self.config, resume="auto", dry_run=False)
-        write_atomically(self.config.run_dir / "config.yaml", to_yaml(kept).encode())
+        given = self.dataset["given"]
+        comment = "" if given == kept.dataset else f"# dataset as passed on the command line or in a file: {given!r}\n"
+        write_atomically(self.config.run_dir / "config.yaml", (comment + to_yaml(kept)).encode())
+        write_record(self.config.run_dir, self.dataset)
 
     def begin(self, state: TrainState) -> None:
         """Loads the checkpoint to resume from and opens the trackers. Raises ValueError if no checkpoint fits the model."""
@@ -76,10 +105,19 @@ class Run:
             if start is not None:
                 set_newer_aside(self.config.run_dir, state.step)
                 console.say(f"Resuming from {start}: epoch {state.epoch + 1}, step {state.step}.")
-            self.tracker = Tracker(self.config, self.facts, facts.get("metrics_bytes", 0), facts.get("run_ids"))
+                self.check_launch(facts.get("launch", {}))
+            metrics_bytes, run_ids = facts.get("metrics_bytes", 0), facts.get("run_ids")
+            self.tracker = Tracker(self.config, self.facts, state.step, metrics_bytes, run_ids)
             self.writer = CheckpointWriter(self.config.run_dir, self.config.keep_checkpoints, self.prepare_folder)
             self.writer.last_saved = self.submitted
         self.last_read = time.perf_counter()
+
+    def check_launch(self, recorded: dict[str, Any]) -> None:
+        """Warns if the kind of device or the sharding has changed since the checkpoint, which are not settings."""
+        now = launch_facts(self.accelerator)
+        changed = [f"{name} {recorded[name]} -> {value}" for name, value in now.items() if recorded.get(name, value) != value]
+        if changed:
+            console.warn(f"The run resumes with {', '.join(changed)}: its results may differ by rounding.")
 
     def first_that_fits(self, state: TrainState) -> tuple[Path | None, dict[str, Any]]:
         """Loads the newest checkpoint that fits the model; returns it and its facts, or None and no facts for a new run."""
@@ -154,21 +192,74 @@ class Run:
             raise TrainingFailed(
                 f"The loss of step {bad_step} in epoch {state.epoch + 1} was not finite, "
                 f"near a learning rate of {lr:.3g}; {before}. "
-                f"Lower --lr, lengthen --warmup_epochs or set --clip_grad_norm 1; this requires {self.new_run()}."
+                f"{LOWER_RATE}; this requires {self.new_run()}."
             )
 
-    def save(self, state: TrainState) -> None:
-        """Copies the state into a checkpoint that the writer saves while training continues. Every rank must call it."""
+    def save(self, state: TrainState, is_pending: bool = False) -> None:
+        """Copies the state into a checkpoint that the writer saves while training continues. Every rank must call it.
+
+        is_pending: the epoch is trained and not yet validated. Raises TrainingFailed for a state that could not be resumed.
+        """
         _, bad_step, _ = fetch(state, None, self.accelerator)
         self.read_clock(state)
         self.check_finite(state, bad_step, state.optimizer.param_groups[0]["lr"])
-        tensors, facts = to_checkpoint(state, self.accelerator)
-        if self.tracker is not None and self.writer is not None:
-            facts |= {"metrics_bytes": self.tracker.lines.num_bytes, "run_ids": self.tracker.run_ids}
-            facts["settings"] = fixed_settings(self.config)
-            best = best_epoch(state.history, self.config)
-            self.writer.submit(state.step, tensors, facts, None if best is None else state.history[best]["step"])
-        self.submitted = state.step
+        self.check_weights(state)
+        average_buffers(state, self.accelerator)
+        tensors = to_tensors(state, self.accelerator)
+        facts = to_facts(state, self.accelerator)
+        if self.writer is not None:
+            self.writer.submit(state.step, tensors, facts | self.facts_of_run(), self.best_step(state), is_pending)
+        self.submitted, self.pending = state.step, state.step if is_pending else -1
+
+    def save_figures(self, state: TrainState) -> None:
+        """Completes the pending checkpoint with the figures of its epoch; without one, saves all. Every rank must call it."""
+        if self.pending != state.step:
+            self.save(state)
+            return
+        self.read_clock(state)
+        facts = to_facts(state, self.accelerator)
+        if self.writer is not None:
+            self.writer.complete(facts | self.facts_of_run(), self.best_step(state))
+        self.pending = -1
+
+    def facts_of_run(self) -> dict[str, Any]:
+        """What a checkpoint contains besides the state. Called on rank 0 only."""
+        assert self.tracker is not None
+        return {
+            "metrics_bytes": self.tracker.lines.num_bytes,
+            "run_ids": self.tracker.run_ids,
+            "settings": fixed_settings(self.config),
+            "launch": launch_facts(self.accelerator),
+            "dataset": self.dataset,
+        }
+
+    def best_step(self, state: TrainState) -> int | None:
+        best = best_epoch(state.history, self.config)
+        return None if best is None else int(state.history[best]["step"])
+
+    def check_weights(self, state: TrainState) -> None:
+        """Raises TrainingFailed if a weight or a running statistic is not finite: every later loss would be NaN."""
+        tensors = [local(tensor) for tensor in state.bare_model.state_dict().values() if tensor.is_floating_point()]
+        bad = ~torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        if any(largest(self.accelerator, int(bad))):
+            raise TrainingFailed(
+                f"The model's weights are not finite after step {state.step - 1} in epoch {state.epoch + 1}, although its loss "
+                f"was. {LOWER_RATE}; this requires {self.new_run()}."
+            )
+
+    def check_validation(self, state: TrainState, loss: float) -> None:
+        """Deletes the checkpoint of the epoch and raises TrainingFailed if the validation loss of the weights is not finite.
+
+        Not under fp16: there the evaluation alone may overflow, and the scaler skips training steps that do.
+        """
+        if math.isfinite(loss) or self.accelerator.scaler is not None:
+            return
+        if self.writer is not None:
+            self.writer.discard(state.step)
+            self.submitted = self.writer.last_saved
+        raise TrainingFailed(
+            f"The validation loss of epoch {state.epoch + 1} is not finite. {LOWER_RATE}; this requires {self.new_run()}."
+        )
 
     def finish_saving(self) -> None:
         """Waits on every rank until all checkpoints are complete. Raises TrainingFailed if one cannot be written."""
@@ -187,17 +278,14 @@ class Run:
 
     def best_checkpoint(self, state: TrainState) -> Path | None:
         """The checkpoint of the best epoch so far; None before the first epoch has ended."""
-        best = best_epoch(state.history, self.config)
-        return None if best is None else checkpoint_path(self.config.run_dir, state.history[best]["step"])
+        step = self.best_step(state)
+        return None if step is None else checkpoint_path(self.config.run_dir, step)
 
     def stop_if_asked(self, state: TrainState, is_last: bool) -> None:
         """Raises Interrupted on every rank if one of them has received a signal."""
-        number = self.signals.received
-        if self.accelerator.num_processes > 1:
-            if not is_last and state.step % AGREE_EVERY_STEPS:
-                return
-            flag = torch.tensor([number], device=self.accelerator.device)
-            number = int(self.accelerator.gather(flag).max())
+        if self.accelerator.num_processes > 1 and not is_last and state.step % AGREE_EVERY_STEPS:
+            return
+        (number,) = largest(self.accelerator, self.signals.received)
         if number:
             raise Interrupted(number)
 

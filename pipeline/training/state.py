@@ -1,5 +1,6 @@
 """TrainState: the state of a run, saved to and loaded from checkpoints."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,22 @@ def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
 
-def to_checkpoint(state: TrainState, accelerator: Accelerator) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """The tensors by file and the facts that save_checkpoint writes. Every rank must call it."""
-    average_buffers(state, accelerator)
+def to_tensors(state: TrainState, accelerator: Accelerator) -> dict[str, Tensors]:
+    """The tensors by file that save_checkpoint writes; on ranks other than 0 without content. Every rank must call it."""
     model = state.bare_model
     tensors = {"model": model.state_dict(), "optimizer": state_tensors(state.optimizer.optimizer, model)}
     if state.ema is not None:
         tensors["ema"] = state.ema.module.state_dict()
-    facts = {name: getattr(state, name) for name in (*COUNTED, *RECORDED)}
+    return {name: gathered(part, keep=accelerator.is_main_process) for name, part in tensors.items()}
+
+
+def to_facts(state: TrainState, accelerator: Accelerator) -> dict[str, Any]:
+    """The facts of the state that save_checkpoint writes. Every rank must call it."""
+    # a copy: the writer's thread uses them while training appends to the history
+    facts = copy.deepcopy({name: getattr(state, name) for name in (*COUNTED, *RECORDED)})
     if accelerator.scaler is not None:
         facts["scaler"] = accelerator.scaler.state_dict()
-    tensors = {name: gathered(part, keep=accelerator.is_main_process) for name, part in tensors.items()}
-    return tensors, facts | {"sums": accelerator.reduce(state.sums).tolist()}
+    return facts | {"sums": accelerator.reduce(state.sums).tolist()}
 
 
 def from_checkpoint(state: TrainState, folder: Path, accelerator: Accelerator) -> dict[str, Any]:

@@ -4,15 +4,18 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from pipeline.common.files import LineFile
+from pipeline.common import console
+from pipeline.common.files import LineFile, to_json
 from pipeline.common.suggestions import did_you_mean
 from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import Config
 
+PLACE = ("epoch", "step", "samples", "seconds")  # what every line has besides its split
 WANDB_START_SECONDS = 30  # how long the start waits for an unreachable W&B
 
 
@@ -40,20 +43,30 @@ def tracker_names(config: Config) -> list[str]:
 class Tracker:
     """A run's metrics.jsonl and its external trackers. Created and called on rank 0 only.
 
-    num_bytes: size of metrics.jsonl at the checkpoint that the run resumes from; the rest of the file is cut off.
-    run_ids: the external trackers' ids of the resumed run; empty for a new one.
+    step: the step of the checkpoint that the run resumes from, 0 for a new run. num_bytes: size of metrics.jsonl there; the
+    rest of the file is cut off. run_ids: the external trackers' ids of the resumed run; empty for a new one.
     """
 
     def __init__(
-        self, config: Config, facts: dict[str, Any], num_bytes: int = 0, run_ids: dict[str, str] | None = None
+        self,
+        config: Config,
+        facts: dict[str, Any],
+        step: int = 0,
+        num_bytes: int = 0,
+        run_ids: dict[str, str] | None = None,
     ):
         self.run_ids = dict(run_ids or {})
         self.lines = LineFile(metrics_path(config.run_dir), num_bytes)
         self.external: dict[str, Any] = {}
+        self.placed_step = -1  # the last step whose epoch and samples the external trackers have
+        self.first_steps: dict[str, int] = {}  # by tracker, if it already has the figures of all earlier steps
         for name in tracker_names(config):
-            self.attempt(name, "start", lambda: self.start(name, config, facts))
+            self.attempt(name, "start", lambda: self.start(name, config, facts, step))
+        if "tensorboard" in self.external:  # purge_step hides what it has from that step on
+            for line in lines_from(step, metrics_path(config.run_dir)):
+                self.send(line, ["tensorboard"])
 
-    def start(self, name: str, config: Config, facts: dict[str, Any]) -> None:
+    def start(self, name: str, config: Config, facts: dict[str, Any], step: int) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
@@ -66,15 +79,27 @@ class Tracker:
                 key: value if isinstance(value, (int, float, str, bool)) else str(value)
                 for key, value in settings.items()
             }
-            folder = {"logging_dir": str(config.run_dir)} if kind.requires_logging_directory else {}
-            tracker = kind(name if folder else config.project, **folder)
+            options: dict[str, Any] = {"logging_dir": str(config.run_dir)} if kind.requires_logging_directory else {}
+            if name == "tensorboard":
+                options["purge_step"] = step  # hides what a killed run logged after the checkpoint
+            tracker = kind(name if "logging_dir" in options else config.project, **options)
         tracker.start()
         if name == "wandb":  # a sweep has set and locked its own already
             settings = {key: value for key, value in settings.items() if key not in tracker.run.config}
         tracker.store_init_configuration(settings)
         self.external[name] = tracker
         if name == "wandb":
-            self.run_ids["wandb"] = tracker.run.id
+            self.continue_wandb(tracker.run, step)
+
+    def continue_wandb(self, run: Any, step: int) -> None:
+        """Finds the first step that W&B accepts: it drops figures of steps that it already has."""
+        self.run_ids["wandb"] = run.id
+        self.first_steps["wandb"] = first = run.step
+        if first > step + 1:
+            console.warn(
+                f"W&B has this run's figures up to step {first - 1} and keeps them. The run resumes at step {step}: the figures "
+                f"of steps {step + 1} to {first - 1} are not sent again. metrics.jsonl has all of them."
+            )
 
     def wandb_options(self, config: Config) -> dict[str, Any]:
         import wandb
@@ -100,12 +125,25 @@ class Tracker:
 
         place: epoch, step, samples and seconds.
         """
-        self.lines.append(json.dumps({"split": split, **place, **values}))
-        prefix = f"{split}_epoch" if values.get("event") == "epoch" else split  # keeps an epoch's mean apart from a step's loss
-        numbers = {external_name(prefix, key): value for key, value in values.items() if isinstance(value, (int, float))}
-        numbers |= {"epoch": place["epoch"], "samples": place["samples"]}
-        for name, tracker in list(self.external.items()):
-            self.attempt(name, "log", lambda: tracker.log(numbers, step=place["step"]))
+        line = {"split": split, **place, **values}
+        self.lines.append(to_json(line))
+        self.send(line, list(self.external))
+
+    def send(self, line: dict[str, Any], names: Iterable[str]) -> None:
+        """Logs the numbers of a line in these external trackers; epoch and samples once per step."""
+        split, step = line["split"], line["step"]
+        prefix = f"{split}_epoch" if line.get("event") == "epoch" else split  # keeps an epoch's mean apart from a step's loss
+        numbers = {
+            external_name(prefix, key): value
+            for key, value in line.items()
+            if key not in PLACE and isinstance(value, (int, float))
+        }
+        if step != self.placed_step:
+            numbers |= {"epoch": line["epoch"], "samples": line["samples"]}
+            self.placed_step = step
+        for name in names:
+            if step >= self.first_steps.get(name, 0):
+                self.attempt(name, "log", lambda: self.external[name].log(numbers, step=step))
 
     def close(self, summary: dict[str, Any]) -> None:
         """Ends the external trackers. W&B gets the final figures in its run summary, where it can sort runs by them."""
@@ -120,6 +158,12 @@ class Tracker:
         for name, tracker in list(self.external.items()):
             end = partial(end_wandb, tracker.run, summary, figures) if name == "wandb" else tracker.finish
             self.attempt(name, "finish", end)
+
+
+def lines_from(step: int, path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about this step and later ones."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return [line for line in lines if line["step"] >= step]
 
 
 def end_wandb(run: Any, summary: dict[str, Any], figures: dict[str, Any]) -> None:

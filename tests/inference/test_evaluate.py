@@ -186,7 +186,7 @@ def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_traini
         dataset=str(photos), image_size=16, num_workers=0, batch_size=4, val_fraction=0.3, max_train_samples=None
     )
     for path in photos.rglob("*.png"):
-        path.write_bytes(path.read_bytes()[:60])
+        path.write_bytes(path.read_bytes()[:60].ljust(path.stat().st_size, b"\0"))  # of another size it would be another image
     capsys.readouterr()
     assert evaluate.main([str(run_dir), "--split", "train"]) == 1
     assert ".png: Cannot decode" in capsys.readouterr().err

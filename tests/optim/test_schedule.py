@@ -50,10 +50,10 @@ def test_linear_equals_linear_lr():
     assert [lr_scale(epoch, [], config) for epoch in range(10)] == pytest.approx(expected)
 
 
-def test_plateau_equals_reduce_lr_on_plateau():
+def test_plateau_equals_reduce_lr_on_plateau_with_a_patience_of_one_less():
     accuracies = [0.1, 0.5, 0.4, 0.5, 0.5, 0.3, 0.6, 0.6, 0.6, 0.6, 0.2, 0.2, 0.2, 0.7, 0.7]
     config = Config(scheduler="plateau", plateau_patience=2, gamma=0.5, epochs=15, warmup_epochs=0)
-    options = {"mode": "max", "patience": 2, "factor": 0.5, "threshold": 0.0}
+    options = {"mode": "max", "patience": 1, "factor": 0.5, "threshold": 0.0}
     expected = torch_lrs(torch.optim.lr_scheduler.ReduceLROnPlateau, 15, metrics=accuracies, **options)
     assert len(set(expected)) > 2
     assert [lr_scale(epoch, history_of(*accuracies[:epoch]), config) for epoch in range(15)] == pytest.approx(expected)
@@ -62,6 +62,28 @@ def test_plateau_equals_reduce_lr_on_plateau():
 def test_plateau_never_falls_below_min_lr_scale():
     config = Config(scheduler="plateau", plateau_patience=1, min_lr_scale=0.05, warmup_epochs=0)
     assert lr_scale(9, history_of(*[0.5] * 9), config) == 0.05
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+def test_plateau_and_early_stopping_act_after_the_same_number_of_worse_epochs(patience):
+    config = Config(scheduler="plateau", plateau_patience=patience, early_stopping_patience=patience, warmup_epochs=0)
+    histories = [history_of(0.5, *[0.4] * worse) for worse in range(6)]
+    assert [lr_scale(9, history, config) < 1 for history in histories] == [worse >= patience for worse in range(6)]
+    assert [should_stop_early(history, config) for history in histories] == [worse >= patience for worse in range(6)]
+
+
+@pytest.mark.parametrize("nothing", [math.nan, math.inf, None])
+def test_a_loss_that_is_not_finite_ranks_last(nothing):
+    def losses(*values):
+        return [{"val": {"accuracy": 0.5, "loss": value}} for value in values]
+
+    config = Config(monitor="loss", early_stopping_patience=2, scheduler="plateau", plateau_patience=2, warmup_epochs=0)
+    for values, best in (([nothing, 2.0, 1.0], 2), ([1.0, nothing, 2.0], 0), ([nothing], None)):
+        assert best_epoch(losses(*values), config) == best
+    assert best_epoch(losses(nothing, 2.0), Config()) == 0
+    assert should_stop_early(losses(1.0, nothing, nothing), config) and lr_scale(3, losses(1.0, nothing, nothing), config) < 1
+    assert should_stop_early(losses(nothing, nothing), config) and not should_stop_early(losses(nothing, 1.0, 2.0), config)
+    assert best_epoch([{"val": {"loss": nothing}, "val_ema": {"loss": 3.0}}, {"val": {"loss": 4.0}}], config) == 0
 
 
 def test_warmup_rises_linearly_from_zero_and_meets_the_schedule():

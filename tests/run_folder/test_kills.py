@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from conftest import PYTHONPATH, SMALL_RUN, lines_of, run_process, timeless
 
-OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}  # the audit events of writes
+# the audit events of writes
+OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link"}
 SETTINGS: list[dict[str, Any]] = [
     {"optimizer": "adamw", "lr": 0.01, "ema_decay": 0.3, "checkpoint_every_steps": 2},
     {"optimizer": "muon", "lr": 0.01, "sam_rho": 0.05, "mixup": 0.4, "drop_rate": 0.2, "checkpoint_every_steps": 1},

@@ -146,6 +146,17 @@ def test_compile_takes_yes_no_or_a_mode():
     assert [config.compile_mode for config in given.values()] == [None, None, "reduce-overhead"]
 
 
+@pytest.mark.parametrize("word", ["no", "False", "false", "off"])
+def test_no_is_no_in_both_versions_of_yaml(word, tmp_path):
+    """YAML 1.1, as `wandb agent` reads it, makes False of no and off."""
+    assert read_config([f"--mixed_precision={word}"]).mixed_precision == "no"
+    assert read_config(["--mixed_precision", word]).mixed_precision == "no"
+    (tmp_path / "settings.yaml").write_text(f"mixed_precision: {word}\n")
+    assert read_config(["--config", str(tmp_path / "settings.yaml")]).mixed_precision == "no"
+    with pytest.raises(ValueError, match="mixed_precision 'True' is not one of no"):
+        read_config(["--mixed_precision=True"])
+
+
 def test_an_argument_that_the_wandb_agent_adds_is_ignored():
     assert parse_config(["--lr=0.5", "--_wandb={'x': 1}"]).lr == 0.5
 

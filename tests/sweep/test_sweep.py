@@ -291,6 +291,48 @@ def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, 
 # -- trials
 
 
+def test_no_in_a_sweep_file_is_the_word(tmp_path, monkeypatch):
+    file = tmp_path / "sweep.yaml"
+    text = "method: grid\nmetric: {name: val/loss, goal: minimize}\nparameters:\n  mixed_precision: {values: [no, bf16]}\n"
+    file.write_text(text + "  seed: {value: 1}\n")
+    sweep = read_sweep(file)
+    assert [sweep.space.grid_point(number)["mixed_precision"] for number in (0, 1)] == ["no", "bf16"]
+    monkeypatch.chdir(ROOT)
+    assert [config.mixed_precision for config in check_trials(sweep)] == ["no", "bf16"]
+    file.write_text(text.replace("[no, bf16]", "[no, off]"))
+    with pytest.raises(ValueError, match="lists the value no twice"):
+        read_sweep(file)
+    file.write_text(text.replace("{values: [no, bf16]}", "{value: off}"))
+    assert read_sweep(file).space.grid_point(0)["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize(
+    "metric, aim, is_reversed",
+    [
+        ({"name": "val/accuracy", "goal": "maximize"}, "maximize val/accuracy", False),
+        ({"name": "val/loss"}, "minimize val/loss", False),
+        ({"name": "test/top5_accuracy"}, "minimize test/top5_accuracy (the lowest ranks first)", True),
+        ({"name": "val/ema_accuracy", "goal": "minimize"}, "minimize val/ema_accuracy (the lowest ranks first)", True),
+        ({"name": "train/loss", "goal": "maximize"}, "maximize train/loss (the highest ranks first)", True),
+    ],
+)
+def test_the_aim_of_a_sweep_is_known(metric, aim, is_reversed):
+    sweep = sweep_of({**BASE, "metric": metric}, "file")
+    assert (sweep.aim, sweep.is_reversed) == (aim, is_reversed)
+
+
+def test_a_sweep_for_the_worst_trial_says_so_first_and_warns(tmp_path, capsys):
+    for metric, warning in (
+        ({"name": "val/accuracy"}, "goal of val/accuracy is not set, and its default is minimize"),
+        ({"name": "val/accuracy", "goal": "minimize"}, "goal of val/accuracy is minimize"),
+    ):
+        path = write_sweep(tmp_path, {"lr": {"values": [0.3]}, "seed": {"value": 1}}, metric=metric, name=f"sweep-{len(metric)}")
+        assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.splitlines()[0].endswith("minimize val/accuracy (the lowest ranks first)")
+        assert warning in printed.err and "Write goal: maximize" in printed.err
+
+
 def test_cores_and_gpus_are_divided_among_trials():
     assert shares(1, 8, ["0", "1"]) == [{}]
     assert shares(2, 8, []) == [{"OMP_NUM_THREADS": "4"}] * 2

@@ -41,6 +41,23 @@ def test_ignored_samples_are_not_counted():
     assert figures(sums)["num_samples"] == 1 and figures(sums)["accuracy"] == 1.0
 
 
+def test_of_equal_logits_the_first_class_counts_in_accuracy_and_confusion_alike():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(3, (400, 12), generator=generator).float()  # ties in every row
+    logits[::7] = 0.0
+    labels = torch.randint(12, (400,), generator=generator)
+    sums, confusion = zero_sums(torch.device("cpu")), torch.zeros(12, 12, dtype=torch.int64)
+    bins = zero_calibration(torch.device("cpu"))
+    add_batch(sums, logits, labels, torch.tensor(1.0))
+    add_confusion(confusion, logits, labels)
+    add_calibration(bins, logits, labels)
+    ranked = logits.sort(dim=1, descending=True, stable=True).indices
+    result = figures(sums)
+    assert result["accuracy"] == confusion.diagonal().sum().item() / 400 == bins[1].sum().item() / 400
+    assert result["accuracy"] == (ranked[:, 0] == labels).sum().item() / 400
+    assert result["top5_accuracy"] == (ranked[:, :5] == labels[:, None]).sum().item() / 400
+
+
 def test_with_fewer_than_five_classes_top5_is_the_share_within_all():
     sums = zero_sums(torch.device("cpu"))
     add_batch(sums, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor(1.0))

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import math
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from wandb_server import wandb_server
 
 from pipeline.settings.config import Config
 from pipeline.settings.parser import from_yaml
-from pipeline.training.tracking import end_wandb, tracker_names
+from pipeline.training.tracking import Tracker, end_wandb, tracker_names
 
 PLACE = ("epoch", "step", "samples", "seconds")
 
@@ -129,3 +131,101 @@ def test_a_tracker_that_is_not_installed_is_reported(monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="pip install wandb"):
         tracker_names(Config(log_with="wandb"))
+
+
+def test_nan_and_infinity_are_null_in_every_file_of_a_run(run_training, monkeypatch):
+    from pipeline.training import loop
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    original = loop.evaluate
+
+    def evaluate(*arguments, **more):
+        figures, confusion = original(*arguments, **more)
+        return {**figures, "top5_accuracy": math.nan, "accuracy": math.inf}, confusion
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    _, run_dir = run_training(monitor="loss")
+    files = [path for path in run_dir.rglob("*.json*") if path.is_file()]
+    assert {"metrics.jsonl", "summary.json", "state.json", "dataset.json"} <= {path.name for path in files}
+    for path in files:
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            json.loads(text, parse_constant=refuse)
+    assert [line["accuracy"] for line in lines_of(run_dir) if line["split"] == "val"] == [None, None]
+    assert json.loads((run_dir / "summary.json").read_text())["best"]["accuracy"] is None
+
+
+def run_killed_at_lines(run_training, monkeypatch, kills, **settings):
+    """A run that is killed, start after start, before the line of these numbers; then it ends. Returns its folder."""
+    log = Tracker.log
+
+    def killed(self, *arguments):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise RuntimeError("killed")
+        log(self, *arguments)
+
+    monkeypatch.setattr(Tracker, "log", killed)
+    for left in kills:
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(**settings)
+        for thread in threading.enumerate():  # a killed process would not write any more
+            if thread.name == "checkpoint writer":
+                thread.join()
+    left = 0
+    _, run_dir = run_training(**settings)
+    return run_dir
+
+
+# The lines of a run: steps 1 to 5, the epoch's training and validation, steps 6 to 10, the same two, the test.
+EVERY_STEP = {"log_every": 1, "checkpoint_every_steps": 3}
+
+
+def test_tensorboard_has_one_value_per_tag_and_step_after_kills(run_training, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # at step 8, resumed at 6; then twice between the last step and the end of the last validation; then before the test
+    run_dir = run_killed_at_lines(run_training, monkeypatch, [10, 5, 2, 3], log_with="tensorboard", **EVERY_STEP)
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0}).Reload()
+    received = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    expected: dict[str, list] = {}
+    for line in lines_of(run_dir):
+        prefix = "train_epoch" if line.get("event") == "epoch" else line["split"]
+        for key in ("loss", "lr", "accuracy", "num_samples"):
+            if key in line:
+                expected.setdefault(f"{prefix}/{key}", []).append((line["step"], pytest.approx(line[key])))
+    assert len(expected["train/loss"]) == 10 and len(expected["test/loss"]) == 1
+    assert {tag: received[tag] for tag in expected} == expected
+    assert received["samples"] == [(step, 16 * step) for step in range(1, 11)]
+    assert received["epoch"] == [(step, 1 + (step > 5)) for step in range(1, 11)]
+
+
+def test_wandb_is_not_sent_again_what_it_has(run_training, monkeypatch, capsys):
+    import wandb
+
+    logged: list[tuple[int, list[str]]] = []
+
+    class Run:
+        id = "abc123"
+        config: dict = {}
+        summary: dict = {}
+
+        def __init__(self):
+            self.step = max((step for step, _ in logged), default=-1) + 1  # as the service says of a resumed run
+
+        def log(self, values, step, **kwargs):
+            logged.append((step, sorted(values)))
+
+        def finish(self, exit_code):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **options: Run())
+    settings = type("Settings", (), {"update": lambda self, values, **kwargs: None})()
+    monkeypatch.setattr(wandb, "config", settings)
+    run_killed_at_lines(run_training, monkeypatch, [11], log_with="wandb", **EVERY_STEP)  # at step 9, resumed at 6
+    assert "W&B has this run's figures up to step 8" in capsys.readouterr().err
+    steps = [step for step, _ in logged]
+    assert steps == [1, 2, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 10, 10, 10]
+    assert [step for step, names in logged if "samples" in names] == list(range(1, 11))
