@@ -56,6 +56,7 @@ class ForkServer:
         return Fork(arguments, int(reply), out, err, status)
 
     def close(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)  # closed alone, it stays open in workers that the tests' process has forked
         self.connection.close()
         self.process.wait(timeout=30)
 
