@@ -1,16 +1,13 @@
-"""Figures: repeated seeds, parallel coordinates, importance, throughput, and one run's confusion matrix and classes."""
+"""Figures: repeated seeds, importance, throughput, and one run's confusion matrix and classes."""
 
 from __future__ import annotations
 
-import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.report.comparison import setting_text
 from pipeline.report.curves import in_unit, prepare_axis, time_unit
 from pipeline.report.figure_style import (
     COLOURS,
@@ -18,7 +15,6 @@ from pipeline.report.figure_style import (
     INK,
     MARKERS,
     MOST_NAMED,
-    PAPER,
     Look,
     legend_below,
     new_figure,
@@ -27,20 +23,16 @@ from pipeline.report.figure_style import (
     short,
     use_log_scale,
 )
-from pipeline.report.importance import is_number
 from pipeline.report.read_runs import RunRecord, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_TICKS = 6  # ticks of an axis of the parallel coordinates
 MOST_NUMBERED = 20  # classes up to which the confusion matrix shows its counts
 MOST_CLASS_NAMES = 40  # classes up to which an axis shows their names
 LONGEST_GROUP_NAME = 80
 FAINTEST_CELL = 0.15  # makes a single mistake among many images visible
-FAN = 0.07  # height over which lines of the same value are spread
-BEST_LINES = 3  # number of thick lines
 WHITE = "#ffffff"  # text on dark cells of the matrix, also in dark mode
 
 
@@ -125,80 +117,6 @@ def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -
     axes.margins(0.08)
     legend_below(figure, run_entries(shown, look_of), num_others(shown, look_of))
     return figure
-
-
-def parallel_coordinates(
-    runs: Sequence[RunRecord],
-    names: Sequence[str],
-    scores: Sequence[float],
-    score_name: str,
-    look_of: dict[str, Look],
-    higher_is_better: bool = True,
-) -> Figure | None:
-    """A line per run through its settings to its score, bluer for a better score; None for fewer than two runs.
-
-    names: the settings, one axis each. Positive numbers that span at least a factor of ten get a logarithmic axis.
-    """
-    if len(runs) < 2 or not names or max(scores) == min(scores):
-        return None
-    from matplotlib.colors import LinearSegmentedColormap
-
-    ramp = LinearSegmentedColormap.from_list("grey to blue", ["#b4b4b1", COLOURS[5], COLOURS[0]])
-    width = max(8.2, 1.5 * (len(names) + 1))
-    figure, axes = new_figure("Settings and results, one line per run (parallel coordinates)", width, 4.6)
-    columns = [placed([run.settings.get(name) for run in runs]) for name in names]
-    columns.append(placed(list(scores), evenly=False))
-    heights = np.array([places for places, _ in columns])
-    goodness = np.asarray(scores) if higher_is_better else -np.asarray(scores)
-    order = np.argsort(goodness, kind="stable")
-    for heights_of_one in heights[:-1]:
-        if len(set(heights_of_one)) < len(runs):  # among lines of the same value the better run is higher
-            heights_of_one[order] += np.linspace(-FAN / 2, FAN / 2, len(runs))
-    for place, row in enumerate(order):
-        share = float((goodness[row] - goodness.min()) / np.ptp(goodness))
-        thick = place >= len(order) - BEST_LINES
-        line = {"gid": f"run-{look_of[runs[row].name].index}-parallel", "linewidth": 2.6 if thick else 1.2}
-        axes.plot(range(len(columns)), heights[:, row], color=ramp(share), alpha=1.0 if thick else 0.75, **line)
-    for place, (name, (_, ticks)) in enumerate(zip([*names, score_name], columns)):
-        axes.plot([place, place], [-FAN / 2, 1 + FAN / 2], color=INK, linewidth=1, zorder=4)
-        axes.text(place, 1.09, on_lines(name), ha="center", va="bottom", weight="bold", fontsize=9)
-        for height, text in ticks:
-            box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
-            axes.text(place + 0.05, height, short(text, 18), va="center", fontsize=8, bbox=box, zorder=5)
-    axes.set_axis_off()
-    axes.set_xlim(-0.3, len(columns) - 0.5)
-    axes.set_ylim(-0.06, 1.25)
-    return figure
-
-
-def on_lines(name: str) -> str:
-    """The name of a setting, wrapped into short lines."""
-    return textwrap.fill(name.replace("_", " "), 13)
-
-
-def placed(values: Sequence[Any], evenly: bool = True) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights from 0 to 1 of the values on an axis, and its ticks as (height, text).
-
-    Values that are not numbers are evenly spaced, and so are few distinct numbers if evenly is true. Other numbers have a
-    linear or logarithmic scale.
-    """
-    texts = [setting_text(value) for value in values]
-    numeric = all(is_number(value) for value in values)
-    if not numeric or (evenly and len(set(texts)) <= MOST_TICKS):
-        distinct = sorted(
-            set(texts), key=lambda text: (float(values[texts.index(text)]), "") if numeric else (0.0, text)
-        )
-        step = 1 / max(len(distinct) - 1, 1)
-        height = {text: place * step if len(distinct) > 1 else 0.5 for place, text in enumerate(distinct)}
-        every = math.ceil(len(distinct) / (3 * MOST_TICKS))
-        return [height[text] for text in texts], [(height[text], text) for text in distinct[::every]]
-    logarithmic = min(values) > 0 and max(values) >= 10 * min(values)
-    numbers = np.log10(values) if logarithmic else np.asarray(values, dtype=np.float64)
-    low, high = float(numbers.min()), float(numbers.max())
-    span = high - low or 1.0
-    ticks = np.linspace(low, high, 5)
-    words = [setting_text(float(f"{10**tick if logarithmic else tick:.3g}")) for tick in ticks]
-    return list((numbers - low) / span), [(float(tick - low) / span, text) for tick, text in zip(ticks, words)]
 
 
 def importance_bars(shares: dict[str, float]) -> Figure | None:

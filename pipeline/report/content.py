@@ -15,7 +15,6 @@ from pipeline.report.charts import (
     class_accuracies,
     confusion_matrix,
     importance_bars,
-    parallel_coordinates,
     seed_bands,
     throughput,
 )
@@ -24,6 +23,7 @@ from pipeline.report.curves import AXES, curves, schedules
 from pipeline.report.figure_style import STYLE, Look, looks, png_and_svg
 from pipeline.report.importance import FEWEST_RUNS, importances
 from pipeline.report.pages import Block, Figure, Gallery, Page, Picture, Section, Views
+from pipeline.report.parallel import parallel_coordinates
 from pipeline.report.read_runs import RunRecord, Sweep, number
 from pipeline.report.tables import (
     class_table,
@@ -180,6 +180,7 @@ def settings_section(
         label, values = sweep.metric, [sign * value for value in signed]
     else:
         label, values = "validation accuracy (%)", [100 * sign * value for value in signed]
+    logarithmic = {name for run in compared if run.sweep is not None for name in run.sweep.logarithmic}
     shares = (
         importances([{name: run.settings.get(name) for name in names} for run in compared], values) if names else {}
     )
@@ -187,7 +188,7 @@ def settings_section(
     lines = drawing.figure(
         "parallel_coordinates",
         f"One line per run through its settings to its {label}",
-        lambda: parallel_coordinates(compared, shown, values, label, look_of, sweep is None or sweep.maximize),
+        lambda: parallel_coordinates(compared, shown, values, label, look_of, sign > 0, logarithmic),
     )
     bars = drawing.figure(
         "importance", "Share of the variance of the results by setting", lambda: importance_bars(shares)

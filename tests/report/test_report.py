@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -17,11 +18,12 @@ import yaml
 from conftest import ROOT, run_process
 
 from pipeline.report.__main__ import main
-from pipeline.report.charts import epoch_rates, parallel_coordinates, placed
+from pipeline.report.charts import epoch_rates
 from pipeline.report.comparison import ranked, repeated, varied_settings
 from pipeline.report.curves import curves
 from pipeline.report.figure_style import COLOURS, MOST_NAMED, STYLE, looks, png_and_svg, short
 from pipeline.report.importance import importances
+from pipeline.report.parallel import is_logarithmic, parallel_coordinates, placed
 from pipeline.report.read_runs import read_run
 from pipeline.report.read_sweeps import read_records
 from pipeline.report.tables import class_table, confusions_table, ranked_table, seeds_table, unfinished_table
@@ -463,11 +465,40 @@ def test_importance_of_noise_is_near_zero_however_many_values_it_takes():
 
 def test_numbers_over_decades_have_a_logarithmic_axis():
     values = [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3, 3e-2]
-    heights, ticks = placed(values)
+    assert is_logarithmic(values) and not is_logarithmic([0.0, *values])
+    heights, ticks = placed(values, logarithmic=True)
     assert heights[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert ticks[0] == (0.0, "0.0001") and ticks[-1] == (1.0, "0.1")
     heights, ticks = placed(["b", "a", "b"])
     assert heights == [1, 0, 1] and ticks == [(0, "a"), (1, "b")]
+
+
+def test_few_numbers_are_placed_to_scale_with_ticks_at_the_values_that_do_not_overlap():
+    heights, ticks = placed([0.00022, 0.015, 0.00023, 0.004], logarithmic=True)
+    assert heights[0] == 0 and heights[1] == pytest.approx(1)
+    assert heights[2] == pytest.approx(math.log(23 / 22) / math.log(0.015 / 0.00022))
+    assert heights[3] == pytest.approx(math.log(0.004 / 0.00022) / math.log(0.015 / 0.00022))
+    assert [text for _, text in ticks] == ["0.00022", "0.004", "0.015"]
+    assert placed([1, 2, 9]) == ([0, 1 / 8, 1], [(0, "1"), (1 / 8, "2"), (1, "9")])
+    assert [text for _, text in placed([1, 99, 100])[1]] == ["1", "100"]
+    assert [text for _, text in placed([99, 100])[1]] == ["99", "100"]
+
+
+def test_numbers_beside_other_values_stay_to_scale_above_them():
+    heights, ticks = placed([None, 1, 2, 5])
+    assert heights == pytest.approx([0, 0.12, 0.34, 1]) and ticks[0] == (0, "-")
+
+
+def test_a_logarithmic_distribution_of_the_sweep_file_gives_a_logarithmic_axis(tmp_path: Path):
+    folder = sweep_folder(tmp_path / "sweep")
+    kinds = {"a": "log_uniform_values", "b": "q_log_uniform", "c": "inv_log_uniform_values", "d": "log_normal", "e": "normal"}
+    specs: dict[str, Any] = {name: {"distribution": kind} for name, kind in kinds.items()}
+    sweep = {"method": "random", "parameters": specs | {"f": {"values": [1, 2]}, "g": {"min": 1, "max": 2}}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    read = read_records([folder])[1]
+    assert read is not None and read.logarithmic == {"a", "b", "c", "d"}
+    assert is_logarithmic([1, 3]) is False and is_logarithmic([1, 3], drawn_so=True)
+    assert not is_logarithmic([0, 3], drawn_so=True) and not is_logarithmic(["x"], drawn_so=True)
 
 
 def test_tables_of_classes_agree_with_the_matrix():
