@@ -17,6 +17,7 @@ FORBIDDEN_CALLS = {
 ALLOWED = {
     "parser.py": {"yaml.load"},  # with a loader that is a SafeLoader, see below
     "read_runs.py": {"yaml.load"},  # with the same
+    "decoded_cache.py": {"np.load"},  # which unpickles only with allow_pickle
     "benchmark": {"accelerator.save_state"},  # measured there, in a folder that goes
 }
 KINDS = {".safetensors", ".json", ".jsonl", ".yaml", ".md"}
@@ -40,7 +41,7 @@ def imported(tree):
 def test_the_source_neither_pickles_nor_runs_what_it_reads(path):
     text = path.read_text()
     tree = ast.parse(text)
-    assert not imported(tree) & FORBIDDEN_IMPORTS and "trust_remote_code" not in text
+    assert not imported(tree) & FORBIDDEN_IMPORTS and not re.search("trust_remote_code|allow_pickle", text)
     assert not called(tree) & FORBIDDEN_CALLS - ALLOWED.get(path.parent.name, set()) - ALLOWED.get(path.name, set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
