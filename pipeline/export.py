@@ -1,6 +1,6 @@
 """`python -m pipeline.export RUN`: exports a run's model as a timm folder, ONNX, TorchScript or torch.export, and checks it.
 
-The logits of the exported model must equal the model's on real images, in batches of one and of many; otherwise the export
+The logits of the exported model must equal the model's on images, in batches of one and of many; otherwise the export
 fails and writes nothing. preprocessing.json describes how to prepare an image and what the outputs mean.
 """
 
@@ -21,7 +21,7 @@ def make_parser() -> CommandParser:
     text = "timm, onnx, torchscript or torch_export"
     parser.add_argument("--format", type=one_of(*FORMAT_NAMES), default="timm", help=text)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; default: RUN/export/FORMAT")
-    text = "images, folders or quoted patterns for the check; default: images of the run's test split"
+    text = "images, folders or quoted patterns for the check; default: random ones for timm, else the run's test images"
     parser.add_argument("--images", metavar="PATH", nargs="+", default=[], help=text)
     text = "where the run's dataset is now, if it has moved"
     parser.add_argument("--dataset", metavar="PATH", help=text)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.model} is not a run. Pass the folder to write with --output.")
         output = saved.run_dir / "export" / args.format
     check_replaceable(output)
-    facts = export(saved, args.format, images_for_check(saved, args.images, args.dataset), output)
+    facts = export(saved, args.format, images_for_check(saved, args.format, args.images, args.dataset), output)
     check = facts["check"]
     rows = [
         ("export", str(output)),

@@ -16,6 +16,7 @@ from pipeline.settings.command_line import CommandParser, at_least, check_output
 if TYPE_CHECKING:
     from pipeline.inference.prediction import Prediction
 
+ESCAPE = "backslashreplace"  # the error handler of encodings
 LONGEST_NAME = 32  # in a table; ImageNet's names have up to 131 letters
 
 # a label, its class number and its probability; the most probable first
@@ -45,19 +46,20 @@ def csv_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[s
 
 def csv_row(cells: Sequence[str]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)  # the writer quotes the characters of its line terminator
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
     """One line per image: its path, then columns of labels, shortened if long, and probabilities."""
-    path_width, name_width = (max((len(text) for text in texts), default=0) for texts in (paths, names))
+    shown_paths = map(console.on_one_line, paths)
+    path_width, name_width = (max(map(len, texts), default=0) for texts in (shown_paths, names))
     name_width = min(name_width, LONGEST_NAME)
 
     def line(path: str, ranked: Ranked) -> str:
         short = [name if len(name) <= name_width else f"{name[: name_width - 3]}..." for name, _, _ in ranked]
         cells = [f"{name:<{name_width}} {console.percent(value):>8}" for name, (_, _, value) in zip(short, ranked)]
-        return f"{path:<{path_width}}  {'  '.join(cells)}\n"
+        return f"{console.on_one_line(path):<{path_width}}  {'  '.join(cells)}\n"
 
     return "", line
 
@@ -85,18 +87,19 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     device = prediction.choose_device(args.device)
-    paths, problems, notes = prediction.find_images(args.paths, sys.stdin if "-" in args.paths else ())
+    listed = prediction.read_list(sys.stdin.buffer) if "-" in args.paths else ()
+    paths, problems, notes = prediction.find_images(args.paths, listed)
     for note in notes:
         console.warn(note)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        print(f"error: {console.on_one_line(problem)}", file=sys.stderr, flush=True)
     if not paths:
         raise ValueError("No image was found. Pass images, folders, quoted patterns, or - and a list on standard input.")
     saved = load_saved_model(args.model)
     header, line = FORMATS[args.format](paths, saved.shown_names, args.top_k)
     predictions = prediction.predict(saved, paths, top_k=args.top_k, batch_size=args.batch_size, device=device)
     num_bad = len(problems)
-    with output_file(args.output) as out:
+    with output_file(args.output, is_data=args.format != "table") as out:
         out.write(header)
         # on a terminal the printed results show the progress
         shown = args.output is not None or not sys.stdout.isatty()
@@ -111,12 +114,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def output_file(path: Path | None) -> Iterator[TextIO]:
-    """The file, which a reader sees once it is whole; None is standard output."""
+def output_file(path: Path | None, is_data: bool) -> Iterator[TextIO]:
+    """The file, which a reader sees once it is whole; None is standard output.
+
+    A byte of a file name that is not UTF-8 becomes an escape, which is also an escape of JSON: \\udce9 is byte e9. is_data:
+    whether standard output is UTF-8 in any locale, as the file is.
+    """
     if path is None:
+        if is_data and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors=ESCAPE)
         yield sys.stdout
     else:
-        with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        with written_aside(path) as aside, open(aside, "w", encoding="utf-8", errors=ESCAPE) as file:
             yield file
 
 
@@ -124,7 +133,7 @@ def write(predicted: "Prediction", out: TextIO, line: Callable[[str, Ranked], st
     """Writes a prediction and returns 0, or reports its problem on standard error and returns 1."""
     bar.update()
     if predicted.problem is not None:
-        bar.write(f"error: {predicted.problem}", file=sys.stderr)
+        bar.write(f"error: {console.on_one_line(predicted.problem)}", file=sys.stderr)
         return 1
     ranked = [(names[k], k, value) for k, value in zip(predicted.classes, predicted.probabilities)]
     out.write(line(predicted.path, ranked))

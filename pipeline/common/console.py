@@ -4,9 +4,11 @@ import contextlib
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, separators of lines and paragraphs
 ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
 
 
@@ -18,6 +20,11 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def on_one_line(text: str) -> str:
+    """The text with its control characters, line ends and undecodable bytes as escapes, such as \\r."""
+    return "".join(repr(letter)[1:-1] if unicodedata.category(letter) in UNPRINTABLE else letter for letter in text)
 
 
 def say(message: str, shown: bool = True, file: TextIO | None = None) -> None:

@@ -22,6 +22,7 @@ from pipeline.inference.saved_model import SavedModel
 from pipeline.models.timm_folder import CONFIG_FILE, README_FILE, WEIGHTS_FILE, load_model
 from pipeline.run_folder.dataset_record import check_own_dataset
 from pipeline.settings.command_line import CommandFailed
+from pipeline.settings.config import Config
 
 PREPROCESSING_FILE = "preprocessing.json"
 NUM_CHECK_IMAGES = 32
@@ -130,10 +131,11 @@ def is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def images_for_check(saved: SavedModel, places: Sequence[str], moved_to: str | None = None) -> Tensor:
-    """Model input of at most 32 real images [B, C, S, S]: of `places` if given, else evenly spaced in the run's test split.
+def images_for_check(saved: SavedModel, name: str, places: Sequence[str], moved_to: str | None = None) -> Tensor:
+    """Model input of at most 32 images [B, C, S, S]: of `places` if given, else evenly spaced in the run's test split.
 
-    moved_to: the folder of the run's dataset, if it has moved. Raises ValueError if there is no image, or one cannot be read.
+    The timm format copies the weights: without places and moved_to its images are random, and no dataset is needed. moved_to: the
+    folder of the run's dataset, if it has moved. Raises ValueError if there is no image, or one cannot be read.
     """
     if places:
         paths, problems, _ = find_images(places)
@@ -142,23 +144,32 @@ def images_for_check(saved: SavedModel, places: Sequence[str], moved_to: str | N
         if problems or not read:
             raise ValueError(f"--images: {problems[0] if problems else 'no image was found.'}")
         images = [image for image in read if isinstance(image, Tensor)]
+    elif name == "timm" and moved_to is None:
+        size, generator = saved.preprocessing.image_size, torch.Generator().manual_seed(0)
+        return torch.randn(NUM_CHECK_IMAGES, saved.preprocessing.channels, size, size, generator=generator)
     elif saved.config is not None:
-        config = dataclasses.replace(saved.config, mixed_precision="no", loader="auto")
-        if moved_to is not None:
-            config = dataclasses.replace(config, dataset=moved_to)
-        dataset = load_data(config, make_accelerator(config, "cpu"))
-        if saved.run_dir is not None:
-            check_own_dataset(saved.run_dir, {"given": config.dataset, **fingerprint(dataset)})
-        test = dataset.test
-        try:
-            images = [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]
-        except BadImage as error:
-            raise ValueError(f"A test image cannot be read: {error} Pass other images with --images.") from error
+        images = some_test_images(saved, saved.config, moved_to)
     else:
         raise ValueError(
             f"{saved.source} is not a run and has no test images for the check. Pass some with --images."
         )
     return to_input(images, saved.preprocessing, torch.device("cpu"))
+
+
+def some_test_images(saved: SavedModel, config: Config, moved_to: str | None) -> list[Tensor]:
+    """At most 32 images of the run's test split, uint8 [C, S, S]. Raises ValueError if they cannot be read."""
+    config = dataclasses.replace(config, dataset=moved_to or config.dataset, mixed_precision="no", loader="auto")
+    try:
+        dataset = load_data(config, make_accelerator(config, "cpu"))
+    except ValueError as error:
+        raise ValueError(f"{error} Or pass images for the check with --images.") from error
+    if saved.run_dir is not None:
+        check_own_dataset(saved.run_dir, {"given": config.dataset, **fingerprint(dataset)})
+    test = dataset.test
+    try:
+        return [read_image(test.encoded(row), saved.preprocessing) for row in spread(range(len(test)))]
+    except BadImage as error:
+        raise ValueError(f"A test image cannot be read: {error} Pass other images with --images.") from error
 
 
 def spread(items: Sequence[Item]) -> list[Item]:

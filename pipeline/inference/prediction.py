@@ -1,11 +1,14 @@
 """Predicts image files with a saved model, preprocessed exactly as in evaluation."""
 
+import codecs
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,17 @@ class Prediction:
     problem: str | None = None
 
 
+def read_list(stream: BinaryIO) -> list[str]:
+    """The lines of a list of paths, in UTF-8 or in the bytes of the file names. Raises ValueError for UTF-16 and NUL bytes."""
+    content = stream.read()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("The list on standard input is UTF-16. Convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8.")
+    if b"\0" in content:
+        raise ValueError("The list on standard input contains NUL bytes. Write one path per line, in UTF-8.")
+    lines = map(os.fsdecode, content.removeprefix(codecs.BOM_UTF8).split(b"\n"))
+    return [line if os.path.lexists(line) else line.removesuffix("\r") for line in lines]
+
+
 def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list[str], list[str], list[str]]:
     """The paths of images in the order of the places, a message for each place without images, and notes on other files.
 
@@ -39,8 +53,7 @@ def find_images(places: Iterable[str], listed: Iterable[str] = ()) -> tuple[list
     problems: list[str] = []
     left_out = LeftOut()
     for place in places:
-        lines = [line.rstrip("\r\n") for line in listed] if place == "-" else [place]
-        for line in filter(None, lines):
+        for line in filter(None, listed) if place == "-" else [place]:
             try:
                 images = images_at(line, is_pattern=place != "-", left_out=left_out)
             except ValueError as error:
@@ -62,8 +75,19 @@ def images_at(place: str, is_pattern: bool, left_out: LeftOut) -> list[str]:
         return FolderWalk(path, left_out).images()
     if path.exists():
         return [str(path)]
-    matches = sorted(glob.glob(str(path), recursive=True)) if is_pattern and glob.has_magic(place) else []
+    pattern = with_literal_folders(path)
+    matches = sorted(glob.glob(pattern, recursive=True)) if is_pattern and glob.has_magic(pattern) else []
     return [match for match in matches if Path(match).is_file() and is_image(match, left_out)]
+
+
+def with_literal_folders(path: Path) -> str:
+    """The path as a pattern whose leading folders, if they exist under these names (photos[1]), match only themselves."""
+    literal = Path()
+    for number, part in enumerate(path.parts):
+        if not (literal / part).is_dir():
+            return os.path.join(glob.escape(str(literal)) if number else "", *path.parts[number:])
+        literal /= part
+    return glob.escape(str(literal))
 
 
 def why_no_images(place: str) -> str:

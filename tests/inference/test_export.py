@@ -73,6 +73,22 @@ def test_the_timm_folder_is_the_runs_own(finished_run, capsys):
         assert (run_dir / "export" / "timm" / name).read_bytes() == (run_dir / "model" / name).read_bytes()
 
 
+def test_the_timm_folder_needs_no_data_and_other_formats_name_images(run_training, capsys, tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            Image.effect_noise((9, 9), 90).save(folder / name / f"{number}.png")
+    _, run_dir = run_training(dataset=str(folder), image_size=8, num_workers=0, epochs=1, max_train_samples=None)
+    kept = folder.rename(tmp_path / "moved")
+    out, err = exported(capsys, run_dir)
+    assert "32 images" in out and not err and (run_dir / "export" / "timm" / "model.safetensors").is_file()
+    exported(capsys, run_dir / "model", "--output", tmp_path / "again")
+    out, err = exported(capsys, run_dir, "--format", "torchscript", status=2)
+    assert str(folder) in err and "pass images for the check with --images" in err and err.count("\n") == 1
+    exported(capsys, run_dir, "--format", "torchscript", "--images", kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["test_resnet", "test_vit"])
 def test_convolutions_and_attention_can_be_exported(tmp_path, capsys, model_name):
@@ -152,7 +168,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(finished_run, capsys,
     "arguments, words",
     [
         (["RUN/model"], "Pass the folder to write with --output"),
-        (["RUN/model", "--output", "RUN/out"], "has no test images for the check"),
+        (["RUN/model", "--output", "RUN/out", "--format", "torchscript"], "has no test images for the check"),
         (["RUN", "--images", "RUN/none.png"], "no such file"),
         (["RUN", "--format", "onnx", "--push_to_hub", "me/model"], "Remove --format"),
         (["RUN", "--private"], "--private requires --push_to_hub"),

@@ -1,10 +1,13 @@
 """python -m pipeline.predict: the preprocessing of validation, a result for every file, three formats."""
 
+import codecs
 import csv
 import io
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,7 +171,7 @@ def test_places_are_files_folders_patterns_and_a_list(photos):
     assert prediction.find_images([str(dog / "[13].*"), str(cat / "2.png")])[0] == [
         str(dog / "1.png"), str(dog / "3.png"), str(cat / "2.png")
     ]  # fmt: skip
-    listed = [f"{dog / '7.png'}\n", "\n", f"{cat}\n", str(dog / "*.png")]
+    listed = [str(dog / "7.png"), "", str(cat), str(dog / "*.png")]
     found, problems, _ = prediction.find_images(["-"], listed)
     assert found == [str(dog / "7.png"), *everything[:10]] and len(problems) == 1
     (photos / "a[1].png").write_text("")  # an existing file takes precedence over a pattern
@@ -176,9 +179,82 @@ def test_places_are_files_folders_patterns_and_a_list(photos):
 
 
 def test_a_list_comes_in_on_standard_input(photo_run, photos, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos / 'dog' / '1.png'}\n{photos / 'cat' / '2.png'}\n"))
-    lines, _ = predicted(capsys, photo_run, "-", "--device", "cpu")
-    assert [line["image"] for line in lines] == [str(photos / "dog" / "1.png"), str(photos / "cat" / "2.png")]
+    first, second = photos / "dog" / "1.png", photos / "cat" / "2.png"
+    for start, end in ((b"", b"\n"), (codecs.BOM_UTF8, b"\r\n")):
+        give_list(monkeypatch, start + os.fsencode(first) + end + os.fsencode(second) + end)
+        lines, _ = predicted(capsys, photo_run, "-", "--device", "cpu")
+        assert [line["image"] for line in lines] == [str(first), str(second)]
+
+
+def give_list(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+
+def test_a_list_in_another_encoding_is_refused_by_name(finished_run, capsys, monkeypatch):
+    _, run_dir = finished_run()
+    for content, words in (("a.png\n".encode("utf-16"), "is UTF-16. Convert it"), (b"a.png\0b.png\0", "contains NUL bytes")):
+        give_list(monkeypatch, content)
+        assert predict.main([str(run_dir), "-"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_line_end_in_a_file_name_does_not_split_a_line_of_the_output(photo_run, photos, capsys, monkeypatch, tmp_path):
+    name, bad = str(photos / "dog" / "1\rb.png"), str(photos / "dog" / "2\r.png")
+    os.rename(photos / "dog" / "1.png", name)
+    Path(bad).write_bytes(b"no image")
+    give_list(monkeypatch, os.fsencode(f"{name}\n{bad}\n"))
+    lines, err = predicted(capsys, photo_run, "-", status=1)
+    assert [line["image"] for line in lines] == [name]
+    assert err.splitlines()[0].startswith(f"error: {photos}/dog/2\\r.png: ")
+    assert predict.main([str(photo_run), name, "--format", "csv", "--output", str(tmp_path / "a.csv")]) == 0
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [name]
+    assert predict.main([str(photo_run), name]) == 0
+    assert capsys.readouterr().out.startswith(f"{photos}/dog/1\\rb.png  ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file system accepts UTF-8 names only")
+def test_names_that_are_not_utf_8_do_not_lose_an_answer(photo_run, photos, capsys, monkeypatch, tmp_path):
+    """Also where the terminal is ASCII. The escape of a byte is one of JSON, which Python reads as the name."""
+    name = os.fsdecode(os.fsencode(photos / "dog") + b"/caf\xe9.png")
+    os.rename(photos / "dog" / "1.png", name)
+    unicode_name = str(photos / "dog" / "\u732b.png")
+    os.rename(photos / "dog" / "2.png", unicode_name)
+    give_list(monkeypatch, os.fsencode(f"{name}\n{unicode_name}\n"))
+    assert [line["image"] for line in predicted(capsys, photo_run, "-")[0]] == [name, unicode_name]
+    everything, _ = predicted(capsys, photo_run, photos)
+    assert len(everything) == 20 and {name, unicode_name} < {line["image"] for line in everything}
+    for kind in ("jsonl", "csv", "table"):
+        assert predict.main([str(photo_run), name, unicode_name, "--format", kind, "--output", str(tmp_path / kind)]) == 0
+    assert [json.loads(line)["image"] for line in (tmp_path / "jsonl").read_text().splitlines()] == [name, unicode_name]
+    escaped = f"{photos}/dog/caf\\udce9.png"
+    assert [row["image"] for row in csv.DictReader(io.StringIO((tmp_path / "csv").read_text()))] == [escaped, unicode_name]
+    assert (tmp_path / "table").read_text().startswith(f"{escaped}  ")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert predict.main([str(photo_run), name, unicode_name, "--format", "jsonl"]) == 0
+    assert [json.loads(line)["image"] for line in written.getvalue().splitlines()] == [name, unicode_name]
+
+
+def test_brackets_in_names_are_names_first_and_patterns_second(photos):
+    inner = photos / "new[1]"
+    inner.mkdir()
+    for name in ("photo[1].png", "photo1.png"):
+        shutil.copy(photos / "cat" / "1.png", inner / name)
+    whole = [str(inner / "photo1.png"), str(inner / "photo[1].png")]
+    assert prediction.find_images([str(inner)])[0] == whole
+    assert prediction.find_images([str(inner / "photo[1].png")])[0] == whole[1:]
+    assert prediction.find_images([str(inner / "*.png")])[0] == whole
+    assert prediction.find_images([str(inner / "photo[12].png")])[0] == whole[:1]
+    (photos / "new1").mkdir()
+    shutil.copy(photos / "cat" / "1.png", photos / "new1" / "other.png")
+    assert prediction.find_images([str(inner / "other.png")])[0] == []
+    assert prediction.find_images([str(photos / "new[123]" / "*.png")])[0] == [str(photos / "new1" / "other.png")]
+
+
+def test_a_relative_pattern_gives_relative_paths(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    assert prediction.find_images(["c*/[12].png"])[0] == ["cat/1.png", "cat/2.png"]
 
 
 @pytest.mark.slow
