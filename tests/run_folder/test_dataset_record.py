@@ -185,7 +185,7 @@ def test_evaluation_export_and_mistakes_are_of_the_run_s_own_images(begun, tmp_p
 
     commands = [
         lambda *dataset: evaluated(*(["--dataset", *dataset] if dataset else [])),
-        lambda *dataset: images_for_check(load_saved_model("runs/run"), [], *dataset),
+        lambda *dataset: images_for_check(load_saved_model("runs/run"), "onnx", [], *dataset),
         lambda *dataset: most_confident_mistakes(run_dir, 3, *dataset),
     ]
     for command in commands:
