@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.common.console import percent
 from pipeline.report.curves import in_unit, prepare_axis, time_unit
 from pipeline.report.figure_style import (
     COLOURS,
@@ -36,22 +37,21 @@ FAINTEST_CELL = 0.15  # makes a single mistake among many images visible
 WHITE = "#ffffff"  # text on dark cells of the matrix, also in dark mode
 
 
-def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | None:
+def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | str | None:
     """Validation accuracy by epoch in percent: the mean over each group's seeds, with a band of one standard deviation.
 
     groups: name and runs; groups of a single run are omitted. An epoch is shown if at least two runs of the group have it.
+    Returns a sentence if no group has two such epochs, None without groups.
     """
-    groups = [(name, runs) for name, runs in groups if len(runs) > 1 and any(run.epochs for run in runs)][:MOST_NAMED]
-    if not groups:
+    repeats = [(name, runs, accuracies_by_epoch(runs)) for name, runs in groups if len(runs) > 1]
+    if not repeats:
         return None
+    shown = [group for group in repeats if len(group[2]) > 1][:MOST_NAMED]
+    if not shown:
+        return "There is no curve over repeated seeds: no two of them have two epochs in common."
     figure, axes = new_figure("Validation accuracy over repeated seeds: mean and standard deviation")
-    for place, (name, runs) in enumerate(groups):
-        by_epoch: dict[int, list[float]] = {}
-        for entry in (entry for run in runs for entry in run.epochs):
-            value = in_unit(entry["val"], "accuracy")
-            if value is not None:
-                by_epoch.setdefault(entry["epoch"], []).append(value)
-        epochs = sorted(epoch for epoch, values in by_epoch.items() if len(values) > 1)
+    for place, (name, runs, by_epoch) in enumerate(shown):
+        epochs = list(by_epoch)
         means = np.array([statistics.mean(by_epoch[epoch]) for epoch in epochs])
         spreads = np.array([statistics.stdev(by_epoch[epoch]) for epoch in epochs])
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
@@ -65,11 +65,21 @@ def seed_bands(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> Figure | No
     return figure
 
 
-def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
-    """Images per second of training in each epoch; None if no run has logged it."""
+def accuracies_by_epoch(runs: Sequence[RunRecord]) -> dict[int, list[float]]:
+    """The validation accuracies in percent of each epoch that at least two of the runs have, in the order of the epochs."""
+    by_epoch: dict[int, list[float]] = {}
+    for entry in (entry for run in runs for entry in run.epochs):
+        value = in_unit(entry["val"], "accuracy")
+        if value is not None:
+            by_epoch.setdefault(entry["epoch"], []).append(value)
+    return {epoch: by_epoch[epoch] for epoch in sorted(by_epoch) if len(by_epoch[epoch]) > 1}
+
+
+def throughput(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | str:
+    """Images per second of training in each epoch; a sentence if no run has logged it for two epochs."""
     shown = [run for run in runs if epoch_rates(run)]
-    if not shown:
-        return None
+    if all(len(epoch_rates(run)) < 2 for run in shown):
+        return "There is no curve of the throughput: no run has logged it for two epochs."
     figure, axes = new_figure("Throughput in training by epoch")
     for run in shown:
         look, rates = look_of[run.name], epoch_rates(run)
@@ -98,12 +108,14 @@ def epoch_rates(run: RunRecord) -> dict[int, float]:
     return rates
 
 
-def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | None:
-    """Test accuracy by time, a marker per tested run; None for fewer than two."""
+def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> Figure | str | None:
+    """Test accuracy by time, a marker per tested run; a sentence if there are no two, or all are equal; None for one run."""
     shown = [run for run in runs if run.test_accuracy is not None and number(run.facts, "seconds")]
-    if len(shown) < 2:
+    if len(runs) < 2:
         return None
     seconds = [run.facts["seconds"] for run in shown]
+    if len({(run.test_accuracy, run.facts["seconds"]) for run in shown}) < 2:
+        return "Test accuracy is not drawn against time: there are no two tested runs that differ in either."
     unit, unit_name = time_unit(max(seconds))
     figure, axes = new_figure("Test accuracy against time")
     for run in shown:
@@ -120,8 +132,8 @@ def accuracy_against_time(runs: Sequence[RunRecord], look_of: dict[str, Look]) -
 
 
 def importance_bars(shares: dict[str, float]) -> Figure | None:
-    """A bar per setting: the share of the variance of the results that it explains, in percent."""
-    if not shares:
+    """A bar per setting: the share of the variance of the results that it explains, in percent; None if all are 0."""
+    if not any(shares.values()):
         return None
     figure, axes = new_figure("Importance of each setting", height=1.5 + 0.34 * len(shares))
     names = [name.replace("_", " ") for name in shares]
@@ -134,12 +146,14 @@ def importance_bars(shares: dict[str, float]) -> Figure | None:
     return figure
 
 
-def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: str) -> Figure:
+def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], run_name: str) -> Figure | str:
     """The confusion matrix, true classes as rows; a cell's shade is its share of the row. Small matrices show their counts.
 
-    counts: int [C, C].
+    counts: int [C, C]. Returns a sentence for a single class or without counts.
     """
     size = len(class_names)
+    if size < 2 or not counts.any():
+        return f"There is no confusion matrix of {run_name}: it was tested on {counts.sum()} images of {size} classes."
     side = min(max(3.6 + 0.32 * size, 4.8), 10.0)
     figure, axes = new_figure(f"Confusion matrix of {short(run_name)}, test images", side + 0.8, side)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -183,10 +197,17 @@ def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
         axes.set_yticks(places, [str(place) for place in places], fontsize=8)
 
 
-def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | None:
-    """A dot per class, lowest accuracy first, at most MOST_CLASS_NAMES of them; in percent."""
+def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | str | None:
+    """A dot per class, lowest accuracy first, at most MOST_CLASS_NAMES of them; in percent.
+
+    Returns a sentence if all accuracies are equal, None without any.
+    """
     if not accuracies:
         return None
+    if len(set(accuracies.values())) == 1:
+        name, value = next(iter(accuracies.items()))
+        which = f"of all {len(accuracies)} classes" if len(accuracies) > 1 else f"of {name}, the only class with test images,"
+        return f"The test accuracy {which} is {percent(value)}."
     hardest = sorted(accuracies.items(), key=lambda item: item[1])[:MOST_CLASS_NAMES]
     which = (
         "by class" if len(hardest) == len(accuracies) else f"of the {len(hardest)} lowest of {len(accuracies)} classes"

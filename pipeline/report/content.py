@@ -60,23 +60,28 @@ class Drawing:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 
-    def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | None:
-        """Saves the figure that draw returns as files with this stem; None if draw returns None."""
+    def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | str | None:
+        """Saves the figure that draw returns as files with this stem; a sentence or None is returned unchanged."""
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
             drawn = draw()
-            if drawn is None:
-                return None
+            if drawn is None or isinstance(drawn, str):
+                return drawn
             contents = png_and_svg(drawn)
         self.files |= {f"{stem}.{ending}": content for ending, content in contents.items()}
         return Figure(stem, alt, contents["svg"])
 
-    def views(self, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | None:
-        """A figure for each of AXES; None if there is nothing to draw."""
-        figures = {axis: self.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis)) for axis in AXES}
-        drawn = {axis: figure for axis, figure in figures.items() if figure is not None}
-        return Views(drawn) if drawn else None
+    def views(self, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | str | None:
+        """A figure for each of AXES that has one; if none has, the sentence or None of the last."""
+        drawn, other = {}, None
+        for axis in AXES:
+            figure = self.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis))
+            if isinstance(figure, Figure):
+                drawn[axis] = figure
+            else:
+                other = figure
+        return Views(drawn) if drawn else other
 
 
 def make_report(
@@ -172,6 +177,8 @@ def settings_section(
     best_first: Sequence[RunRecord], sweep: Sweep | None, look_of: dict[str, Look], drawing: Drawing
 ) -> Section:
     """Parallel coordinates and importance of the settings, over the runs that have ended."""
+    if len(best_first) < 2:
+        return section("settings", "Settings and results")
     compared = [run for run in best_first if run.ended and score(run, sweep) is not None]
     names = varied_settings(compared) if compared else []
     signed = [score(run, sweep) or 0.0 for run in compared]
@@ -193,6 +200,8 @@ def settings_section(
     bars = drawing.figure(
         "importance", "Share of the variance of the results by setting", lambda: importance_bars(shares)
     )
+    if not isinstance(lines, Figure):
+        return section("settings", "Settings and results", lines)
     note = (
         f"Importance is omega squared: the share of the variance of {label.removesuffix(' (%)')} over {len(compared)} runs "
         "that the values of one setting explain, corrected for chance. It measures the effect of each setting alone; settings "
@@ -201,8 +210,6 @@ def settings_section(
     if shares and not any(shares.values()):
         note += " No setting has an effect beyond chance here."
     few = f"The importance of settings requires at least {FEWEST_RUNS} runs that have ended, with different results."
-    if lines is None:
-        return section("settings", "Settings and results")
     return section("settings", "Settings and results", lines, note if shares else few, bars)
 
 
@@ -230,7 +237,7 @@ def test_section(run: RunRecord, drawing: Drawing) -> Section:
         return section("test", title)
     names = [str(name) for name in accuracies]
     known = {name: value for name in names if (value := number(accuracies, name)) is not None}
-    drawn = None
+    drawn: Block | None = f"The confusion matrix of {len(names)} classes is not drawn; the most are {LARGEST_MATRIX}."
     if len(names) <= LARGEST_MATRIX:
         alt = "Confusion matrix: true classes by predicted classes"
         drawn = drawing.figure("confusion_matrix", alt, lambda: confusion_matrix(np.array(matrix), names, run.name))
@@ -263,8 +270,7 @@ def mistakes_section(run: RunRecord, mistakes: list[Mistake], total: int, drawin
         )
         alt = f"Test image of class {mistake.true}, predicted as {mistake.predicted}"
         pictures.append(Picture(stem, alt, lines, mistake.png))
-    note = (
-        f"{run.name} misclassified {total:,} test images. These are the {len(mistakes)} with the highest probability of the "
-        "wrong class."
-    )
+    note = f"{run.name} misclassified {total:,} test images."
+    if mistakes:
+        note += f" These are the {len(mistakes)} with the highest probability of the wrong class."
     return section("mistakes", "Most confident mistakes", note, Gallery(tuple(pictures)) if pictures else None)

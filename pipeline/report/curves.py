@@ -60,18 +60,16 @@ def prepare_axis(axes: Axes, axis: str, unit_name: str) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, axis: str) -> Figure | None:
-    """Training and validation accuracy or loss of each epoch; None if no run has any.
+def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, axis: str) -> Figure | str:
+    """Training and validation accuracy or loss of each epoch; a sentence if no run has two epochs with it.
 
     Up to MOST_TOGETHER runs share one panel, with training as thin dashed lines; more runs get two panels of one scale.
     """
-    shown = [
-        run
-        for run in runs
-        if any(number(entry[split], quantity) is not None for entry in run.epochs for split in SPLITS)
-    ]
+    shown = [run for run in runs if any(has_figure(entry, quantity) for entry in run.epochs)]
     if not shown:
-        return None
+        return f"There is no curve of the {quantity}: no run has an epoch with one."
+    if max(sum(has_figure(entry, quantity) for entry in run.epochs) for run in shown) < 2:
+        return f"There is no curve of the {quantity}: no run has two epochs with one."
     unit, unit_name = time_unit(max(run.epochs[-1]["seconds"] for run in shown))
     together = len(shown) <= MOST_TOGETHER
     columns = 1 if together else 2
@@ -102,17 +100,25 @@ def curves(runs: Sequence[RunRecord], look_of: dict[str, Look], quantity: str, a
     return figure
 
 
+def has_figure(entry: dict[str, Any], quantity: str) -> bool:
+    """Whether an epoch has the quantity in training or validation."""
+    return any(number(entry[split], quantity) is not None for split in SPLITS)
+
+
 def in_unit(figures: dict[str, Any], quantity: str) -> float | None:
     """A figure, in percent if it is an accuracy; None if it is missing."""
     value = number(figures, quantity)
     return 100 * value if value is not None and quantity.endswith("accuracy") else value
 
 
-def schedules(runs: Sequence[RunRecord], look_of: dict[str, Look], axis: str) -> Figure | None:
-    """Learning rate and batch size of the training lines, in two panels; None without training lines."""
-    shown = [run for run in runs if run.log]
+def schedules(runs: Sequence[RunRecord], look_of: dict[str, Look], axis: str) -> Figure | str:
+    """Learning rate and batch size of the training lines, in two panels; a sentence if there are no two or all are equal."""
+    shown = [run for run in runs if len([place for place in positions(run.log, axis, 1) if place is not None]) > 1]
     if not shown:
-        return None
+        return "There is no curve of the learning rate: no run has logged it twice."
+    lines = [line for run in shown for line in run.log]
+    if len({(number(line, "lr"), number(line, "batch_size")) for line in lines}) == 1:
+        return f"Learning rate ({lines[0].get('lr')}) and batch size ({lines[0].get('batch_size')}) are constant and equal."
     unit, unit_name = time_unit(max(run.log[-1]["seconds"] for run in shown))
     figure, (upper, lower) = new_figure(f"Learning rate and batch size by {axis}", 8.6, 5.0, nrows=2, sharex=True)
     rates: list[float] = []

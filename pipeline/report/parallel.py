@@ -35,14 +35,18 @@ def parallel_coordinates(
     look_of: dict[str, Look],
     higher_is_better: bool = True,
     logarithmic: Collection[str] = (),
-) -> Figure | None:
-    """A line per run through its settings to its score, bluer for a better score; None for fewer than two runs.
+) -> Figure | str:
+    """A line per run through its settings to its score, bluer for a better score; a sentence if they do not differ.
 
     names: the settings, one axis each. logarithmic: those with a logarithmic distribution; their axes, and those whose numbers
     span a factor of ten, are logarithmic.
     """
-    if len(runs) < 2 or not names or max(scores) == min(scores):
-        return None
+    if len(runs) < 2:
+        return "Settings and results are compared over runs that have ended with a result; fewer than two have."
+    if not names:
+        return f"The {len(runs)} runs that have ended have the same settings."
+    if max(scores) == min(scores):
+        return f"All {len(runs)} runs that have ended have the same {score_name}: {scores[0]:.4g}."
     from matplotlib.colors import LinearSegmentedColormap
 
     ramp = LinearSegmentedColormap.from_list("grey to blue", ["#b4b4b1", COLOURS[5], COLOURS[0]])
@@ -54,8 +58,9 @@ def parallel_coordinates(
         is_log = is_logarithmic(values, name in logarithmic)
         titles.append(f"{name} (log)" if is_log else name)
         columns.append(placed(values, is_log))
-    titles.append(score_name)
-    columns.append(placed(scores, "accuracy" not in score_name and is_logarithmic(scores)))
+    is_log = "accuracy" not in score_name and is_logarithmic(scores)
+    titles.append(f"{score_name} (log)" if is_log else score_name)
+    columns.append(placed(scores, is_log))
     goodness = np.asarray(scores) if higher_is_better else -np.asarray(scores)
     order = np.argsort(goodness, kind="stable")
     heights = np.array([*(fanned(places, order) for places, _ in columns[:-1]), columns[-1][0]])

@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ import yaml
 from conftest import ROOT, run_process
 
 from pipeline.report.__main__ import main
-from pipeline.report.charts import epoch_rates
+from pipeline.report.charts import (
+    accuracy_against_time,
+    class_accuracies,
+    confusion_matrix,
+    epoch_rates,
+    importance_bars,
+    seed_bands,
+    throughput,
+)
 from pipeline.report.comparison import ranked, repeated, varied_settings
-from pipeline.report.curves import curves
+from pipeline.report.curves import AXES, curves, schedules
 from pipeline.report.figure_style import COLOURS, MOST_NAMED, STYLE, looks, png_and_svg, short
 from pipeline.report.importance import importances
 from pipeline.report.parallel import is_logarithmic, parallel_coordinates, placed
@@ -58,9 +67,9 @@ def write_summary(folder: Path, accuracies: tuple[float, ...], **changes: Any) -
     best = max(accuracies)
     figures = {"epoch": accuracies.index(best) + 1, "loss": 0.5, "top5_accuracy": 1.0, "num_samples": 100}
     right = round(100 * (best - 0.01))
-    matrix = [[right, 100 - right, 0], [0, 0, 0], [0, 0, 0]]
+    matrix = [[right - 4, 100 - right, 0], [0, 0, 0], [0, 0, 4]]
     test = {**figures, "accuracy": right / 100, "confusion_matrix": matrix}
-    test["per_class_accuracy"] = {"cat": right / 100, HOSTILE_CLASS: None, "dog": None}
+    test["per_class_accuracy"] = {"cat": (right - 4) / 96, HOSTILE_CLASS: None, "dog": 1.0}
     steps = STEPS * len(accuracies)
     summary = {
         "status": "completed", "epochs": len(accuracies), "steps": steps, "samples": BATCH_SIZE * steps, "seconds": 2.5 * steps,
@@ -294,7 +303,7 @@ def test_curves_draw_the_measured_figures(runs: Path):
     look_of = looks(repeated(records), ranked(records, None))
     with matplotlib.rc_context(STYLE):
         figure = curves(records, look_of, "accuracy", "step")
-    assert figure is not None
+    assert not isinstance(figure, str)
     drawn = {
         str(line.get_gid()): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()
     }
@@ -405,7 +414,7 @@ def test_the_best_run_is_the_last_and_bluest_of_the_parallel_coordinates(higher_
     with matplotlib.rc_context(STYLE):
         scores = [run.val_accuracy or 0 for run in records]
         figure = parallel_coordinates(records, ["lr"], scores, "score", look_of, higher_is_better)
-    assert figure is not None
+    assert not isinstance(figure, str)
     lines = [line for line in figure.axes[0].get_lines() if str(line.get_gid()).startswith("run-")]
     assert len(lines) == 4 and lines[-1].get_gid() == best
     assert matplotlib.colors.to_hex(lines[-1].get_color()) == COLOURS[0]
@@ -499,6 +508,45 @@ def test_a_logarithmic_distribution_of_the_sweep_file_gives_a_logarithmic_axis(t
     assert read is not None and read.logarithmic == {"a", "b", "c", "d"}
     assert is_logarithmic([1, 3]) is False and is_logarithmic([1, 3], drawn_so=True)
     assert not is_logarithmic([0, 3], drawn_so=True) and not is_logarithmic(["x"], drawn_so=True)
+
+
+def test_a_figure_that_would_show_nothing_is_a_sentence(tmp_path: Path):
+    """Runs of one epoch with equal results: one point for each curve."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name, (0.5,), lr=0.1)
+    records, _ = read_records([tmp_path])
+    look_of = looks(repeated(records), records)
+    sentences = {
+        "two epochs with one": [curves(records, look_of, quantity, "epoch") for quantity in ("accuracy", "loss")],
+        "constant and equal": [schedules(records, look_of, axis) for axis in AXES],
+        "two epochs in common": [seed_bands([("both", records)])],
+        "for two epochs": [throughput(records, look_of)],
+        "no two tested runs that differ": [accuracy_against_time(records, look_of)],
+        "2 runs that have ended have the same settings": [parallel_coordinates(records, [], [1, 2], "score", look_of)],
+        "have the same score: 0.5": [parallel_coordinates(records, ["lr"], [0.5, 0.5], "score", look_of)],
+        "fewer than two": [parallel_coordinates(records[:1], ["lr"], [0.5], "score", look_of)],
+        "tested on 0 images of 2 classes": [confusion_matrix(np.zeros((2, 2), int), ["cat", "dog"], "a")],
+        "tested on 7 images of 1 classes": [confusion_matrix(np.array([[7]]), ["cat"], "a")],
+        "of all 2 classes is 100.00 %": [class_accuracies({"cat": 1.0, "dog": 1.0}, "a")],
+        "of cat, the only class with test images, is 50.00 %": [class_accuracies({"cat": 0.5}, "a")],
+    }
+    for part, drawn in sentences.items():
+        assert all(isinstance(each, str) and part in each for each in drawn), (part, drawn)
+    empty = [replace(run, epochs=[], log=[]) for run in records]
+    assert curves(empty, look_of, "loss", "time") == "There is no curve of the loss: no run has an epoch with one."
+    assert schedules(empty, look_of, "step") == "There is no curve of the learning rate: no run has logged it twice."
+    assert importance_bars({}) is None and importance_bars({"lr": 0.0}) is None
+    assert accuracy_against_time(records[:1], look_of) is None
+
+
+@pytest.mark.slow
+def test_a_report_on_runs_of_one_epoch_holds_sentences_and_no_files_of_empty_figures(tmp_path: Path):
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name, (0.5,))
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("There is no curve of") == 3 and "are constant and equal" in page
+    assert {path.stem for path in (tmp_path / "report" / "figures").iterdir()} == {"confusion_matrix", "classes"}
 
 
 def test_tables_of_classes_agree_with_the_matrix():
