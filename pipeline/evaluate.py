@@ -91,10 +91,10 @@ def confusion_table(names: list[str], result: dict[str, Any]) -> str:
 
 
 def confused_pairs(names: list[str], result: dict[str, Any]) -> str:
-    """The classes of the lowest accuracy and the pairs of classes that were confused most often."""
+    """The classes of the lowest accuracy and, where a confusion matrix was counted, the pairs of classes confused most often."""
     known = {name: value for name, value in result["per_class_accuracy"].items() if value is not None}
     worst = sorted(known, key=lambda name: known[name])[:MOST_PAIRS_SHOWN]
-    matrix = result["confusion_matrix"]
+    matrix = result.get("confusion_matrix", [])
     pairs = [
         (count, true, predicted)
         for true, row in enumerate(matrix)
@@ -103,7 +103,8 @@ def confused_pairs(names: list[str], result: dict[str, Any]) -> str:
     ]
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:MOST_PAIRS_SHOWN]
     lines = ["lowest accuracy by class", *(f"{console.percent(known[name]):>9}  {name}" for name in worst)]
-    lines += ["", "most often confused"]
+    if pairs:
+        lines += ["", "most often confused"]
     lines += [f"{count:>9}  {names[true]} predicted as {names[predicted]}" for count, true, predicted in pairs]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from pipeline.run_folder.dataset_record import check_own_dataset, differences, r
 from pipeline.settings.command_line import CommandFailed
 from pipeline.settings.config import Config
 from pipeline.training.evaluation import evaluate
-from pipeline.training.metrics import calibration_error, per_class_accuracy, zero_calibration
+from pipeline.training.metrics import calibration_error, class_figures, zero_calibration, zero_class_counts
 
 DEFAULT_BATCH_SIZE = 64  # for models without a run
 
@@ -130,9 +130,10 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     on_split = put_on_split(saved, config, args.split, device=args.device, own_set=own_set, flip=flip)
     accelerator, dataset = on_split.accelerator, on_split.dataset
     calibration = zero_calibration(accelerator.device)
+    classes = zero_class_counts(len(dataset.class_names), accelerator.device)
     start = perf_counter()
     try:
-        figures, confusion = evaluate(on_split.model, on_split.loader, accelerator, calibration)
+        figures = evaluate(on_split.model, on_split.loader, accelerator, classes, calibration)
     except BadImage as error:
         raise CommandFailed(str(error)) from error
     seconds = perf_counter() - start
@@ -144,8 +145,7 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
         **figures,
         "expected_calibration_error": calibration_error(accelerator.reduce(calibration)),
         "images_per_second": round(figures["num_samples"] / seconds, 1),
-        "per_class_accuracy": dict(zip(dataset.class_names, per_class_accuracy(confusion))),
-        "confusion_matrix": confusion.tolist(),
+        **class_figures(accelerator.reduce(classes), dataset.class_names),
         "classes": on_split.match.facts(on_split.num_left_out),
         **system_facts(accelerator),
     }

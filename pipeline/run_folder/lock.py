@@ -8,6 +8,10 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 from pipeline.run_folder.paths import cannot_write
 
@@ -106,3 +110,20 @@ def read(path: Path) -> dict[str, object]:
 def holder_of(path: Path) -> str:
     facts = read(path)
     return f"process {facts['process']} on {facts['machine']}" if "process" in facts else "another process"
+
+
+def check_shared(run_dir: Path, accelerator: "Accelerator") -> None:
+    """Raises ValueError on every rank unless all see the run folder of rank 0, by the holder of its lock.
+
+    Otherwise the ranks of another machine would miss the best checkpoint after the last epoch. Every rank must call it.
+    """
+    from accelerate.utils import gather_object  # lazy: reading a run does not import torch
+
+    holder = {name: value for name, value in read(run_dir / ".lock").items() if name != "beats"}
+    found = gather_object([(os.uname().nodename, holder)])
+    others = sorted({machine for machine, theirs in found if theirs != found[0][1]})
+    if others:
+        raise ValueError(
+            f"{run_dir} on {', '.join(others)} is not the folder that process 0 uses on {found[0][0]}. "
+            "Set output_dir to a folder that all machines share."
+        )

@@ -13,7 +13,7 @@ from pipeline.distributed.accelerator import largest
 from pipeline.distributed.fsdp import is_sharded
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.training.metrics import add_batch, add_calibration, add_confusion, figures, zero_sums
+from pipeline.training.metrics import add_batch, add_calibration, add_classes, figures, zero_sums
 
 AGREE_EVERY_BATCHES = 10  # batches of a rank between two agreements of several processes on whether to stop
 
@@ -22,16 +22,17 @@ def evaluate(
     model: nn.Module,
     loader: AnyLoader,
     accelerator: Accelerator,
+    classes: Tensor | None = None,
     calibration: Tensor | None = None,
     signals: Signals | None = None,
-) -> tuple[dict[str, float | int], Tensor]:
-    """loss, accuracy, top5_accuracy and num_samples over all ranks, and the confusion matrix int64 [num_classes, num_classes].
+) -> dict[str, float | int]:
+    """loss, accuracy, top5_accuracy and num_samples over all ranks.
 
-    Every rank must call it, with the unwrapped model. calibration: bins from metrics.zero_calibration; this rank's samples
-    are added to them in place. signals: if one of the ranks receives a signal, every rank raises Interrupted.
+    Every rank must call it, with the unwrapped model. classes: counts from metrics.zero_class_counts, calibration: bins from
+    metrics.zero_calibration; this rank's samples are added to both in place. signals: if one of the ranks receives a signal,
+    every rank raises Interrupted.
     """
     sums = zero_sums(accelerator.device)
-    confusion = torch.zeros(loader.num_classes, loader.num_classes, dtype=torch.int64, device=accelerator.device)
     was_training = model.training
     model.eval()
     sharded = is_sharded(model)
@@ -44,11 +45,12 @@ def evaluate(
             if not len(labels):
                 continue
             add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
-            add_confusion(confusion, logits, labels)
+            if classes is not None:
+                add_classes(classes, logits, labels)
             if calibration is not None:
                 add_calibration(calibration, logits, labels)
     model.train(was_training)
-    return figures(accelerator.reduce(sums)), accelerator.reduce(confusion)
+    return figures(accelerator.reduce(sums))
 
 
 def padded_batches(loader: AnyLoader) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
 from pipeline.training.evaluation import evaluate
-from pipeline.training.metrics import per_class_accuracy
+from pipeline.training.metrics import class_figures, zero_class_counts
 from pipeline.training.model_card import model_card
 from pipeline.training.run import LOWER_RATE, Run
 from pipeline.training.state import TrainState
@@ -46,14 +46,13 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             f"start {run.new_run(checkpoint_path(run.config.run_dir, state.step))}, the weights of the last epoch."
         ) from error
     load_weights(model, weights)
-    test_figures, confusion = evaluate(model, parts.loaders["test"], accelerator, signals=run.signals)
+    classes = zero_class_counts(len(parts.dataset.class_names), accelerator.device)
+    test_figures = evaluate(model, parts.loaders["test"], accelerator, classes, signals=run.signals)
     run.read_clock(state)
     summary = make_summary(state, run, status)
     summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
     run.log("test", state, summary["best"]["epoch"], test_figures)
-    per_class = per_class_accuracy(confusion)
-    summary["test"]["per_class_accuracy"] = dict(zip(parts.dataset.class_names, per_class))
-    summary["test"]["confusion_matrix"] = confusion.tolist()
+    summary["test"] |= class_figures(accelerator.reduce(classes), parts.dataset.class_names)
     if accelerator.is_main_process:
         save_model(
             model if parts.skeleton is None else with_weights(parts.skeleton, weights),

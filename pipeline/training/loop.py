@@ -131,9 +131,9 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
         if run.submitted != state.step:
             run.save(state, is_pending=True)  # if the validation is interrupted, only the validation is repeated
         val, signals = parts.loaders["val"], run.signals
-        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, val, accelerator, signals=signals)[0]}
+        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, val, accelerator, signals=signals)}
         if state.ema is not None:
-            figures_of["val_ema"] = evaluate(state.ema.module, val, accelerator, signals=signals)[0]
+            figures_of["val_ema"] = evaluate(state.ema.module, val, accelerator, signals=signals)
         run.check_validation(state, figures_of["val"]["loss"])
         end_epoch(state, run, figures_of)
     return "completed"

@@ -1,11 +1,16 @@
 """Metrics: sums and counts added up on the device and divided once at the end."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.settings.batch_size import IGNORED
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
+
+LARGEST_CONFUSION = 2000  # classes up to which a test counts the confusion matrix
 
 NUM_BINS = 15  # of calibration, as in arXiv 1706.04599
 
@@ -55,18 +60,39 @@ def figures(sums: Tensor) -> dict[str, float | int]:
     }
 
 
+def zero_class_counts(num_classes: int, device: torch.device) -> Tensor:
+    """Zeros for add_classes: a confusion matrix, int64 [num_classes, num_classes], or with more than LARGEST_CONFUSION classes
+    the samples and the correct ones of each class, int64 [num_classes, 2], because a matrix of 10,000 classes takes 0.8 GB.
+    """
+    columns = num_classes if num_classes <= LARGEST_CONFUSION else 2
+    return torch.zeros(num_classes, columns, dtype=torch.int64, device=device)
+
+
+def is_confusion(counts: Tensor) -> bool:
+    """Whether the counts are a confusion matrix."""
+    return counts.shape[0] == counts.shape[1]
+
+
 @torch.no_grad()
-def add_confusion(confusion: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Adds a batch in place to the confusion matrix, int64 [num_classes, num_classes], true class by predicted class."""
-    num_classes = confusion.shape[0]
-    cells = labels * num_classes + predicted_classes(logits)
-    confusion += torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+def add_classes(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Adds a batch in place to the counts of zero_class_counts; a confusion matrix has true classes as rows."""
+    predicted = logits.argmax(dim=1)
+    if is_confusion(counts):
+        cells = labels * len(counts) + predicted
+        counts += torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape)
+    else:
+        counts.index_add_(0, labels, torch.stack([torch.ones_like(labels), (predicted == labels).to(labels)], dim=1))
 
 
-def per_class_accuracy(confusion: Tensor) -> list[float | None]:
-    """The fraction of each class's samples that were classified correctly; None for a class without samples."""
-    totals = confusion.sum(dim=1).tolist()
-    return [right / total if total else None for right, total in zip(confusion.diagonal().tolist(), totals)]
+def class_figures(counts: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """per_class_accuracy by name, None for a class without samples, and confusion_matrix where it was counted."""
+    if is_confusion(counts):
+        totals, right = counts.sum(dim=1).tolist(), counts.diagonal().tolist()
+    else:
+        totals, right = counts.T.tolist()
+    accuracies = [correct / total if total else None for correct, total in zip(right, totals)]
+    matrix = {"confusion_matrix": counts.tolist()} if is_confusion(counts) else {}
+    return {"per_class_accuracy": dict(zip(class_names, accuracies)), **matrix}
 
 
 def zero_calibration(device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from pipeline.common import console
@@ -20,7 +20,7 @@ from pipeline.optim.schedule import best_epoch
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, recorded_dataset
 from pipeline.run_folder.checkpoint_writer import CheckpointWriter
 from pipeline.run_folder.dataset_record import check_same_images, write_record
-from pipeline.run_folder.lock import RunLock
+from pipeline.run_folder.lock import RunLock, check_shared
 from pipeline.run_folder.resume import (
     check_same_settings,
     find_starts,
@@ -64,6 +64,7 @@ class Run:
                 raise
         if accelerator.num_processes > 1:
             self.starts = broadcast_object_list([self.starts])[0]
+            check_shared(config.run_dir, accelerator)
         self.signals = Signals()
 
     def prepare(self) -> None:
@@ -122,13 +123,19 @@ class Run:
     def first_that_fits(self, state: TrainState) -> tuple[Path | None, dict[str, Any]]:
         """Loads the newest checkpoint that fits the model; returns it and its facts, or None and no facts for a new run."""
         for start in self.starts:
+            facts, problem = {}, None
             try:
-                return start, from_checkpoint(state, start, self.accelerator)
+                facts = from_checkpoint(state, start, self.accelerator)
             except BadCheckpoint as error:
-                if start == self.starts[-1]:
-                    raise ValueError(f"{error} {nothing_left(self.config)}") from error
-                if self.accelerator.is_main_process:
-                    console.warn(f"Skipped {error}")
+                problem = str(error)
+            if self.accelerator.num_processes > 1:  # one rank alone may fail to read it, and all must start at one step
+                problem = next(filter(None, gather_object([problem])), None)
+            if problem is None:
+                return start, facts
+            if start == self.starts[-1]:
+                raise ValueError(f"{problem} {nothing_left(self.config)}")
+            if self.accelerator.is_main_process:
+                console.warn(f"Skipped {problem}")
         return None, {}
 
     def prepare_folder(self) -> None:

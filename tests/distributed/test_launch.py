@@ -92,6 +92,31 @@ def train_on_a_bad_image(folder: str, name: str) -> None:
     run_main(folder, name)
 
 
+def train_in_another_folder(folder: str, name: str) -> None:
+    """Trains, but rank 1 sees another folder, as on a machine that does not share it."""
+    from pipeline.run_folder import lock
+
+    if os.environ["RANK"] == "1":
+        lock.read = lambda path: {}
+    run_main(folder, name)
+
+
+def resume_with_a_checkpoint_that_rank_1_cannot_read(folder: str, name: str) -> None:
+    """Resumes the killed run, but rank 1 fails to read the newest checkpoint."""
+    from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoints
+    from pipeline.training import run
+
+    newest, from_checkpoint = checkpoints(Path(folder, name))[0], run.from_checkpoint
+
+    def refuse_newest(state: Any, start: Path, accelerator: Any) -> Any:
+        if start == newest and os.environ["RANK"] == "1":
+            raise BadCheckpoint(f"{start}: unreadable here")
+        return from_checkpoint(state, start, accelerator)
+
+    run.from_checkpoint = refuse_newest
+    run_main(folder, name)
+
+
 def fork_all(folder: str) -> None:
     """Runs groups of two processes in sequence; writes the exit statuses and seconds of each group."""
     import pipeline.training.loop  # imported once for all forked processes
@@ -104,6 +129,9 @@ def fork_all(folder: str) -> None:
         ("killed first", train_and_die, (0,)),
         ("no data", train_without_data, ()),
         ("bad image", train_on_a_bad_image, ()),
+        ("not shared", train_in_another_folder, ()),
+        ("resumed", train_and_die, (1,)),
+        ("resumed", resume_with_a_checkpoint_that_rank_1_cannot_read, ()),
     ):
         begun = time.monotonic()
         ended[name] = [in_processes(2, work, folder, name, *arguments), time.monotonic() - begun]
@@ -166,6 +194,22 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_its_message(forked)
     assert statuses == [1, 1] and summary["status"] == "failed"
     assert last[1] == f"error in process 1 of 2: {NOT_THERE}"
     assert NOT_THERE in last[0] and NOT_THERE in summary["reason"] and "process 1" in summary["reason"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_machine_does_not_share_is_refused_at_the_start(forked):
+    statuses, last, summary = end_of(forked, "not shared")
+    assert statuses == [2, 2] and summary == {}
+    assert all("is not the folder that process 0 uses on" in line and "Set output_dir" in line for line in last)
+
+
+@pytest.mark.slow
+def test_all_processes_resume_from_a_checkpoint_that_each_can_read(forked):
+    statuses, _, _ = end_of(forked, "resumed")
+    assert statuses == [0, 0]
+    printed = (forked / "resumed-0.txt").read_text()
+    assert "step-00000006: unreadable here" in printed and "step-00000005: epoch 2, step 5" in printed
+    assert_same_end(forked / "resumed", forked / "whole")
 
 
 def assert_same_end(run_dir: Path, whole: Path) -> None:

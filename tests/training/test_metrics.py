@@ -6,14 +6,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pipeline.settings.batch_size import IGNORED
+from pipeline.training import metrics
 from pipeline.training.metrics import (
     add_batch,
     add_calibration,
-    add_confusion,
+    add_classes,
     calibration_error,
+    class_figures,
     figures,
-    per_class_accuracy,
     zero_calibration,
+    zero_class_counts,
     zero_sums,
 )
 
@@ -46,10 +48,10 @@ def test_of_equal_logits_the_first_class_counts_in_accuracy_and_confusion_alike(
     logits = torch.randint(3, (400, 12), generator=generator).float()  # ties in every row
     logits[::7] = 0.0
     labels = torch.randint(12, (400,), generator=generator)
-    sums, confusion = zero_sums(torch.device("cpu")), torch.zeros(12, 12, dtype=torch.int64)
+    sums, confusion = zero_sums(torch.device("cpu")), zero_class_counts(12, torch.device("cpu"))
     bins = zero_calibration(torch.device("cpu"))
     add_batch(sums, logits, labels, torch.tensor(1.0))
-    add_confusion(confusion, logits, labels)
+    add_classes(confusion, logits, labels)
     add_calibration(bins, logits, labels)
     ranked = logits.sort(dim=1, descending=True, stable=True).indices
     result = figures(sums)
@@ -65,11 +67,26 @@ def test_with_fewer_than_five_classes_top5_is_the_share_within_all():
 
 
 def test_confusion_has_true_classes_in_rows_and_gives_accuracy_per_class():
-    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    confusion = zero_class_counts(3, torch.device("cpu"))
     logits = torch.eye(3)[torch.tensor([0, 1, 1, 0])]
-    add_confusion(confusion, logits, torch.tensor([0, 0, 1, 1]))
+    add_classes(confusion, logits, torch.tensor([0, 0, 1, 1]))
     assert confusion.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert per_class_accuracy(confusion) == [0.5, 0.5, None]
+    found = class_figures(confusion, ["a", "b", "c"])
+    assert found == {"per_class_accuracy": {"a": 0.5, "b": 0.5, "c": None}, "confusion_matrix": confusion.tolist()}
+
+
+def test_many_classes_are_counted_each_without_a_matrix(monkeypatch):
+    num_classes, generator = 5, torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, num_classes, generator=generator), torch.randint(num_classes, (50,), generator=generator)
+    matrix = zero_class_counts(num_classes, torch.device("cpu"))
+    add_classes(matrix, logits, labels)
+    monkeypatch.setattr(metrics, "LARGEST_CONFUSION", 1)
+    counts = zero_class_counts(num_classes, torch.device("cpu"))
+    add_classes(counts, logits, labels)
+    names = [str(number) for number in range(num_classes)]
+    found = class_figures(counts, names)
+    assert found["per_class_accuracy"] == class_figures(matrix, names)["per_class_accuracy"]
+    assert "confusion_matrix" not in found and counts.shape == (5, 2)
 
 
 def test_the_calibration_error_is_that_of_the_paper_bin_by_bin():

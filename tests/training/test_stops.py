@@ -20,15 +20,15 @@ from pipeline.training.evaluation import until_signal
 
 def evaluations(monkeypatch, act):
     """Has act(number) called in each batch of an evaluation, counted from 1."""
-    original, count = evaluation.add_confusion, 0
+    original, count = evaluation.add_batch, 0
 
-    def add_confusion(*arguments):
+    def add_batch(*arguments):
         nonlocal count
         count += 1
         act(count)
         original(*arguments)
 
-    monkeypatch.setattr(evaluation, "add_confusion", add_confusion)
+    monkeypatch.setattr(evaluation, "add_batch", add_batch)
 
 
 def trained_steps(monkeypatch):
@@ -151,8 +151,8 @@ def test_a_validation_loss_that_is_not_finite_leaves_the_checkpoint_before_it(
     original = loop.evaluate
 
     def evaluate(model, *arguments, **more):
-        figures, confusion = original(model, *arguments, **more)
-        return {**figures, "loss": value} if calls.append(1) or len(calls) == 2 else figures, confusion
+        figures = original(model, *arguments, **more)
+        return {**figures, "loss": value} if calls.append(1) or len(calls) == 2 else figures
 
     calls: list[int] = []
     monkeypatch.setattr(loop, "evaluate", evaluate)
