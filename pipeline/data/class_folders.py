@@ -222,13 +222,18 @@ def to_reading(found: ClassFolders, class_names: list[str]) -> Reading:
         counts = [len(files) for files in classes.values()]
         known = [numbers.get(name, -1) for name in classes]  # -1: an empty folder of a class that is not in train
         splits[split] = split_of_files(split, paths, np.repeat(np.array(known, np.int64), counts))
-    return splits, class_names, found.notes
+    return splits, [printable(name) for name in class_names], found.notes
+
+
+def printable(name: str) -> str:
+    """The name with bytes that are not UTF-8 as escapes, so that any file or terminal can contain it."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def split_of_files(name: str, paths: list[str], labels: np.ndarray) -> Split:
     """A split of image files. labels: int64 [N]."""
     import pyarrow as pa
 
-    column = pa.array(paths, pa.large_string())
+    column = pa.array(map(os.fsencode, paths), pa.large_binary())  # not strings: names on disk need not be UTF-8
     images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), column], names=["bytes", "path"])
     return Split(name, pa.table({"image": images}), "image", labels)

@@ -81,7 +81,7 @@ def table_lines(split: Split, root: str | None) -> tuple[str, Iterator[bytes]]:
     data, path = split.image_fields()
     all_lengths, all_names = pc.binary_length(data).to_pylist(), path.to_pylist()  # to_numpy and take would import pandas
     lengths = [all_lengths[row] for row in split.table_rows.tolist()]
-    names = [all_names[row] for row in split.table_rows.tolist()]
+    names = [None if all_names[row] is None else os.fsdecode(all_names[row]) for row in split.table_rows.tolist()]
     files = [name for name, length in zip(names, lengths) if length is None and name is not None]
     sizes = iter(file_sizes(files))
     read = [next(sizes) if length is None and name is not None else length for name, length in zip(names, lengths)]

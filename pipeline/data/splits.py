@@ -64,7 +64,8 @@ class Split:
 
     labels: int64 [N]. The images are not copied: they are in an Arrow table (memory-mapped, except for the small embedded
     dataset) as struct<bytes, path>, or in the files of the paths. A selection of rows shares the table and its column.
-    A memory-mapped table pickles as its file name, without the images, for worker processes.
+    A memory-mapped table pickles as its file name, without the images, for worker processes. Paths are strings, or the bytes of
+    file names, which need not be UTF-8.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Split:
                 digest.update(part)
                 num_bytes += len(part)
         for name in path.filter(data.is_null()).drop_null().to_pylist():
-            facts = file_state(name)
+            facts = file_state(os.fsdecode(name))
             digest.update(repr(facts).encode())
             num_bytes += facts[1]
         return digest.hexdigest(), num_bytes
@@ -171,7 +172,8 @@ class Split:
         index = int(self._rows[row])
         data, path = self.image_fields()
         encoded = data[index].as_py()
-        return (encoded, None) if encoded is not None else (None, path[index].as_py())
+        name = path[index].as_py() if encoded is None else None
+        return encoded, None if name is None else os.fsdecode(name)
 
     def image_fields(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         if self._fields is None:

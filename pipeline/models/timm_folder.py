@@ -216,4 +216,4 @@ def save_model(
             safe_serialization=True,
         )
         write_json(aside / CONFIG_FILE, _without_repetitions(read_config(aside / CONFIG_FILE)))
-        (aside / README_FILE).write_text(readme, encoding="utf-8")
+        (aside / README_FILE).write_text(readme, encoding="utf-8", errors="backslashreplace")  # a path need not be UTF-8

@@ -72,9 +72,9 @@ def write_report(
         mistakes = most_confident_mistakes(tested.path, num_mistakes, moved_to)
     report = make_report(runs, sweep, target, mistakes)
     files = {
-        PAGE: html_page(report.page, report.looks).encode(),
-        "report.md": markdown_page(report.page).encode(),
-        "results.csv": results_csv(runs, ranked(runs, sweep), sweep).encode(),
+        PAGE: encoded(html_page(report.page, report.looks)),
+        "report.md": encoded(markdown_page(report.page)),
+        "results.csv": encoded(results_csv(runs, ranked(runs, sweep), sweep)),
     }
     write_folder(output, files | {f"figures/{name}": content for name, content in report.files.items()})
     return f"{len(runs)} runs, {len(report.files)} figure files: {output / PAGE}"
@@ -87,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandFailed(f"The report could not be written: {error}") from error
     return 0
+
+
+def encoded(text: str) -> bytes:
+    """The text in UTF-8. Bytes of paths that are not UTF-8 become escapes, as on the terminal."""
+    return text.encode(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.common.console import escape_unprintable
 from pipeline.data.image_dataset import ImageDataset, load_image_dataset
 from pipeline.data.splits import role_within, split_role
+from pipeline.settings.parser import from_yaml
 
 
 def write(path: Path, number: int = 0, file_format: str = "PNG") -> None:
@@ -433,3 +436,33 @@ def test_output_of_runs_in_the_folder_is_not_a_class(tmp_path):
     assert loaded.class_names == ["a", "b"] and noted(loaded, "report, runs, wandb")
     write_classes(tmp_path / "other", {"report": 10, "runs": 10, "wandb": 10})
     assert load(tmp_path / "other").class_names == ["report", "runs", "wandb"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file system accepts UTF-8 names only")
+@pytest.mark.parametrize("loader", ["device", "stream", "workers"])
+def test_names_that_are_not_utf_8_train_evaluate_and_report(tmp_path, run_training, loader):
+    """Of the set, a class and the files. Class names contain the escaped byte, so that JSON, Markdown and HTML are valid."""
+    from pipeline import evaluate
+    from pipeline.report.__main__ import main as report
+
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/set\xe9"))
+    for name in ("caf\udce9", "dog"):
+        for number in range(10):
+            write(root / name / f"\udce9{name[0]}{number}.png", number)
+    loaded = load(root)
+    assert loaded.class_names == [r"caf\udce9", "dog"] and loaded.train.encoded(0)
+    names = {"c": r"caf\udce9", "d": "dog"}
+    assert labelled(loaded) == {f"\udce9{key}{number}.png": name for key, name in names.items() for number in range(10)}
+    assert {os.path.dirname(loaded.train.where(row)) for row in range(len(loaded.train))} == {f"{root}/caf\udce9", f"{root}/dog"}
+    settings = {"dataset": str(root), "loader": loader, "image_size": 8, "max_train_samples": None}
+    escape_unprintable()  # as train.py does
+    summary, run_dir = run_training(**settings, batch_size=4, epochs=1)
+    assert summary["status"] == "completed" and list(summary["test"]["per_class_accuracy"]) == [r"caf\udce9", "dog"]
+    assert from_yaml(run_dir / "config.yaml").dataset == str(root)
+    shape = json.loads((run_dir / "model" / "config.json").read_text(encoding="utf-8"))
+    assert shape["label_names"] == [r"caf\udce9", "dog"]
+    assert r"set\udce9" in (run_dir / "model" / "README.md").read_text(encoding="utf-8")
+    assert evaluate.main([str(run_dir), "--json"]) == 0
+    if loader == "device":
+        assert report([str(run_dir)]) == 0
+        assert r"set\udce9" in next(run_dir.rglob("report.md")).read_text(encoding="utf-8")
