@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -197,10 +197,12 @@ def name_classes(axes: Axes, class_names: Sequence[str]) -> None:
         axes.set_yticks(places, [str(place) for place in places], fontsize=8)
 
 
-def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | str | None:
+def class_accuracies(
+    accuracies: dict[str, float], run_name: str, label_of: Mapping[str, str]
+) -> Figure | str | None:
     """A dot per class, lowest accuracy first, at most MOST_CLASS_NAMES of them; in percent.
 
-    Returns a sentence if all accuracies are equal, None without any.
+    label_of: what the axis shows for each class. Returns a sentence if all accuracies are equal, None without any.
     """
     if not accuracies:
         return None
@@ -213,7 +215,7 @@ def class_accuracies(accuracies: dict[str, float], run_name: str) -> Figure | st
         "by class" if len(hardest) == len(accuracies) else f"of the {len(hardest)} lowest of {len(accuracies)} classes"
     )
     figure, axes = new_figure(f"Test accuracy {which}, {short(run_name)}", height=1.4 + 0.23 * len(hardest))
-    names = [short(name) for name, _ in hardest]
+    names = [short(label_of[name]) for name, _ in hardest]
     values = [100 * value for _, value in hardest]
     left = max(min(values) - 5, 0)
     axes.hlines(range(len(names)), left, values, color=FAINT, linewidth=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.common.console import percent
 from pipeline.report.charts import (
+    MOST_CLASS_NAMES,
     accuracy_against_time,
     class_accuracies,
     confusion_matrix,
@@ -18,9 +19,10 @@ from pipeline.report.charts import (
     seed_bands,
     throughput,
 )
-from pipeline.report.comparison import ranked, repeated, score, varied_settings
+from pipeline.report.comparison import ranked, repeated, score, setting_text, varied_settings
 from pipeline.report.curves import AXES, curves, schedules
 from pipeline.report.figure_style import STYLE, Look, looks, png_and_svg
+from pipeline.report.fonts import families_for, undrawable
 from pipeline.report.importance import FEWEST_RUNS, importances
 from pipeline.report.pages import Block, Figure, Gallery, Page, Picture, Section, Views
 from pipeline.report.parallel import parallel_coordinates
@@ -55,16 +57,17 @@ class Report:
 
 
 class Drawing:
-    """Draws figures in the report's style and collects their files."""
+    """Draws figures in the report's style, with the font families for the texts, and collects their files."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.families = families_for(texts)
         self.files: dict[str, bytes] = {}
 
     def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | str | None:
         """Saves the figure that draw returns as files with this stem; a sentence or None is returned unchanged."""
         import matplotlib
 
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE | {"font.family": self.families}):
             drawn = draw()
             if drawn is None or isinstance(drawn, str):
                 return drawn
@@ -90,7 +93,8 @@ def make_report(
     """The report on at least one run. mistakes: of the best tested run, with their total number; None to omit them."""
     best_first = ranked(runs, sweep)
     look_of = looks(repeated(runs), best_first)
-    drawing = Drawing()
+    tested = best_tested(runs, sweep)
+    drawing = Drawing(shown_texts(runs, tested))
     sections = [section("comparison", "Comparison of runs", comparison_table(runs, target))]
     if len(runs) > 1:
         sections.append(section("ranking", "Ranking", ranked_table(best_first, sweep, target)))
@@ -100,7 +104,6 @@ def make_report(
         settings_section(best_first, sweep, look_of, drawing),
         efficiency_section(runs, look_of, drawing),
     ]
-    tested = best_tested(runs, sweep)
     if tested is not None:
         sections.append(test_section(tested, drawing))
         if mistakes is not None:
@@ -109,6 +112,14 @@ def make_report(
     filled = tuple(part for part in sections if part.blocks)
     title = f"Report on {runs[0].name}" if len(runs) == 1 else f"Report on {len(runs)} runs"
     return Report(Page(title, overview(runs, target, tested), filled), look_of, drawing.files)
+
+
+def shown_texts(runs: Sequence[RunRecord], tested: RunRecord | None) -> list[str]:
+    """The texts of runs that figures show: names, settings, and the classes of the tested run."""
+    classes = (tested.test or {}).get("per_class_accuracy") if tested is not None else None
+    class_names = [str(name) for name in classes] if isinstance(classes, dict) else []
+    settings = [setting_text(value) for run in runs for value in run.settings.values()]
+    return [run.name for run in runs] + settings + class_names
 
 
 def section(id: str, title: str, *blocks: Block | None) -> Section:
@@ -237,14 +248,30 @@ def test_section(run: RunRecord, drawing: Drawing) -> Section:
         return section("test", title)
     names = [str(name) for name in accuracies]
     known = {name: value for name in names if (value := number(accuracies, name)) is not None}
+    missing = undrawable("".join(names), drawing.families)
+    labels = [str(place) for place in range(len(names))] if missing else names
     drawn: Block | None = f"The confusion matrix of {len(names)} classes is not drawn; the most are {LARGEST_MATRIX}."
     if len(names) <= LARGEST_MATRIX:
         alt = "Confusion matrix: true classes by predicted classes"
-        drawn = drawing.figure("confusion_matrix", alt, lambda: confusion_matrix(np.array(matrix), names, run.name))
+        drawn = drawing.figure("confusion_matrix", alt, lambda: confusion_matrix(np.array(matrix), labels, run.name))
     dots = drawing.figure(
-        "classes", "Test accuracy by class, lowest first", lambda: class_accuracies(known, run.name)
+        "classes", "Test accuracy by class, lowest first", lambda: class_accuracies(known, run.name, dict(zip(names, labels)))
     )
-    return section("test", title, drawn, confusions_table(names, matrix), class_table(run, names, matrix), dots)
+    is_numbered = isinstance(drawn, Figure) and (bool(missing) or len(names) > MOST_CLASS_NAMES)
+    legend = numbered_classes(names, missing) if is_numbered else None
+    return section("test", title, drawn, legend, confusions_table(names, matrix), class_table(run, names, matrix), dots)
+
+
+def numbered_classes(names: Sequence[str], missing: set[str]) -> str:
+    """The classes by the numbers that the axes show. missing: characters of the names that no installed font has."""
+    numbered = f"Classes by number: {', '.join(f'{place} {name}' for place, name in enumerate(names))}."
+    if not missing:
+        return numbered
+    shown = "".join(sorted(missing)[:10])
+    return (
+        f"{numbered} The figures show numbers because no installed font has the characters {shown}. To see the names, install "
+        "a font that has them, for example Noto Sans CJK."
+    )
 
 
 def counts_of(value: Any, size: int) -> list[list[int]] | None:

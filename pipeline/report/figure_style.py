@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report.fonts import DEFAULT, escape_undrawable
 from pipeline.report.read_runs import RunRecord
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ STYLE: dict[str, Any] = {
     "axes.facecolor": PAPER,
     "figure.titlesize": 12.5,
     "figure.titleweight": "bold",
-    "font.family": ["DejaVu Sans"],
+    "font.family": [DEFAULT],
     "font.size": 9.5,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
@@ -121,13 +121,12 @@ def new_figure(title: str, width: float = 8.2, height: float = 3.9, **grid: Any)
 def png_and_svg(figure: Figure) -> dict[str, bytes]:
     """The figure's files by extension: the same bytes for the same figure, without dates."""
     contents = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # characters that the font lacks are drawn as boxes
-        for ending, metadata in (("png", {}), ("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=144, metadata=metadata)
-            contents[ending] = buffer.getvalue()
-            figure.set_layout_engine("none")  # the layout is done, and repeating it takes as long as drawing
+    escape_undrawable(figure)
+    for ending, metadata in (("png", {}), ("svg", dict.fromkeys(("Date", "Creator", "Format", "Type")))):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=ending, dpi=144, metadata=metadata)
+        contents[ending] = buffer.getvalue()
+        figure.set_layout_engine("none")  # the layout is done, and repeating it takes as long as drawing
     return contents
 
 

@@ -527,8 +527,8 @@ def test_a_figure_that_would_show_nothing_is_a_sentence(tmp_path: Path):
         "fewer than two": [parallel_coordinates(records[:1], ["lr"], [0.5], "score", look_of)],
         "tested on 0 images of 2 classes": [confusion_matrix(np.zeros((2, 2), int), ["cat", "dog"], "a")],
         "tested on 7 images of 1 classes": [confusion_matrix(np.array([[7]]), ["cat"], "a")],
-        "of all 2 classes is 100.00 %": [class_accuracies({"cat": 1.0, "dog": 1.0}, "a")],
-        "of cat, the only class with test images, is 50.00 %": [class_accuracies({"cat": 0.5}, "a")],
+        "of all 2 classes is 100.00 %": [class_accuracies({"cat": 1.0, "dog": 1.0}, "a", {})],
+        "of cat, the only class with test images, is 50.00 %": [class_accuracies({"cat": 0.5}, "a", {})],
     }
     for part, drawn in sentences.items():
         assert all(isinstance(each, str) and part in each for each in drawn), (part, drawn)
