@@ -16,20 +16,21 @@ FROM_THE_MODEL = {"channels_last"}  # null is filled in according to the model
 
 
 def varied_settings(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings in which the runs differ, in the order of Config, without those of OWN_TO_A_RUN.
+    """The settings in which the runs that have them differ, in the order of Config, without those of OWN_TO_A_RUN.
 
-    A setting of FROM_THE_MODEL is included only if runs of the same model differ in it.
+    A trial that never became a run has the sweep's parameters alone. A setting of FROM_THE_MODEL is included only if runs of the
+    same model differ in it.
     """
-    known = [run for run in runs if run.settings]
-    names = [*FIELDS, *sorted({name for run in known for name in run.settings} - FIELDS.keys())]
-    return [name for name in names if name not in OWN_TO_A_RUN and is_varied(name, known)]
+    names = [*FIELDS, *sorted({name for run in runs for name in run.settings} - FIELDS.keys())]
+    return [name for name in names if name not in OWN_TO_A_RUN and is_varied(name, runs)]
 
 
 def is_varied(name: str, runs: Sequence[RunRecord]) -> bool:
     found: dict[str, set[str]] = {}
     for run in runs:
-        model = setting_text(run.settings.get("model_name")) if name in FROM_THE_MODEL else ""
-        found.setdefault(model, set()).add(setting_text(run.settings.get(name)))
+        if name in run.settings:
+            model = setting_text(run.settings.get("model_name")) if name in FROM_THE_MODEL else ""
+            found.setdefault(model, set()).add(setting_text(run.settings[name]))
     return any(len(values) > 1 for values in found.values())
 
 

@@ -443,6 +443,12 @@ def test_settings_that_the_model_determines_are_no_difference_between_runs_of_se
     assert varied_settings([b, c]) == ["channels_last"]
 
 
+def test_a_trial_without_a_run_adds_no_columns_to_the_ranking(tmp_path: Path):
+    records, sweep = read_records([sweep_folder(tmp_path / "sweep")])
+    assert [run.name for run in records if not run.ended] == ["run-6"] and set(records[-1].settings) == {"optimizer"}
+    assert varied_settings(records) == ["optimizer", "lr"]
+
+
 def test_importance_goes_to_the_setting_that_matters(tmp_path: Path):
     records, sweep = read_records([sweep_folder(tmp_path / "sweep")])
     ended = [run for run in records if run.ended]
