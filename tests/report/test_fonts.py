@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib import font_manager, rc_context
@@ -89,6 +90,21 @@ def test_an_installed_font_that_has_the_characters_is_used(only_dejavu, monkeypa
     assert drawing.families == [DEFAULT, "Squares"] and figures == ["confusion_matrix", "classes"]
     assert sentences == []
     assert all(b'id="Squares-' in drawing.files[f"{stem}.svg"] for stem in figures)
+
+
+def test_axes_that_show_numbers_for_many_classes_have_a_list_of_the_names_below(tmp_path: Path):
+    names = [f"class-{place:02d}" for place in range(41)]
+    matrix = [[int(row == column) + (row == 0) for column in range(41)] for row in range(41)]
+    write_run(tmp_path / "run", (0.9,))
+    test: dict[str, Any] = {"accuracy": 0.5, "num_samples": 82}
+    for count, listed in ((41, True), (40, False)):
+        test["confusion_matrix"] = [row[:count] for row in matrix[:count]]
+        test["per_class_accuracy"] = dict.fromkeys(names[:count], 0.5)
+        write_summary(tmp_path / "run", (0.9,), test=test)
+        run = read_run(tmp_path / "run")
+        blocks = content.test_section(run, content.Drawing(content.shown_texts([run], run))).blocks
+        sentences = [each for each in blocks if isinstance(each, str) and each.startswith("Classes by number")]
+        assert sentences == [f"Classes by number: {', '.join(f'{n} {name}' for n, name in enumerate(names))}."] * listed
 
 
 def test_fonts_are_added_only_for_characters_that_the_default_lacks(only_dejavu):
