@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server on 127.0.0.1: what the real client asks for in a sweep, and a record of what it was told."""
+"""A stand-in for W&B's server on 127.0.0.1: what the real client asks for in a sweep, and a record of what it received."""
 
 import gzip
 import json
@@ -94,14 +94,14 @@ class Server:
         "serverInfo": lambda self, variables: {"serverInfo": {"features": []}},
     }
 
-    def receive_stream(self, name: str, told: dict[str, Any]) -> None:
+    def receive_stream(self, name: str, received: dict[str, Any]) -> None:
         """What a run sends while it lasts: rows of its history, its summary, its exit code."""
-        run, files = self.run(name), told.get("files") or {}
+        run, files = self.run(name), received.get("files") or {}
         run["rows"] += [json.loads(row) for row in files.get("wandb-history.jsonl", {}).get("content", [])]
         for text in files.get("wandb-summary.json", {}).get("content", []):
             run["summary"] |= json.loads(text)
-        if "exitcode" in told:
-            run["exit_codes"].append(told["exitcode"])
+        if "exitcode" in received:
+            run["exit_codes"].append(received["exitcode"])
 
 
 @contextmanager

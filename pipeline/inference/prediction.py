@@ -4,7 +4,7 @@ import codecs
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from pipeline.common.system import usable_cores
+from pipeline.common.system import decoding_threads, usable_cores
 from pipeline.images.augment import BatchTransform
 from pipeline.images.crop import fit_for_eval
 from pipeline.images.decode import BadImage, decode_pixels
@@ -122,7 +122,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yields a prediction for each path, in order. Threads read and decode the next batch while the model runs."""
     model = saved.model.to(device)
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with decoding_threads(usable_cores()) as pool:
 
         def start(batch: Sequence[str]) -> list[Future[Tensor | str]]:
             return [pool.submit(read_file, path, saved.preprocessing) for path in batch]

@@ -97,18 +97,19 @@ def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> lis
     """The share's images and labels, split as evenly as possible into the fewest parts of at most micro_batch_size.
 
     With sync_batchnorm or a sharded model the ranks communicate in every layer, so each rank returns as many parts as the
-    largest share has. The added parts are empty with sync_batchnorm; otherwise they are one sample with the label IGNORED.
+    largest share needs. A part without samples is empty with sync_batchnorm; otherwise it is one sample with the label IGNORED.
     """
-    number = num_micro_batches(len(share.images), config)
-    parts = list(zip(share.images.tensor_split(number), share.labels.tensor_split(number)))
-    if synchronizes_in_layers(config, accelerator):
-        largest = largest_share(share.count, accelerator.num_processes)
-        start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
-        filling = 0 if config.sync_batchnorm else 1
-        unlabelled = torch.full_like(share.labels[:filling], IGNORED if share.labels.ndim == 1 else 0)
-        parts = parts if stop > start else []
-        parts += [(share.images[:filling], unlabelled)] * (num_micro_batches(largest, config) - len(parts))
-    return parts
+    images, labels = share.images, share.labels
+    if not synchronizes_in_layers(config, accelerator):
+        number = num_micro_batches(len(images), config)
+        return list(zip(images.tensor_split(number), labels.tensor_split(number)))
+    number = num_micro_batches(largest_share(share.count, accelerator.num_processes), config)
+    start, stop = share_of(share.count, accelerator.process_index, accelerator.num_processes)
+    filling = 0 if config.sync_batchnorm else 1
+    unlabelled = images[:filling], torch.full_like(labels[:filling], IGNORED if labels.ndim == 1 else 0)
+    own = images[: stop - start], labels[: stop - start]  # none of a share that holds one ignored sample
+    parts = zip(*(tensor.tensor_split(number) for tensor in own))
+    return [part if len(part[0]) else unlabelled for part in parts]
 
 
 def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> None:

@@ -265,12 +265,12 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path):
 
 
 def test_help_ends_with_0_and_a_misspelt_setting_prints_one_line():
-    told = run_process("train.py", "--help")
-    assert told.returncode == 0 and "--batch_size_schedule" in told.stdout
-    told = run_process("train.py", "--batchsize=16")
-    assert told.returncode == 2 and told.stdout == ""
-    assert told.stderr.startswith("error: Unknown setting 'batchsize'. Did you mean 'batch_size'")
-    assert len(told.stderr.splitlines()) == 1
+    printed = run_process("train.py", "--help")
+    assert printed.returncode == 0 and "--batch_size_schedule" in printed.stdout
+    printed = run_process("train.py", "--batchsize=16")
+    assert printed.returncode == 2 and printed.stdout == ""
+    assert printed.stderr.startswith("error: Unknown setting 'batchsize'. Did you mean 'batch_size'")
+    assert len(printed.stderr.splitlines()) == 1
 
 
 def test_failures_in_training_end_with_1_and_print_the_reason(tmp_path):

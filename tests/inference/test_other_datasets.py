@@ -84,7 +84,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def colors(finished_runs, photos):
-    """The folder of a run that tells the three colors apart."""
+    """The folder of a run that distinguishes the three colors."""
     settings = {"dataset": str(photos), "max_train_samples": None, "epochs": 4, "num_workers": 0, "batch_size": 8}
     summary, run_dir = finished_runs(**settings)
     assert json.loads(summary)["test"]["accuracy"] == 1

@@ -23,10 +23,10 @@ def mistake(capsys: pytest.CaptureFixture, command: str, arguments: list[str]) -
     """The line that a command writes for wrong arguments."""
     with pytest.raises(SystemExit) as exit:
         importlib.import_module(f"pipeline.{command}").main(arguments)
-    told = capsys.readouterr()
-    assert exit.value.code == 2 and not told.out
-    assert told.err.startswith("error: ") and told.err.count("\n") == 1
-    return told.err
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and not printed.out
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

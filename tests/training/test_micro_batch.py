@@ -1,5 +1,7 @@
 """Memory: micro_batch_size auto finds the size that fits, and running out of memory ends with advice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,6 +11,7 @@ from pipeline.common.stopping import TrainingFailed
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.models.create import create_model
 from pipeline.models.small_models import SimpleMLP
+from pipeline.settings.batch_size import share_of
 from pipeline.settings.config import Config
 from pipeline.training.micro_batch import check_batchnorm, smallest_pass
 from pipeline.training.step import Share, micro_batches
@@ -78,6 +81,17 @@ def test_a_share_is_split_evenly(size, most, parts):
     found = micro_batches(share, Config(micro_batch_size=most), Accelerator(cpu=True))
     assert [len(images) for images, _ in found] == parts
     assert torch.cat([labels for _, labels in found]).equal(share.labels)
+
+
+@pytest.mark.parametrize("rank, count, parts", [(0, 10, [1, 1]), (1, 10, [2, 2]), (0, 4, [0, 0]), (2, 4, [1, 1])])
+def test_ranks_that_synchronize_have_equal_numbers_of_parts_and_few_empty_ones(rank, count, parts):
+    """Of 10 samples three ranks have 2, 4 and 4; of 4 samples they have 0, 2 and 2."""
+    accelerator = SimpleNamespace(num_processes=3, process_index=rank)
+    start, stop = share_of(count, rank, 3)
+    share = Share(torch.arange(max(stop - start, 1)), torch.arange(max(stop - start, 1)), count, epochs=0.1)
+    config = Config(sync_batchnorm=True, micro_batch_size=3 if count == 10 else 1)
+    found = micro_batches(share, config, accelerator)
+    assert [len(images) for images, _ in found] == parts == [len(labels) for _, labels in found]
 
 
 @pytest.mark.parametrize(
