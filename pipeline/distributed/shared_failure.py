@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from pipeline.common.stopping import Interrupted, TrainingFailed
 
+END_SECONDS = 30.0  # the longest wait for the other processes at the end of an interrupted run
 STORE_SECONDS = 5.0  # timeout of the connection to the store; the process that serves it may have ended
 BROKEN_CONNECTION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in its error message
 
@@ -40,6 +41,21 @@ def end_process_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all(seconds: float = END_SECONDS) -> None:
+    """Returns once every process has called it, or after `seconds`, if a process has ended without it.
+
+    Launchers such as srun kill the other processes when one ends, so a run that is interrupted ends them together.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    name = f"ended in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    with contextlib.suppress(RuntimeError, KeyError):  # a timeout, or the process that serves the store has ended
+        connection = store()
+        if connection.add(f"number {name}", 1) == dist.get_world_size():
+            connection.set(f"all {name}", "")
+        connection.wait([f"all {name}"], timedelta(seconds=seconds))
 
 
 def is_lost_process(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from pipeline.common import console
 from pipeline.common.stopping import TrainingFailed
 from pipeline.distributed.fsdp import load_weights, with_weights
+from pipeline.distributed.shared_failure import wait_for_all
 from pipeline.models.timm_folder import save_model
 from pipeline.optim.schedule import best_epoch, best_kind
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
@@ -75,7 +76,8 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
 def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
     """Ends a run early, writes summary.json and prints the command that resumes it.
 
-    status: "interrupted" (every rank must call it; the state is saved first) or "failed" (a single rank may call it).
+    status: "interrupted" (every rank must call it and returns together; the state is saved first) or "failed" (a single rank may
+    call it).
     """
     if status == "interrupted":
         try:
@@ -94,6 +96,8 @@ def stop(state: TrainState, run: Run, status: str, reason: str) -> None:
         step = run.writer.last_saved
         saved = f"Saved at step {step}" if step >= 0 else "Nothing was saved yet"
         console.say(f"\n{saved}. {run.resume_command()}")
+    if status == "interrupted":
+        wait_for_all()  # until rank 0 has written summary.json
 
 
 def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:

@@ -117,6 +117,36 @@ def resume_with_a_checkpoint_that_rank_1_cannot_read(folder: str, name: str) -> 
     run_main(folder, name)
 
 
+def train_and_stop(folder: str, name: str, is_killed: bool) -> None:
+    """Trains; a signal reaches rank 1 only. Rank 0 writes its summary after rank 1 has nothing left to do, or is killed then."""
+    from pipeline.training import finish, loop
+    from pipeline.training.run import Run
+
+    train_step, end, wait_for_all = loop.train_step, Run.end, finish.wait_for_all
+    arrived, rank = Path(folder, f"{name} arrived"), os.environ["RANK"]
+
+    def signalled_step(state: Any, share: Any, config: Any, accelerator: Any) -> Any:
+        if state.step == 3 and rank == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(state, share, config, accelerator)
+
+    def late_end(run: Run, summary: dict[str, Any]) -> None:
+        if rank == "0":
+            wait_for(arrived.exists)
+        end(run, summary)
+
+    def wait() -> None:
+        if rank == "1":
+            arrived.touch()
+            if is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+        wait_for_all(1.0 if is_killed else 60.0)
+        assert Path(folder, name, "summary.json").is_file()
+
+    loop.train_step, Run.end, finish.wait_for_all = signalled_step, late_end, wait
+    run_main(folder, name)
+
+
 def fork_all(folder: str) -> None:
     """Runs groups of two processes in sequence; writes the exit statuses and seconds of each group."""
     import pipeline.training.loop  # imported once for all forked processes
@@ -129,6 +159,8 @@ def fork_all(folder: str) -> None:
         ("killed first", train_and_die, (0,)),
         ("no data", train_without_data, ()),
         ("bad image", train_on_a_bad_image, ()),
+        ("stopped", train_and_stop, (False,)),
+        ("killed at its end", train_and_stop, (True,)),
         ("not shared", train_in_another_folder, ()),
         ("resumed", train_and_die, (1,)),
         ("resumed", resume_with_a_checkpoint_that_rank_1_cannot_read, ()),
@@ -210,6 +242,14 @@ def test_all_processes_resume_from_a_checkpoint_that_each_can_read(forked):
     printed = (forked / "resumed-0.txt").read_text()
     assert "step-00000006: unreadable here" in printed and "step-00000005: epoch 2, step 5" in printed
     assert_same_end(forked / "resumed", forked / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, second", [("stopped", 128 + signal.SIGUSR1), ("killed at its end", -signal.SIGKILL)])
+def test_interrupted_processes_end_together_after_the_summary_and_do_not_wait_for_ever(forked, name, second):
+    statuses, _, summary = end_of(forked, name)
+    assert statuses == [128 + signal.SIGUSR1, second]
+    assert (summary["status"], summary["reason"], summary["steps"]) == ("interrupted", "SIGUSR1", 5)
 
 
 def assert_same_end(run_dir: Path, whole: Path) -> None:
@@ -322,29 +362,47 @@ STAND_INS = {
         done
         exit $status""",
     "python": """
+        [ "$1" = -c ] && exec "$PYTHON" "$@"
         ranks="$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
         echo "$ranks $(printf "%s|" "$@")" >> calls
+        [ -z "$SUMMARY" ] || echo "$SUMMARY" > out/train-42/summary.json
         exit $STATUS""",
 }
 
 
-def run_job(folder: Path, status: int, *arguments: str) -> tuple[int, list[str]]:
-    """Submits the SLURM script to the stand-ins; status: that of each task. Returns the job's status and the calls."""
+def run_job(folder: Path, status: int, summary: str, *arguments: str) -> tuple[int, list[str]]:
+    """Submits the SLURM script to the stand-ins. Returns the job's status and the calls.
+
+    status: that of each task. summary: the content of the summary.json that the tasks write, "" for none.
+    """
     for name, body in STAND_INS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     (folder / "calls").unlink(missing_ok=True)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": str(status)}
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": str(status), "SUMMARY": summary}
+    env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sbatch", str(SLURM), *arguments], cwd=folder, env=env, timeout=60)
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
-def test_the_slurm_script_starts_a_process_per_gpu_and_requeues_only_a_job_that_reached_its_time_limit(tmp_path):
-    arguments = ["--lr", "0.1", "--batch_size_schedule", "{1: 2}"]
+def test_the_slurm_script_starts_a_process_per_gpu_and_requeues_only_a_job_whose_run_was_interrupted(tmp_path):
+    (tmp_path / "out" / "train-42").mkdir(parents=True)
+    arguments = ["--lr", "0.1", "--batch_size_schedule", "{1: 2}", "--output_dir", "out"]
     command = f"node7 20042 8 {'|'.join(['train.py', '--run_name', 'train-42', *arguments])}|"
     tasks = [f"{rank}/16 {rank % 8}/8 {command}" for rank in range(16)]  # two machines of eight GPUs
-    for status, end in ((0, []), (1, []), (128 + signal.SIGUSR1, ["requeue 42"])):
-        ended, calls = run_job(tmp_path, status, *arguments)
+    completed, failed, first, second = (
+        json.dumps({"status": status, "seconds": seconds}, indent=1)
+        for status, seconds in (("completed", 1), ("failed", 2), ("interrupted", 3), ("interrupted", 4))
+    )
+    requeue = ["requeue 42"]
+    for status, summary, end in (
+        (0, completed, []),
+        (1, failed, []),
+        (128 + signal.SIGUSR1, first, requeue),
+        (2, "", []),  # the requeued job fails before it trains: the summary is that of the first job
+        (128 + signal.SIGTERM, second, requeue),  # srun killed a process that had not ended yet
+    ):
+        ended, calls = run_job(tmp_path, status, summary, *arguments)
         assert ended == status
         assert calls == ["show hostnames node[7-8]", "--kill-on-bad-exit=1", *tasks, *end]
     # what brings the signal in time, lets the job queue again, and keeps the log of its first part
