@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pipeline.images.files import first_of
 PREFERRED_IMAGES = ("image", "img")
 HUB_SECONDS = 10.0  # timeout of a request
 OUT_OF_REACH = "The Hub was not reached ({}). The last version that was read is used."
+TABLE_ENDINGS = (".parquet", ".arrow", ".tar")
 SAVED_MARKS = ("dataset_dict.json", "state.json")  # written by save_to_disk: of a DatasetDict, of a Dataset
 
 
@@ -96,8 +99,8 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
 
     saved = any((folder / mark).exists() for mark in SAVED_MARKS)
     try:
-        unused = [] if saved else files_of_no_split(datasets.load_dataset_builder(path), folder)
-        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+        unused = [] if saved else files_of_no_split(folder_builder(path), folder)
+        loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, data_files=literal_files(path))
     except load_errors() as error:
         raise ValueError(f"Could not read the Parquet or Arrow files in {path}: {error}") from error
     if isinstance(loaded, datasets.Dataset):
@@ -106,6 +109,30 @@ def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     reading = splits, class_names, [*notes, *unused]
     reading_cache.store(request, state, reading)
     return reading
+
+
+def folder_builder(path: str) -> Any:
+    """The builder of `datasets` for a folder, given as an absolute path."""
+    import datasets
+
+    return datasets.load_dataset_builder(path, data_files=literal_files(path))
+
+
+def literal_files(path: str) -> dict[str, list[str]] | None:
+    """The files of each split, as patterns, for a path that `datasets` itself would read as a pattern (data[1]); else None.
+
+    The splits are those that `datasets` finds, the files those of the most frequent ending that it can read.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    if not glob.has_magic(path):
+        return None
+    literal = glob.escape(path)
+    files = DataFilesDict.from_patterns(get_data_patterns(literal), base_path=literal)
+    endings = Counter(os.path.splitext(file)[1] for split in files.values() for file in split)
+    ending = max(TABLE_ENDINGS, key=lambda ending: endings[ending])
+    chosen = {name: [glob.escape(file) for file in split if file.endswith(ending)] for name, split in files.items()}
+    return {name: split for name, split in chosen.items() if split}
 
 
 def files_of_no_split(builder: Any, folder: Path) -> list[str]:

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.hub import files_of_no_split, find_image_column, is_table_folder, load_errors, unused_note
+from pipeline.data.hub import (
+    files_of_no_split,
+    find_image_column,
+    folder_builder,
+    is_table_folder,
+    load_errors,
+    unused_note,
+)
 from pipeline.data.image_folder import read_image_folder
 from pipeline.data.known_datasets import DatasetRow
 from pipeline.data.label_columns import (
@@ -66,8 +73,6 @@ def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, labe
 
 def stream_folder(folder: Path, label_column: str | None) -> Reading:
     """The splits of a folder of Parquet, Arrow or tar files, of the output of save_to_disk, or of class folders."""
-    import datasets
-
     path = os.path.abspath(folder)
     if (Path(path) / "dataset_dict.json").exists():
         names = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]
@@ -78,7 +83,7 @@ def stream_folder(folder: Path, label_column: str | None) -> Reading:
         streamed = {name: _stream_paths(split) for name, split in splits.items()}
         return {**streamed}, class_names, [*notes, _stream_note(streamed)]
     try:
-        builder = datasets.load_dataset_builder(path)
+        builder = folder_builder(path)
     except load_errors() as error:
         raise ValueError(f"Could not read the files in {path}: {str(error).rstrip('.')}.") from error
     splits, class_names, notes = _stream_files(builder, f"The folder {path}", None, label_column)

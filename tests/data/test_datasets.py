@@ -603,3 +603,17 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch
     header = b"P5 20000 20000 255\n"
     with pytest.raises(BadImage, match="exceeds limit|more than the limit"):
         decode_image(header, 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_folder_of_tables_whose_name_has_brackets_is_read_as_the_folder(hf_cache, tmp_path, streamed):
+    images, labels = [{"bytes": png(grey(index)), "path": None} for index in range(40)], [index % 2 for index in range(40)]
+    table = pa.table({"image": images, "label": labels})
+    for name, split in (("data[1]", table), ("data1", table.slice(0, 20))):
+        (tmp_path / name).mkdir()
+        pq.write_table(split, tmp_path / name / "train-0.parquet")
+        pq.write_table(split.slice(0, 4), tmp_path / name / "test-0.parquet")
+        (tmp_path / name / "notes.json").write_text("{}")
+    loaded = load_image_dataset(str(tmp_path / "data[1]"), streamed=streamed)
+    assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (36, 4, 4)
+    assert loaded.test.encoded(3) == images[3]["bytes"]
