@@ -479,7 +479,7 @@ def test_a_set_without_a_cached_reading_is_read_by_datasets_if_the_hub_is_unreac
 def readings(hf_cache, monkeypatch):
     """One entry for each time that `datasets` reads a folder."""
     counts, load = [], hf_cache.load_dataset
-    monkeypatch.setattr(hf_cache, "load_dataset", lambda *args: counts.append(args) or load(*args))
+    monkeypatch.setattr(hf_cache, "load_dataset", lambda *args, **more: counts.append(args) or load(*args, **more))
     return counts
 
 
