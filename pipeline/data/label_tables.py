@@ -79,6 +79,11 @@ def decoded(content: bytes) -> str:
         return content.decode("latin-1")
 
 
+def as_in_table(path: str) -> str:
+    """A path as `decoded` gives it: the name of a file that is not UTF-8 is in Latin-1, as is the table that names it."""
+    return path if path.isascii() else decoded(os.fsencode(path))
+
+
 def rows_of_csv(text: str, suffix: str) -> dict[str, list[str]]:
     """The columns by name. Without a header, the names are column_1, column_2, ..."""
     first = text.partition("\n")[0]
@@ -114,7 +119,7 @@ class FileIndex:
 
     def __init__(self, root: Path, paths: list[str]):
         self.root, self.paths = root, paths
-        self.relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+        self.relative = [as_in_table(os.path.relpath(path, root).replace(os.sep, "/")) for path in paths]
         self.places: dict[str, list[int]] = {}  # by file name, with and without its ending
         for number, path in enumerate(self.relative):
             name = path.rpartition("/")[2]

@@ -466,3 +466,13 @@ def test_names_that_are_not_utf_8_train_evaluate_and_report(tmp_path, run_traini
     if loader == "device":
         assert report([str(run_dir), "--output", str(tmp_path / "report")]) == 0
         assert r"set\udce9" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file system accepts UTF-8 names only")
+def test_a_table_in_latin_1_names_files_in_latin_1(tmp_path):
+    rows = []
+    for number in range(20):
+        write(tmp_path / "images" / f"caf\udce9{number}.png", number)
+        rows.append(f"caf\u00e9{number}.png,{'ab'[number % 2]}")
+    (tmp_path / "labels.csv").write_bytes("\n".join(["file,label", *rows]).encode("latin-1"))
+    assert labelled(load(tmp_path)) == {f"caf\udce9{number}.png": "ab"[number % 2] for number in range(20)}
