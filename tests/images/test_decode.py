@@ -72,7 +72,7 @@ def test_a_png_is_read_whatever_its_text_and_colour_profile():
     }
     for what, png in damaged.items():
         assert np.array_equal(np.asarray(decode_image(png, 3)), PIXELS), what
-        assert image_header(png) == (6, 4, "RGB"), what
+        assert image_header(png)[:3] == (6, 4, "RGB"), what
 
 
 def test_a_png_without_its_pixels_is_still_bad():
