@@ -184,7 +184,10 @@ EVERY_STEP = {"log_every": 1, "checkpoint_every_steps": 3}
 
 def test_tensorboard_has_one_value_per_tag_and_step_after_kills(run_training, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # File names end in a count, and the reader sorts them as text: within one second, the tenth would come before the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
     # at step 8, resumed at 6; then twice between the last step and the end of the last validation; then before the test
     run_dir = run_killed_at_lines(run_training, monkeypatch, [10, 5, 2, 3], log_with="tensorboard", **EVERY_STEP)
     events = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0}).Reload()
