@@ -45,8 +45,6 @@ def make_data_loader(dataset: Dataset, num_workers: int, device: torch.device, *
 
     sampling: arguments of torch's DataLoader that decide what is read. A dataset returns whole batches.
     """
-    if num_workers > 0:
-        atexit.register(end_workers)
     return DataLoader(
         dataset,
         num_workers=num_workers,
@@ -70,6 +68,10 @@ def end_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+# Exit functions run in reverse order: this one before multiprocessing's, which the import of torch registered.
+atexit.register(end_workers)
 
 
 def in_shared_memory(batch: Any) -> Any:
@@ -111,7 +113,7 @@ def worker_failure(error: BaseException) -> WorkerFailed | None:
     if text.startswith("Caught ") and ("DataLoader worker" in text or "pin memory thread" in text):
         cause = forwarded_cause(error)
         cure = next((cure for part, cure in CURES.items() if part in cause), UNKNOWN)
-        return WorkerFailed(f"A data-loading worker failed: {cause}. {cure}".replace("..", "."))
+        return WorkerFailed(f"A data-loading worker failed: {cause.rstrip('.')}. {cure}")
     if "DataLoader worker" in text:
         return WorkerFailed(f"A data-loading worker was killed: {text.splitlines()[0]} {cure_of_death(text)}")
     if isinstance(error, OSError) and error.errno == errno.EMFILE or "ancdata" in text:

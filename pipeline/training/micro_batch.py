@@ -14,6 +14,7 @@ from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.settings.batch_size import first_batch_size, num_micro_batches, share_of
 from pipeline.settings.config import Config
+from pipeline.training.step import kept_buffers
 
 MOMENTS = 2  # most state tensors per parameter of any optimizer
 MEMORY_SETTINGS = "--gradient_checkpointing true and --mixed_precision bf16"
@@ -36,21 +37,19 @@ def passes_fit(
     images_shape: [B, C, S, S]. Weights and buffers are unchanged afterwards; gradients are dropped.
     """
     device = accelerator.device
-    before = [buffer.clone() for buffer in model.buffers()]
     try:
-        reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
-        with accelerator.autocast():
-            logits = model(torch.zeros(images_shape, device=device))
-        logits.float().logsumexp(dim=1).sum().backward()
-        del reserved
+        with kept_buffers(model):
+            reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
+            with accelerator.autocast():
+                logits = model(torch.zeros(images_shape, device=device))
+            logits.float().logsumexp(dim=1).sum().backward()
+            del reserved
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        for buffer, earlier in zip(model.buffers(), before):
-            buffer.copy_(earlier)
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -111,10 +110,10 @@ def check_batchnorm(
         return
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
-    was_training, before = model.training, [buffer.clone() for buffer in model.buffers()]
+    was_training = model.training
     image = torch.zeros(1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_buffers(model):
             model.train()(image.to(accelerator.device))
     except ValueError as error:
         raise ValueError(
@@ -124,8 +123,6 @@ def check_batchnorm(
         ) from error
     finally:
         model.train(was_training)
-        for buffer, earlier in zip(model.buffers(), before):
-            buffer.copy_(earlier)
 
 
 def out_of_memory_advice(

@@ -10,6 +10,27 @@ from pipeline.training.build import Parts
 # settings of the run's folder and logs, which say nothing about the model
 OMITTED = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}
 
+USAGE = """## Usage
+
+With the project that trained it, for images, folders or a list of files, with the preprocessing above:
+
+```sh
+python -m pipeline.predict local-dir:PATH_OF_THIS_FOLDER IMAGE...
+```
+
+With timm alone:
+
+```python
+import timm
+import pipeline  # of the project that trained it; required for simple_mlp, small_convnet* and *_small_stem only
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+config.json contains the label names (`label_names`) and the preprocessing (`pretrained_cfg`).
+"""
+
 
 def model_card(config: Config, parts: Parts, summary: dict[str, Any]) -> str:
     """The README.md of a model folder, with the front matter that the Hub reads."""
@@ -57,26 +78,7 @@ Classes: {classes}.
 
 Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summary["num_processes"]} process(es), with {versions}.
 
-## Usage
-
-With the project that trained it, for images, folders or a list of files, with the preprocessing above:
-
-```sh
-python -m pipeline.predict local-dir:PATH_OF_THIS_FOLDER IMAGE...
-```
-
-With timm alone:
-
-```python
-import timm
-import pipeline  # of the project that trained it; required for simple_mlp, small_convnet* and *_small_stem only
-
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
-
-config.json contains the label names (`label_names`) and the preprocessing (`pretrained_cfg`).
-"""
+{USAGE}"""
 
 
 def figures_row(name: str, values: dict[str, Any]) -> str:

@@ -126,11 +126,13 @@ def sharpen_gradient(state: TrainState, share: Share, config: Config, accelerato
 
 @contextlib.contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Restores the model's buffers on exit."""
+    """Restores the model's buffers on exit, also after an exception."""
     before = [buffer.clone() for buffer in model.buffers()]
-    yield
-    for buffer, earlier in zip(model.buffers(), before):
-        buffer.copy_(earlier)
+    try:
+        yield
+    finally:
+        for buffer, earlier in zip(model.buffers(), before):
+            buffer.copy_(earlier)
 
 
 def fp16_memory(state: TrainState, model: nn.Module) -> list[Tensor]:

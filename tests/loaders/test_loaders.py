@@ -403,8 +403,8 @@ def test_bad_images_are_skipped_and_reported(folder: Path, capsys: pytest.Captur
     assert screened.splits[0].table_rows.tolist() == [row for row in range(20) if row not in BAD]
     assert screened.splits[0].labels.tolist() == [row % 2 for row in range(20) if row not in BAD]
     assert [text.split(" of ")[0] for text in screened.messages] == [f"row {row}" for row in BAD]
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all("The image is skipped." in line for line in told)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 4 and all("The image is skipped." in line for line in printed)
     assert without_bad_images(parts, 3, 2, shown=False).messages == screened.messages
     assert not capsys.readouterr().err
 
@@ -434,8 +434,8 @@ def test_images_recorded_as_good_are_not_checked_again(folder: Path, monkeypatch
 def test_many_bad_images_are_counted_and_all_bad_is_an_error(capsys: pytest.CaptureFixture) -> None:
     split = table_of([b"broken %d" % row if row < 15 else encode(noise(8, row)) for row in range(20)])
     assert len(without_bad_images([split], 3, 1, shown=True).splits[0]) == 5
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 11 and told[-1] == "warning: 5 more images cannot be decoded and are skipped."
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 11 and printed[-1] == "warning: 5 more images cannot be decoded and are skipped."
     with pytest.raises(BadImage, match="No image of the val split can be decoded. The first: row 0 of val"):
         without_bad_images([table_of([b"", b"x"], "val")], 3, 1, shown=False)
 

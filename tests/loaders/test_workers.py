@@ -47,6 +47,7 @@ def raising(request):
     "error, message",
     [
         (KeyError("label"), "KeyError: 'label'.*--num_workers 0"),
+        (ValueError("../photos/a.png is odd."), r"ValueError: \.\./photos/a\.png is odd\. Run again"),
         (ValueError("first line\nsecond line"), "failed: ValueError: first line\\. Run again"),
         (MemoryError("Unable to allocate 2 GiB"), "MemoryError: Unable to allocate 2 GiB.*Lower --num_workers"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files.*ulimit -n"),
