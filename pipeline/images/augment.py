@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from pipeline.images.crop import FIT, NUM_BOX_DRAWS, NUM_FIT_DRAWS, NUM_TRIES, r
 from pipeline.images.preprocessing import INTERPOLATIONS, Preprocessing, resized_side
 
 # The purpose in the address of a draw. pipeline.loaders.mixing uses 2004 to 2006.
-CROP_AND_FLIP, OPERATIONS, ERASE = 2001, 2002, 2003
+CROP_AND_FLIP, OPERATIONS, ERASE, FIRST_FLIP = 2001, 2002, 2003, 2007
 
 ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # shares of the image; width / height
 SMALLEST_MOVED = 16
@@ -46,9 +47,9 @@ class BatchTransform:
     """Turns batches of uint8 images on a device into model input, with augmentation for training.
 
     The augmentation of an image depends only on the seed, the epoch and its sample number, not on its batch or loader.
-    flip: whether a mirrored image keeps its label (a digit does not). random_erasing: the probability of erasing a rectangle
-    (https://arxiv.org/abs/1708.04896), in addition to any augment. Raises ValueError for an unknown augment or an invalid
-    probability.
+    flip: whether a mirrored image keeps its label (a digit does not); alternate mirrors each image in every second epoch.
+    random_erasing: the probability of erasing a rectangle (https://arxiv.org/abs/1708.04896), in addition to any augment.
+    Raises ValueError for an unknown augment or an invalid probability.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class BatchTransform:
         *,
         device: torch.device | str,
         augment: str = "light",
-        flip: bool,
+        flip: bool | Literal["alternate"],
         random_erasing: float = 0.0,
         seed: int,
         channels_last: bool = False,
@@ -109,7 +110,7 @@ class BatchTransform:
         Images below SMALLEST_MOVED are not shifted: a pixel of an 8x8 digit is the width of a stroke.
         """
         draws = uniforms(samples, 3, self.seed, epoch, CROP_AND_FLIP)
-        mirrored = (draws[:, 0] < 0.5) & self.flip
+        mirrored = self._mirrored(samples, epoch, draws[:, 0])
         size = self.preprocessing.source_size
         if size is not None and size >= SMALLEST_MOVED:
             padding = size // 8
@@ -120,6 +121,17 @@ class BatchTransform:
             return images
         rows = self._on_device(np.arange(len(samples)) + len(samples) * mirrored)
         return torch.cat([images, images.flip(3)]).index_select(0, rows)
+
+    def _mirrored(self, samples: np.ndarray, epoch: int, draws: np.ndarray) -> np.ndarray:
+        """Which images to mirror in this epoch; bool [B]. draws: float64 [B] from [0, 1), used by random mirroring.
+
+        alternate mirrors half of the images in epoch 0 and the other half in epoch 1, and so on in turn. Two epochs then show
+        both forms of each image; random mirroring repeats a form half of the time (https://arxiv.org/abs/2404.00498).
+        """
+        if self.flip == "alternate":
+            first = uniforms(samples, 1, self.seed, FIRST_FLIP)[:, 0] < 0.5
+            return first ^ (epoch % 2 == 1)
+        return (draws < 0.5) & self.flip
 
     def _windows(self, images: torch.Tensor, padding: int, top: np.ndarray, left: np.ndarray) -> torch.Tensor:
         """Pads each image and crops it at (top, left) to its original size; uint8, in the shape of images."""

@@ -92,10 +92,11 @@ class Config:
         "Augmentation of training images. `none` applies none. `light` crops and flips as suits the dataset. `randaugment` "
         "(arXiv 1909.13719) and `trivialaugment` (arXiv 2103.10158) add their operations to `light`.",
     )
-    flip: bool | None = setting(
+    flip: bool | Literal["alternate"] | None = setting(
         None,
         "Mirror half of the training images, in every augmentation but `none`. `null` does not mirror digits and mirrors all "
-        "other datasets. Set `false` for images that change their meaning, such as text or road signs.",
+        "other datasets. Set `false` for images that change their meaning, such as text or road signs. `alternate` mirrors each "
+        "image in every second epoch (arXiv 2404.00498).",
     )
     random_erasing: float = setting(
         0.0, "Probability that a random rectangle of an image is erased (arXiv 1708.04896).", at_least=0, at_most=1

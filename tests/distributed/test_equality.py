@@ -38,7 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.3, "optimizer": "adamw", "lr": 0.005,
         "clip_grad_norm": 0.5,
     },
-    "mlp, growing batch": {"batch_size": 13, "batch_size_schedule": {1: 39}, "batch_lr_scaling": "linear", "epochs": 3},
+    "mlp, growing batch": {
+        "batch_size": 13, "batch_size_schedule": {1: 39}, "batch_lr_scaling": "linear", "epochs": 3, "flip": "alternate",
+    },
     "batchnorm": {**BATCHNORM, "model_name": "test_resnet", "ema_decay": 0.3},
     "batchnorm of timm with sam": {
         **BATCHNORM, "model_name": "test_efficientnet", "sam_rho": 0.05, "drop_last": True,

@@ -212,6 +212,26 @@ def test_half_of_the_photos_are_flipped_and_none_if_not_allowed() -> None:
     assert torch.equal(raw(photos(4, 1), flip=False).train(images, samples, 0).round().to(torch.uint8), images)
 
 
+def test_alternate_mirrors_each_image_in_every_second_epoch() -> None:
+    images, samples = noise(2000, 3, 16, 16), np.arange(2000)
+    alternating, random, kept = (raw(small(), flip=flip) for flip in ("alternate", True, False))
+    mirrored = []
+    for epoch in range(4):
+        output, window = alternating.train(images, samples, epoch), kept.train(images, samples, epoch)
+        # a mirrored image is another window: that of the mirror image at the same offsets
+        is_kept = (output == window).flatten(1).all(1)
+        is_mirrored = (output == kept.train(images.flip(3), samples, epoch)).flatten(1).all(1)
+        assert (is_kept ^ is_mirrored).all()
+        mirrored.append(is_mirrored)
+        # neither other samples nor their order change it
+        assert torch.equal(alternating.train(images[[7, 3]], samples[[7, 3]], epoch), output[[7, 3]])
+    assert 920 < mirrored[0].sum() < 1080 and torch.equal(mirrored[1], ~mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0]) and torch.equal(mirrored[3], mirrored[1])
+    other_seed = raw(small(), flip="alternate", seed=4).train(images, samples, 0)
+    assert not torch.equal(other_seed, alternating.train(images, samples, 0))
+    assert not torch.equal(random.train(images, samples, 0), alternating.train(images, samples, 0))
+
+
 def test_offsets_are_uniform() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(5000, -1, -1, -1)
     output = raw(small(channels=1), flip=False).train(ramp, np.arange(5000), 0)

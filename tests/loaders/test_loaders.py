@@ -491,9 +491,10 @@ def test_runs_without_the_bad_images_agree_on_both_loaders_after_resuming_and_on
 
 
 @pytest.mark.parametrize(
-    "own, flip, mirrored", [(False, None, False), (False, True, True), (True, None, True), (True, False, False)]
+    "own, flip, mirrored",
+    [(False, None, False), (False, True, True), (True, None, True), (True, False, False), (False, "alternate", "alternate")],
 )
-def test_the_setting_flip_decides_over_the_dataset(own: bool, flip: bool | None, mirrored: bool) -> None:
+def test_the_setting_flip_decides_over_the_dataset(own: bool, flip: Any, mirrored: Any) -> None:
     """The digits are not mirrored unless asked for, other sets are."""
     digits = replace(load_image_dataset("digits"), flip=own)
     preprocessing = Preprocessing(8, 1, digits.mean, digits.std, source_size=8)

@@ -40,7 +40,8 @@ from pipeline.data.image_dataset import load_image_dataset
 from pipeline.data.shards import LostShard, Shards, StreamedSplit
 from pipeline.images.augment import BatchTransform
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.loaders.sources import FittedImages
+from pipeline.loaders.loader import Loader
+from pipeline.loaders.sources import DeviceImages, FittedImages, WorkerImages
 from pipeline.loaders.stream_loader import StreamLoader
 from pipeline.run_folder.resume import check_same_settings
 from pipeline.settings.checks import check_limits
@@ -51,7 +52,11 @@ from pipeline.training.run import TrainingFailed
 
 NUM_TRAIN, NUM_TEST = 203, 41  # not divisible by any number used here
 CLASS_NAMES = ("cat", "dog", "owl")
+CPU = torch.device("cpu")
 PIXELS = Preprocessing(image_size=8, channels=1, mean=(0.0,), std=(1.0,), source_size=8)
+
+
+WITHOUT_AUGMENTATION: dict[str, Any] = {"device": CPU, "augment": "none", "flip": False, "seed": 0}
 
 
 def label_of(number: int) -> int:
@@ -150,15 +155,20 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def loader_of(
-    split: Any, rank: int = 0, num_processes: int = 1, num_workers: int = 0, shuffle_buffer: int = 40
+    split: Any,
+    rank: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    shuffle_buffer: int = 40,
+    augmentation: dict[str, Any] | None = None,
 ) -> StreamLoader:
     return StreamLoader(
         split,
         FittedImages(split, PIXELS, "none", 0),
-        BatchTransform(PIXELS, device=torch.device("cpu"), augment="none", flip=False, seed=0),
+        BatchTransform(PIXELS, **{**WITHOUT_AUGMENTATION, **(augmentation or {})}),
         num_workers=num_workers,
         shuffle_buffer=shuffle_buffer,
-        device=torch.device("cpu"),
+        device=CPU,
         rank=rank,
         num_processes=num_processes,
         num_classes=3,
@@ -232,6 +242,35 @@ def test_a_stream_resumes_at_the_right_sample(sets):
         assert numbers_of(loader_of(train).train_epoch(2, 16, 11, first_batch=first)) == whole[first:]
 
 
+def test_every_loader_alternates_the_same_images(sets):
+    """The stream of one process, of two processes with workers, from the middle of an epoch; the device and worker loaders."""
+    alternate = {"augment": "light", "flip": "alternate"}
+    streamed, held = (load_image_dataset(str(sets["parquet"]), streamed=streamed).train for streamed in (True, False))
+    images = FittedImages(held, PIXELS, "light", 0)
+    transform = BatchTransform(PIXELS, **{**WITHOUT_AUGMENTATION, **alternate})
+    ours = loader_of(streamed, augmentation=alternate)
+    steps = -(-len(held) // 16)
+    by_parity: list[list[bytes]] = [[], []]
+    for epoch in range(3):
+        whole = pixels_of_images(ours.train_epoch(epoch, 16, steps))
+        assert whole[5 * 16 :] == pixels_of_images(ours.train_epoch(epoch, 16, steps, first_batch=5))
+        ranks = [loader_of(streamed, rank, 2, num_workers=rank * 2, augmentation=alternate) for rank in range(2)]
+        loaders: list[list[Any]] = [ranks]
+        for source in (DeviceImages(images, CPU, 1), WorkerImages(images, 0, CPU)):
+            loaders.append([Loader(held, source, transform, device=CPU, num_classes=3, eval_batch_size=16)])
+        for parts in loaders:
+            found = [pixels for part in parts for pixels in pixels_of_images(part.train_epoch(epoch, 16, steps))]
+            assert sorted(found) == sorted(whole)
+        assert by_parity[epoch % 2] in ([], sorted(whole))
+        by_parity[epoch % 2] = sorted(whole)
+    assert not set(by_parity[0]) & set(by_parity[1]) and len(set(by_parity[0])) == len(held)
+
+
+def pixels_of_images(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
+    """The pixels of each image of an epoch."""
+    return [image.numpy().tobytes() for images, labels in batches for image in images[labels >= 0]]
+
+
 class Chunk(list):
     """A chunk's images; a list that can be referred to weakly."""
 
@@ -286,6 +325,7 @@ STREAM: dict[str, Any] = {
     "drop_last": False,
     "log_every": 1,
     "num_workers": 0,
+    "flip": "alternate",
     "mixup": 0.4,
     "checkpoint_every_steps": 3,
     "keep_checkpoints": 99,

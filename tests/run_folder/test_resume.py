@@ -30,7 +30,7 @@ EXACT = {
     "randaugment, erasing": {"augment": "randaugment", "random_erasing": 0.5},
     "micro-batches": {"micro_batch_size": 5},
     "workers": {"loader": "workers", "num_workers": 2},
-    "no worker": {"loader": "workers", "num_workers": 0},
+    "no worker, alternating flip": {"loader": "workers", "num_workers": 0, "flip": "alternate"},
     "plateau, batch-size schedule": {
         "scheduler": "plateau", "plateau_patience": 1, "batch_size_schedule": {1: 24}, "batch_lr_scaling": "sqrt",
     },

@@ -27,7 +27,7 @@ SETTINGS = {
     "max_train_samples": ("5000", 5000),
     "drop_last": ("False", False),
     "augment": ("none", "none"),
-    "flip": ("False", False),
+    "flip": ("alternate", "alternate"),
     "random_erasing": ("0.25", 0.25),
     "mixup": ("2e-1", 0.2),
     "cutmix": ("1", 1.0),
