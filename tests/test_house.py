@@ -18,6 +18,7 @@ FLOORS = {
     "settings": 2,
     "images": 2,
     "models": 2,
+    "pages": 2,
     "data": 3,
     "distributed": 3,
     "run_folder": 3,

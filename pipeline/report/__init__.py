@@ -1,1 +1,1 @@
-"""Reports on runs: `python -m pipeline.report` writes tables and figures. Imports inference/ and lower rooms."""
+"""Reports on runs: `python -m pipeline.report` writes tables and figures. Imports inference/, pages/ and lower rooms."""

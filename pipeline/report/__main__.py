@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.common.files import folder_written_aside
+from pipeline.pages.render import html_page, markdown_page
 from pipeline.report.comparison import ranked
 from pipeline.report.content import best_tested, make_report
-from pipeline.report.pages import html_page, markdown_page
 from pipeline.report.read_sweeps import read_records
 from pipeline.report.tables import results_csv
 from pipeline.settings.command_line import CommandFailed, CommandParser, at_least, exit_status, fraction

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.common.console import percent
-from pipeline.report.charts import (
-    MOST_CLASS_NAMES,
-    accuracy_against_time,
-    class_accuracies,
-    confusion_matrix,
-    importance_bars,
-    seed_bands,
-    throughput,
-)
+from pipeline.pages.blocks import Block, Figure, Gallery, Page, Picture, Section, Views
+from pipeline.pages.confusion import LARGEST_MATRIX, MOST_CLASS_NAMES, confusion_matrix
+from pipeline.pages.drawing import Drawing
+from pipeline.pages.figure_style import Look
+from pipeline.pages.fonts import undrawable
+from pipeline.report.charts import accuracy_against_time, class_accuracies, importance_bars, seed_bands, throughput
 from pipeline.report.comparison import ranked, repeated, score, setting_text, varied_settings
 from pipeline.report.curves import AXES, curves, schedules
-from pipeline.report.figure_style import STYLE, Look, looks, png_and_svg
-from pipeline.report.fonts import families_for, undrawable
 from pipeline.report.importance import FEWEST_RUNS, importances
-from pipeline.report.pages import Block, Figure, Gallery, Page, Picture, Section, Views
+from pipeline.report.looks import looks
 from pipeline.report.parallel import parallel_coordinates
 from pipeline.report.read_runs import RunRecord, Sweep, number
 from pipeline.report.tables import (
@@ -44,7 +39,6 @@ if TYPE_CHECKING:
     from pipeline.inference.mistakes import Mistake
 
 MOST_PARALLEL = 8  # axes of settings in the parallel coordinates
-LARGEST_MATRIX = 200  # classes
 
 
 @dataclass(frozen=True)
@@ -54,37 +48,6 @@ class Report:
     page: Page
     looks: dict[str, Look]
     files: dict[str, bytes]
-
-
-class Drawing:
-    """Draws figures in the report's style, with the font families for the texts, and collects their files."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.families = families_for(texts)
-        self.files: dict[str, bytes] = {}
-
-    def figure(self, stem: str, alt: str, draw: Callable[[], Any]) -> Figure | str | None:
-        """Saves the figure that draw returns as files with this stem; a sentence or None is returned unchanged."""
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE | {"font.family": self.families}):
-            drawn = draw()
-            if drawn is None or isinstance(drawn, str):
-                return drawn
-            contents = png_and_svg(drawn)
-        self.files |= {f"{stem}.{ending}": content for ending, content in contents.items()}
-        return Figure(stem, alt, contents["svg"])
-
-    def views(self, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | str | None:
-        """A figure for each of AXES that has one; if none has, the sentence or None of the last."""
-        drawn, other = {}, None
-        for axis in AXES:
-            figure = self.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis))
-            if isinstance(figure, Figure):
-                drawn[axis] = figure
-            else:
-                other = figure
-        return Views(drawn) if drawn else other
 
 
 def make_report(
@@ -163,15 +126,30 @@ def joined(values: Any) -> str:
     return "; ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
+def views(drawing: Drawing, stem: str, alt: str, draw: Callable[[str], Any]) -> Views | str | None:
+    """A figure for each of AXES that has one; if none has, the sentence or None of the last."""
+    drawn, other = {}, None
+    for axis in AXES:
+        figure = drawing.figure(f"{stem}_by_{axis}", f"{alt} by {axis}", lambda: draw(axis))
+        if isinstance(figure, Figure):
+            drawn[axis] = figure
+        else:
+            other = figure
+    return Views(drawn) if drawn else other
+
+
 def curves_section(runs: Sequence[RunRecord], look_of: dict[str, Look], drawing: Drawing) -> Section:
     alt = "of each run in training and validation"
     return section(
         "curves",
         "Curves",
-        drawing.views("accuracy", f"Accuracy {alt}", lambda axis: curves(runs, look_of, "accuracy", axis)),
-        drawing.views("loss", f"Loss {alt}", lambda axis: curves(runs, look_of, "loss", axis)),
-        drawing.views(
-            "learning_rate", "Learning rate and batch size of each run", lambda axis: schedules(runs, look_of, axis)
+        views(drawing, "accuracy", f"Accuracy {alt}", lambda axis: curves(runs, look_of, "accuracy", axis)),
+        views(drawing, "loss", f"Loss {alt}", lambda axis: curves(runs, look_of, "loss", axis)),
+        views(
+            drawing,
+            "learning_rate",
+            "Learning rate and batch size of each run",
+            lambda axis: schedules(runs, look_of, axis),
         ),
     )
 

@@ -5,22 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.pages.figure_style import DASHES, PAPER, Look, legend_below, new_figure, use_log_scale
+from pipeline.report.looks import num_others, run_entries
 from pipeline.report.read_runs import RunRecord, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-from pipeline.report.figure_style import (
-    DASHES,
-    PAPER,
-    Look,
-    legend_below,
-    new_figure,
-    num_others,
-    run_entries,
-    use_log_scale,
-)
 
 MOST_TOGETHER = 3  # runs up to which training and validation share a panel
 MOST_MARKERS = 12  # per line

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.pages.figure_style import COLOURS, INK, PAPER, Look, new_figure, short
 from pipeline.report.comparison import setting_text
-from pipeline.report.figure_style import COLOURS, INK, PAPER, Look, new_figure, short
 from pipeline.report.importance import is_number
 from pipeline.report.read_runs import RunRecord
 

@@ -1,61 +1,19 @@
-"""The tables of a report as plain values (text and sort key of each cell), and the CSV of all runs."""
+"""The tables of a report, and the CSV of all runs."""
 
 import csv
 import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.console import duration, percent
+from pipeline.pages.blocks import Cell, Row, Table, count, fraction, words
 from pipeline.report.comparison import repeated, score, setting_text, strategy, varied_settings
 from pipeline.report.read_runs import RunRecord, Sweep, number
 
 ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table in any case
 MOST_CONFUSIONS = 10
-
-SortKey = float | str | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """text: to show; key: to sort by, None if the value is unknown."""
-
-    text: str
-    key: SortKey = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """run: the name of the row's run, if it has one; marked: whether the run reaches the target."""
-
-    cells: tuple[Cell, ...]
-    run: str | None = None
-    marked: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """columns: headings, with units; note: an explanation of the table."""
-
-    id: str
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-
-def words(text: str) -> Cell:
-    return Cell(text, text.lower())
-
-
-def count(value: float | None, form: str = ",.0f", unit: str = "") -> Cell:
-    return Cell("-") if value is None else Cell(f"{value:{form}}{unit}", value)
-
-
-def fraction(value: float | None) -> Cell:
-    return Cell(percent(value), value)
 
 
 def measured(figures: dict[str, Any] | None) -> Cell:

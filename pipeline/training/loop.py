@@ -3,6 +3,7 @@
 A step is one optimizer update on one global batch. Processes and micro-batches only split that batch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from pipeline.data.shards import LostShard
 from pipeline.distributed.accelerator import make_accelerator, system_facts, with_precision
 from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
+from pipeline.loaders.loader import Batch
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.loaders.workers import worker_failure
 from pipeline.optim.optimizers import classifier_names, lr_of_step, set_lr
@@ -31,6 +33,7 @@ from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
 from pipeline.training.plan import architecture, plan_text
 from pipeline.training.run import Run
+from pipeline.training.samples import sample_writer, shown_first
 from pipeline.training.state import TrainState, begin_state
 from pipeline.training.step import Share, train_step
 
@@ -127,7 +130,7 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
             )
             console.say(text, accelerator.is_main_process)
             return "early_stopped"
-        train_figures = train_epoch(state, parts.loaders["train"], run)
+        train_figures = train_epoch(state, parts.loaders["train"], run, sample_writer(state, parts, run))
         if run.submitted != state.step:
             run.save(state, is_pending=True)  # if the validation is interrupted, only the validation is repeated
         val, signals = parts.loaders["val"], run.signals
@@ -139,16 +142,19 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
     return "completed"
 
 
-def train_epoch(state: TrainState, loader: AnyLoader, run: Run) -> dict[str, Any]:
-    """Trains to the end of the current epoch; returns the epoch's figures over all ranks."""
+def train_epoch(
+    state: TrainState, loader: AnyLoader, run: Run, show: Callable[[Batch], None] | None = None
+) -> dict[str, Any]:
+    """Trains to the end of the current epoch; returns the epoch's figures over all ranks. show: called with its first batch."""
     config = run.config
     batch_size = batch_size_at(state.epoch, config)
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
     state.model.train()
     freeze_backbone(state.bare_model, state.epoch < config.freeze_epochs)
     run.read_clock(state)
+    batches = loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch)
     with run.progress_bar(state, num_batches) as bar:
-        for images, labels in loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch):
+        for images, labels in shown_first(batches, show):
             lr = lr_of_step(state.epoch, state.batch, num_batches, state.history, config)
             set_lr(state.optimizer, lr)
             count = min(batch_size, len(loader) - state.batch * batch_size)

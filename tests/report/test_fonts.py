@@ -9,10 +9,10 @@ from matplotlib import font_manager, rc_context
 from matplotlib.font_manager import fontManager
 from test_report import write_run, write_summary
 
+from pipeline.pages.blocks import Figure
+from pipeline.pages.figure_style import STYLE, new_figure, png_and_svg
+from pipeline.pages.fonts import DEFAULT, families_for, undrawable
 from pipeline.report import content
-from pipeline.report.figure_style import STYLE, new_figure, png_and_svg
-from pipeline.report.fonts import DEFAULT, families_for, undrawable
-from pipeline.report.pages import Figure
 from pipeline.report.read_runs import RunRecord, read_run
 
 CAT, DOG = "\u732b", "\u72d7"

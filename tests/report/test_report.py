@@ -18,11 +18,12 @@ import pytest
 import yaml
 from conftest import ROOT, run_process
 
+from pipeline.pages.confusion import confusion_matrix
+from pipeline.pages.figure_style import COLOURS, MOST_NAMED, STYLE, png_and_svg, short
 from pipeline.report.__main__ import main
 from pipeline.report.charts import (
     accuracy_against_time,
     class_accuracies,
-    confusion_matrix,
     epoch_rates,
     importance_bars,
     seed_bands,
@@ -30,8 +31,8 @@ from pipeline.report.charts import (
 )
 from pipeline.report.comparison import ranked, repeated, varied_settings
 from pipeline.report.curves import AXES, curves, schedules
-from pipeline.report.figure_style import COLOURS, MOST_NAMED, STYLE, looks, png_and_svg, short
 from pipeline.report.importance import importances
+from pipeline.report.looks import looks
 from pipeline.report.parallel import is_logarithmic, parallel_coordinates, placed
 from pipeline.report.read_runs import read_run
 from pipeline.report.read_sweeps import read_records

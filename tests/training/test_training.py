@@ -37,7 +37,7 @@ def test_a_run_leaves_the_documented_files(run_training):
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()} - {".lock"}
     checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert files == {
-        "config.yaml", "dataset.json", "metrics.jsonl", "summary.json",
+        "config.yaml", "dataset.json", "metrics.jsonl", "samples.png", "summary.json",
         "model/config.json", "model/model.safetensors", "model/README.md",
         *(f"checkpoints/step-{step:08d}/{name}" for step in (5, 10) for name in checkpoint),
     }  # fmt: skip

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.fonts import DEFAULT, escape_undrawable
-from pipeline.report.read_runs import RunRecord
+from pipeline.pages.fonts import DEFAULT, escape_undrawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,26 +82,6 @@ class Look:
         }
 
 
-def looks(groups: Sequence[Sequence[RunRecord]], best_first: Sequence[RunRecord]) -> dict[str, Look]:
-    """A Look for each run, by name: the best MOST_NAMED runs have colours and legend entries, the others are grey.
-
-    groups: the runs grouped by repetition; runs of a group share a colour and differ in dashes and markers.
-    best_first: all runs in the order of the ranking; the index of a Look is the run's place in it.
-    """
-    named = {run.name for run in best_first[:MOST_NAMED]}
-    index = {run.name: place for place, run in enumerate(best_first)}
-    found: dict[str, Look] = {}
-    coloured = [members for group in groups if (members := [run for run in group if run.name in named])]
-    for place, members in enumerate(coloured):
-        colour, cycle = COLOURS[place % len(COLOURS)], place // len(COLOURS)
-        for member, run in enumerate(members):
-            marker, dashes = MARKERS[(place + member) % len(MARKERS)], DASHES[(cycle + member) % len(DASHES)]
-            found[run.name] = Look(index[run.name], short(run.name), colour, marker, dashes, named=True)
-    for run in best_first[MOST_NAMED:]:
-        found[run.name] = Look(index[run.name], short(run.name), OTHERS, "", "-", named=False)
-    return found
-
-
 def short(name: str, longest: int = LONGEST_NAME) -> str:
     """The name, with the middle of a long one replaced by an ellipsis."""
     name = " ".join(name.split())
@@ -160,24 +139,3 @@ def legend_below(figure: Figure, entries: Iterable[Any], others: int = 0) -> Non
         if line is not None and handle.get_gid():
             line.set_gid(f"{handle.get_gid()}-line{place}")
             name.set_gid(f"{handle.get_gid()}-name{place}")
-
-
-def run_entries(runs: Sequence[RunRecord], look_of: dict[str, Look], both_splits: bool = False) -> list[Any]:
-    """Legend entries of the named runs, for training and validation separately if both_splits."""
-    from matplotlib.lines import Line2D
-
-    entries = []
-    for look in (look_of[run.name] for run in runs):
-        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "gid": f"run-{look.index}-legend"}
-        if look.named and both_splits:
-            dashed = {"linestyle": DASHES[1], "linewidth": 1.1, "markerfacecolor": PAPER}
-            entries.append(Line2D([], [], label=f"{look.label}, training", **style | dashed))
-        if look.named:
-            ending = ", validation" if both_splits else ""
-            dashes = "-" if both_splits else look.dashes
-            entries.append(Line2D([], [], label=look.label + ending, linestyle=dashes, **style))
-    return entries
-
-
-def num_others(runs: Sequence[RunRecord], look_of: dict[str, Look]) -> int:
-    return sum(not look_of[run.name].named for run in runs)

@@ -1,15 +1,14 @@
-"""Renders a report as one self-contained HTML page, and as Markdown with separate figure files."""
+"""Renders a page as one self-contained HTML page, and as Markdown with separate figure files."""
 
 import base64
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pipeline.report.figure_style import FAINT, INK, PAPER, Look
-from pipeline.report.tables import Cell, Table
+from pipeline.pages.blocks import Block, Cell, Figure, Gallery, Page, Section, Table, Views
+from pipeline.pages.figure_style import FAINT, INK, PAPER, Look
 
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -18,56 +17,6 @@ MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$&])")
 
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure. stem: name of its files in figures/ without the ending; alt: description; svg: the SVG file."""
-
-    stem: str
-    alt: str
-    svg: bytes
-
-
-@dataclass(frozen=True)
-class Views:
-    """One figure with several horizontal axes (epoch, step, time); the page shows one of them at a time."""
-
-    by_axis: Mapping[str, Figure]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with a caption of a few lines. stem: name of its file in figures/ without the ending."""
-
-    stem: str
-    alt: str
-    lines: tuple[str, ...]
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Gallery:
-    pictures: tuple[Picture, ...]
-
-
-Block = str | Table | Figure | Views | Gallery  # a str is a paragraph
-
-
-@dataclass(frozen=True)
-class Section:
-    id: str
-    title: str
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
-class Page:
-    """overview: pairs of term and text at the top of the page."""
-
-    title: str
-    overview: tuple[tuple[str, str], ...]
-    sections: tuple[Section, ...]
 
 
 def html_page(page: Page, look_of: Mapping[str, Look]) -> str:
