@@ -113,8 +113,8 @@ class Config:
 
     model_name: str = setting(
         "resnet18",
-        "`simple_mlp`, `small_convnet`, `small_convnet_wide`, or any timm model: its name, with or without a tag, "
-        "`hf-hub:owner/name`, or `local-dir:PATH`.",
+        "`simple_mlp`, `small_convnet`, `small_convnet_wide`, `small_convnet_deep`, or any timm model: its name, with or without "
+        "a tag, `hf-hub:owner/name`, or `local-dir:PATH`.",
     )
     pretrained: bool = setting(False, "Start from the published weights of the model.")
     stem: Literal["auto", "imagenet", "small"] = setting(

@@ -144,6 +144,17 @@ def test_small_convnet_is_a_timm_model():
     assert model.pretrained_cfg["classifier"] == "head"
 
 
+def test_shortcuts_of_small_convnet_skip_the_last_two_convolutions_of_a_stage():
+    plain, model = (timm.create_model("small_convnet", widths=(8, 12, 16), shortcuts=shortcuts) for shortcuts in (False, True))
+    convolutions = [sum(isinstance(module, nn.Conv2d) for module in one.stages.modules()) for one in (plain, model)]
+    assert convolutions == [6, 9]
+    stage, images = model.eval().stages[1], torch.randn(2, 8, 7, 7)
+    before, block = stage[:4](images), nn.Sequential(*stage[4])
+    assert stage(images).shape == (2, 12, 3, 3) and torch.equal(stage(images), (before + block(before)).relu())
+    deep = timm.create_model("small_convnet_deep", num_classes=4)
+    assert sum(isinstance(module, nn.Conv2d) for module in deep.stages.modules()) == 9 and deep.num_features == 384
+
+
 def test_the_patch_transform_is_orthonormal_fixed_and_sees_luma_and_opponent_colours():
     model = timm.create_model("small_convnet")
     filters, negatives = model.stem[0].weight.chunk(2)
