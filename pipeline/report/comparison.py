@@ -9,8 +9,8 @@ from pipeline.report.read_runs import RunRecord, Sweep
 from pipeline.settings.config import FIELDS
 
 OWN_TO_A_RUN = {
-    "checkpoint_every_steps", "dry_run", "keep_checkpoints", "log_every", "log_with", "output_dir", "project", "resume",
-    "run_name", "seed",
+    "checkpoint_every_steps", "dry_run", "keep_checkpoints", "log_every", "log_model", "log_with", "output_dir", "project",
+    "resume", "run_name", "seed",
 }  # fmt: skip
 FROM_THE_MODEL = {"channels_last"}  # null is filled in according to the model
 

@@ -14,8 +14,8 @@ from pipeline.settings.parser import from_yaml
 
 # Settings that may change on resume: they change results by rounding only.
 FREE_SETTINGS = {
-    "channels_last", "checkpoint_every_steps", "dry_run", "keep_checkpoints", "loader", "log_every", "log_with",
-    "micro_batch_size", "num_workers", "output_dir", "project", "resume", "run_name",
+    "channels_last", "checkpoint_every_steps", "dry_run", "keep_checkpoints", "loader", "log_every", "log_model",
+    "log_with", "micro_batch_size", "num_workers", "output_dir", "project", "resume", "run_name",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What the values of settings must and must not be, each alone and together."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def ignored_settings(config: Config) -> list[str]:
         "batch_lr_scaling": ("a batch_size_schedule", bool(config.batch_size_schedule)),
         "shuffle_buffer": ("loader stream", config.loader == "stream"),
         "num_workers": ("loader workers", config.loader != "device"),
+        "log_model": ("log_with wandb", "wandb" in (config.log_with or []) or "WANDB_SWEEP_ID" in os.environ),
         "flip": ("an augment other than none", config.augment != "none"),
     }
     sentences = [

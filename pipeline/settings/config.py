@@ -288,6 +288,7 @@ class Config:
         "without this setting.",
     )
     project: str = setting("image-classification", "Project name in the trackers.")
+    log_model: bool = setting(False, "Log the folder `model/` as an artifact of the run in W&B.")
     log_every: int = setting(20, "Steps between training lines in metrics.jsonl and the trackers.", at_least=1)
     dry_run: bool = setting(False, "Print the plan and exit without training.")
 

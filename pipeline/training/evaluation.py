@@ -13,6 +13,7 @@ from pipeline.distributed.accelerator import largest
 from pipeline.distributed.fsdp import is_sharded
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.training.confident_mistakes import ConfidentMistakes
 from pipeline.training.metrics import add_batch, add_calibration, add_classes, figures, zero_sums
 
 AGREE_EVERY_BATCHES = 10  # batches of a rank between two agreements of several processes on whether to stop
@@ -25,12 +26,13 @@ def evaluate(
     classes: Tensor | None = None,
     calibration: Tensor | None = None,
     signals: Signals | None = None,
+    mistakes: ConfidentMistakes | None = None,
 ) -> dict[str, float | int]:
     """loss, accuracy, top5_accuracy and num_samples over all ranks.
 
     Every rank must call it, with the unwrapped model. classes: counts from metrics.zero_class_counts, calibration: bins from
-    metrics.zero_calibration; this rank's samples are added to both in place. signals: if one of the ranks receives a signal,
-    every rank raises Interrupted.
+    metrics.zero_calibration, mistakes: empty; this rank's samples are added to them in place. signals: if one of the ranks
+    receives a signal, every rank raises Interrupted.
     """
     sums = zero_sums(accelerator.device)
     was_training = model.training
@@ -49,6 +51,8 @@ def evaluate(
                 add_classes(classes, logits, labels)
             if calibration is not None:
                 add_calibration(calibration, logits, labels)
+            if mistakes is not None:
+                mistakes.add(images, logits, labels)
     model.train(was_training)
     return figures(accelerator.reduce(sums))
 

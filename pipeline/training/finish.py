@@ -18,11 +18,13 @@ from pipeline.optim.schedule import best_epoch, best_kind
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, read_tensors
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
+from pipeline.training.confident_mistakes import ConfidentMistakes
 from pipeline.training.evaluation import evaluate
 from pipeline.training.metrics import class_figures, zero_class_counts
 from pipeline.training.model_card import model_card
 from pipeline.training.run import LOWER_RATE, Run
 from pipeline.training.state import TrainState
+from pipeline.training.tracker_pictures import send_results, takes_pictures
 
 WEIGHTS = {"val": "model", "val_ema": "ema"}  # the checkpoint's file with the weights of this validation
 
@@ -48,7 +50,10 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
         ) from error
     load_weights(model, weights)
     classes = zero_class_counts(len(parts.dataset.class_names), accelerator.device)
-    test_figures = evaluate(model, parts.loaders["test"], accelerator, classes, signals=run.signals)
+    mistakes = ConfidentMistakes() if takes_pictures(run) else None
+    test_figures = evaluate(
+        model, parts.loaders["test"], accelerator, classes, signals=run.signals, mistakes=mistakes
+    )
     run.read_clock(state)
     summary = make_summary(state, run, status)
     summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
@@ -69,6 +74,9 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             source_size=parts.preprocessing.source_size,
             grey_max=parts.preprocessing.grey_max,
         )
+    if mistakes is not None:
+        shown = mistakes.gathered(parts.preprocessing, accelerator)
+        send_results(run, summary["test"], parts.dataset.class_names, shown, state.step)
     run.end(summary)
     return summary
 

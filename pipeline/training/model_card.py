@@ -8,7 +8,7 @@ from pipeline.settings.config import DEFAULTS, FIELDS, Config
 from pipeline.training.build import Parts
 
 # settings of the run's folder and logs, which say nothing about the model
-OMITTED = {"dry_run", "init_from", "log_every", "log_with", "output_dir", "project", "resume", "run_name"}
+OMITTED = {"dry_run", "init_from", "log_every", "log_model", "log_with", "output_dir", "project", "resume", "run_name"}
 
 USAGE = """## Usage
 

@@ -146,15 +146,17 @@ class Tracker:
                 self.attempt(name, "log", lambda: self.external[name].log(numbers, step=step))
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Ends the external trackers. W&B gets the final figures in its run summary, where it can sort runs by them."""
+        """Ends the external trackers. W&B gets the final figures in its run summary, by which it sorts runs and trials.
+
+        Its val/ figures become those of the best epoch, since W&B ranks the trials of a sweep by the summary.
+        """
         self.lines.close()
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float, str))}
-        for part in ("best", "test"):
-            figures |= {
-                f"{part}/{key}": value
-                for key, value in (summary.get(part) or {}).items()
-                if isinstance(value, (int, float))
-            }
+        best = summary.get("best") or {}
+        validated = "val/ema_" if best.get("weights") == "ema" else "val/"
+        for prefix, values in ((validated, best), ("best/", best), ("test/", summary.get("test") or {})):
+            figures |= {f"{prefix}{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        figures.pop(f"{validated}epoch", None)
         for name, tracker in list(self.external.items()):
             end = partial(end_wandb, tracker.run, summary, figures) if name == "wandb" else tracker.finish
             self.attempt(name, "finish", end)

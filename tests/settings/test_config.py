@@ -82,6 +82,7 @@ SETTINGS = {
     "keep_checkpoints": ("3", 3),
     "log_with": ("[wandb, tensorboard]", ["wandb", "tensorboard"]),
     "project": ("a-project", "a-project"),
+    "log_model": ("true", True),
     "log_every": ("5", 5),
     "dry_run": ("true", True),
 }

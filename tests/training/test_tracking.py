@@ -60,7 +60,7 @@ def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     """From the real client."""
     pytest.importorskip("wandb")
     with wandb_server(lambda server, under_way: []) as server:
-        settings = flags(output_dir=tmp_path, log_with="[wandb]", project="a-project", clip_grad_norm=0.5)
+        settings = flags(output_dir=tmp_path, log_with="[wandb]", log_model=True, project="a-project", clip_grad_norm=0.5)
         done = run_process("train.py", *settings, WANDB_DIR=str(tmp_path), **server.environment)
     assert done.returncode == 0, done.stderr
     (run,) = server.runs.values()
@@ -72,11 +72,22 @@ def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     assert run["config"]["system/device"]["value"] == summary["device"]
     rows: dict[int, dict[str, float]] = {}
     for row in run["rows"]:
-        rows.setdefault(row["_step"], {}).update({key: value for key, value in row.items() if "/" in key})
+        rows.setdefault(row["_step"], {}).update(
+            {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
+        )
     assert rows == by_step(tmp_path / "run") and len(rows) == 6
     assert (run["summary"]["status"], run["summary"]["steps"]) == ("completed", summary["steps"])
     for part in ("best", "test"):
         assert run["summary"][f"{part}/accuracy"] == summary[part]["accuracy"]
+    (name,) = server.runs
+    kinds = {key: value["_type"] for key, value in run["rows"][-1].items() if isinstance(value, dict)}
+    assert kinds == {
+        "samples": "image-file", "test/mistakes": "images/separated", "test/per_class_accuracy": "table-file",
+        "test/confusion_matrix_table": "table-file",
+    }  # fmt: skip
+    tables = [f"run-{name}-test{key}" for key in ("per_class_accuracy", "confusion_matrix_table")]
+    assert server.artifacts[f"model-{name}"] == "model"
+    assert all(any(each.startswith(table) for each in server.artifacts) for table in tables) and len(server.artifacts) == 3
 
 
 @pytest.mark.parametrize(
