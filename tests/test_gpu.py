@@ -103,6 +103,42 @@ def test_passes_that_are_replayed_as_cuda_graphs_train_alike(train_on_gpu, mixed
     assert replayed == pytest.approx(plain, rel=0.02 if mixed_precision == "no" else 0.1)
 
 
+@pytest.mark.parametrize("loader", ["device", "workers"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw", "sam_rho": 0.05, "micro_batch_size": 12},
+        {"optimizer": "muon", "ema_decay": 0.5, "clip_grad_norm": 1.0, "mixed_precision": "bf16"},
+        {"augment": "randaugment", "mixup": 0.2, "cutmix": 1.0, "random_erasing": 0.25, "label_smoothing": 0.1},
+    ],
+)
+def test_no_step_and_no_batch_waits_for_the_gpu(train_on_gpu, monkeypatch, settings, loader):
+    """torch itself raises where Python would wait. The first steps may: they make buffers and choose convolutions."""
+    from pipeline.loaders.loader import Loader
+    from pipeline.training import loop
+
+    calls = {"step": 0, "batch": 0}
+
+    def checked(name: str, call: Any, *args: Any) -> Any:
+        calls[name] += 1
+        torch.cuda.set_sync_debug_mode("error" if calls[name] > 3 else "default")
+        try:
+            return call(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def checked_batches(batches: Any) -> Any:
+        while (batch := checked("batch", next, batches, None)) is not None:
+            yield batch
+
+    train_step, train_epoch = loop.train_step, Loader.train_epoch
+    monkeypatch.setattr(loop, "train_step", lambda *args: checked("step", train_step, *args))
+    monkeypatch.setattr(Loader, "train_epoch", lambda *args, **more: checked_batches(train_epoch(*args, **more)))
+    train_on_gpu("run", **{"mixed_precision": "no", "loader": loader, "num_workers": 2, "lr": 0.002, **settings})
+    assert calls["step"] > 15 and calls["batch"] > 15
+
+
 def test_a_resumed_run_takes_up_the_loss_scale_and_ends_the_same(train_on_gpu):
     # a model without convolutions: cuDNN's are not the same from run to run
     settings = {

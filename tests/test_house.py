@@ -27,7 +27,7 @@ FLOORS = {
     "training": 5,
     "inference": 6,
     "sweep": 6,
-    "benchmark": 6,
+    "benchmark": 7,
     "report": 7,
 }
 COMMANDS = {"evaluate", "predict", "export"}  # modules beside the rooms, on the highest floor

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pipeline.benchmark
 from pipeline.benchmark.measuring import Section
@@ -57,6 +58,8 @@ def optimizers_arguments(parser: CommandParser) -> None:
     parser.add_argument("--image_size", type=at_least(1), default=32, metavar="N", help="side in pixels")
     text = "true or false: keep images and convolutions in channels-last order"
     parser.add_argument("--channels_last", type=one_of("true", "false"), default="false", help=text)
+    text = "precision of the whole steps: no, bf16 or fp16"
+    parser.add_argument("--mixed_precision", type=one_of("no", "bf16", "fp16"), default="no", help=text)
     slow = "time limit of a row, which runs at least once"
     parser.add_argument("--seconds_per_row", type=above_zero, default=60.0, metavar="S", help=slow)
     parser.add_argument("--device", type=one_of("cpu", "cuda"), default="cpu", help="device to measure on, cpu or cuda")
@@ -94,6 +97,30 @@ def efficiency_arguments(parser: CommandParser) -> None:
     parser.add_argument("--factors", type=one_of(*FACTORS), nargs="+", default=default, metavar="FACTOR", help=text)
 
 
+GPU_PARTS = (
+    *("tests", "target_94", "loop_resnet18", "loop_resnet50", "loop_vit_small", "half", "loaders", "steps", "target_95"),
+)
+
+
+def gpu_arguments(parser: CommandParser) -> None:
+    text = f"parts to run, in this order: {', '.join(GPU_PARTS)}; each takes at most nine minutes on an H100"
+    parser.add_argument("--parts", type=one_of(*GPU_PARTS), nargs="+", default=list(GPU_PARTS), metavar="PART", help=text)
+    text = "begin no further measurements after so many minutes; the same command with --output continues"
+    parser.add_argument("--minutes", type=above_zero, default=60.0, metavar="M", help=text)
+    text = "run every part at toy size, on a CPU too, to test the command"
+    parser.add_argument("--rehearse", action="store_true", help=text)
+    text = "seeds of each run to a target, from 0 on"
+    parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help=text)
+    text = "precisions to measure, no (fp32 with TF32), bf16, fp16"
+    precisions = ["bf16", "no", "fp16"]
+    parser.add_argument("--precisions", type=one_of(*precisions), nargs="+", default=precisions, metavar="P", help=text)
+    modes = ["off", "on", "reduce-overhead"]
+    text = f"of torch.compile, to measure in the loops: {', '.join(modes)}"
+    parser.add_argument("--compile_modes", type=one_of(*modes), nargs="+", default=modes, metavar="MODE", help=text)
+    parser.add_argument("--seconds", type=above_zero, default=3.0, metavar="S", help="timed seconds of each measurement")
+    parser.add_argument("--warmup_steps", type=at_least(1), default=10, metavar="N", help="untimed steps before")
+
+
 def lr_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--num_steps", type=at_least(1), default=100, metavar="N", help="steps, each with one learning rate"
@@ -112,7 +139,8 @@ def powers_of_two(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark: its sentence in --help, its arguments, its default rounds, and whether it accepts train.py's settings.
+    """A benchmark: its sentence in --help, its arguments, its default rounds, whether it accepts train.py's settings, and
+    whether it draws a chart.
 
     Its module, pipeline.benchmark.NAME, has `sections(args, settings)`, which yields a Section for each table.
     """
@@ -121,6 +149,7 @@ class Command:
     add_arguments: Callable[[CommandParser], None]
     rounds: int | None
     settings: bool = True
+    chart: bool = True
 
 
 COMMANDS = {
@@ -135,6 +164,7 @@ COMMANDS = {
     "startup": Command("seconds to the end of the first step, and the time of each import", made_set, 3),
     "scaling": Command("one process and several: images/s, all-reduced bytes, efficiency", scaling_arguments, 3),
     "efficiency": Command("loaders, precision and batch sizes on this machine, with a recommendation", efficiency_arguments, 2),
+    "gpu": Command("the first hour on a GPU, in parts that can be resumed", gpu_arguments, 3, chart=False),
     "lr": Command("learning-rate range test with the settings of a run, and a suggestion", lr_arguments, None),
 }
 
@@ -152,31 +182,51 @@ def make_parser() -> CommandParser:
         if command.rounds is not None:
             text = "measurements of each row"
             own.add_argument("--rounds", type=at_least(1), default=command.rounds, metavar="N", help=text)
-        text = f"folder to write benchmark-{name}.jsonl and the chart benchmark-{name}.png to"
+        chart = f" and the chart benchmark-{name}.png" if command.chart else ""
+        text = f"folder to write benchmark-{name}.jsonl{chart} to"
         own.add_argument("--output", type=Path, metavar="DIR", help=text)
         own.set_defaults(parser=own)
+    add_results(subparsers)
     return parser
+
+
+def add_results(subparsers: Any) -> None:
+    """The command that measures nothing: it turns the JSON lines of the others into Markdown."""
+    text = "Markdown tables of the JSON lines of benchmarks, with machine and versions"
+    own = subparsers.add_parser("results", help=text, description=text)
+    own.add_argument("files", type=Path, nargs="+", metavar="FILE", help="benchmark-COMMAND.jsonl, written by --output")
+    text = "Markdown file to write them to, between its lines <!-- benchmark results: begin --> and end; default: print them"
+    own.add_argument("--write", type=Path, metavar="FILE", help=text)
+    own.set_defaults(parser=own)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def measure(args: argparse.Namespace, settings: list[str], arguments: list[str]) -> int:
+def write_results(args: argparse.Namespace) -> int:
+    from pipeline.benchmark.results import print_or_write
+
+    return print_or_write(args)
+
+
+def measure(args: argparse.Namespace, settings: list[str]) -> int:
     """Measures, prints each table when it is complete, and writes the files. Raises ValueError, TrainingFailed, OSError."""
-    facts = machine_facts(arguments)
+    facts = machine_facts(args.arguments)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
     print(heading(facts), flush=True)
+    has_chart = COMMANDS[args.command].chart
     sections: list[Section] = []
     for section in importlib.import_module(f"pipeline.benchmark.{args.command}").sections(args, settings):
         sections.append(section)
         print(f"\n{text_of(section)}", flush=True)
         if args.output is not None:
             write_lines(args.output / f"benchmark-{args.command}.jsonl", sections, facts)
-            draw(args.output / f"benchmark-{args.command}.png", sections, facts)
+            if has_chart:
+                draw(args.output / f"benchmark-{args.command}.png", sections, facts)
     if args.output is not None:
-        print(f"\n{args.output / f'benchmark-{args.command}'}.jsonl and .png")
+        print(f"\n{args.output / f'benchmark-{args.command}'}.jsonl{' and .png' if has_chart else ''}")
     return 0
 
 
@@ -184,11 +234,13 @@ def check_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     """A benchmark's own arguments and the settings of train.py after them. Exits with status 2 for an unknown argument."""
     parser = make_parser()
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command is not None and command not in COMMANDS:
-        parser.error(f"Unknown benchmark {command!r}.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
+    commands = [*COMMANDS, "results"]
+    if command is not None and command not in commands:
+        parser.error(f"Unknown benchmark {command!r}.{did_you_mean(command, commands)} Known: {', '.join(commands)}.")
     args, settings = parser.parse_known_args(arguments)
     own = vars(args).pop("parser")
-    known = [f"--{name}" for name in ("config", *FIELDS)] if COMMANDS[args.command].settings else []
+    has_settings = args.command in COMMANDS and COMMANDS[args.command].settings
+    known = [f"--{name}" for name in ("config", *FIELDS)] if has_settings else []
     for argument in settings:
         if not known or (argument.startswith("--") and argument.split("=")[0] not in known):
             own.fail_for_unknown(argument, known)
@@ -199,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns the exit status: 0 completed, 1 a measurement failed, 2 invalid input, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, settings = check_arguments(arguments)
+    args.arguments = arguments
     earlier = signal.signal(signal.SIGTERM, stop)
     try:
-        return exit_status(lambda: measure(args, settings, arguments))
+        return exit_status(lambda: write_results(args) if args.command == "results" else measure(args, settings))
     finally:
         signal.signal(signal.SIGTERM, earlier)
 

@@ -4,6 +4,7 @@ import itertools
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.benchmark.children import run_child
@@ -19,40 +20,50 @@ SETTINGS = ["--model_name=simple_mlp"]  # only determines the preprocessing
 
 def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     """A table per kind of image, or one for a given dataset; ratios refer to timm's loader with the most workers."""
-    width, height = PHOTO_SIZE
-    kinds: dict[str, tuple[int, int | None, list[str]]] = {
-        f"PNG {args.made_size}x{args.made_size}": (args.num_images, args.made_size, []),
-        f"JPEG {width}x{height} to 224x224": (args.num_photos, None, ["--image_size=224"]),
-    }
     dataset = read_config([f"--dataset={MADE}", *settings]).dataset
+    kinds = kinds_of(args)
     if dataset != MADE:
-        kinds = {dataset: (args.batch_size * FEWEST_BATCHES, None, [])}
-    for title, (num_images, side, more) in kinds.items():
-        own = Namespace(num_images=num_images, made_size=side)
-        given = [
-            *SETTINGS,
-            f"--batch_size={min(args.batch_size, max(num_images // FEWEST_BATCHES, 1))}",
-            *more,
-            *settings,
-        ]
-        with prepared(own, given) as (complete, environment, folder):
-            parquet = str(folder / "peers.parquet")
-            arguments = {"settings": complete, "parquet": parquet, "workers": args.workers, "seconds": args.seconds}
-            environment |= {"HF_DATASETS_CACHE": str(folder / "cache")}
-            turns = in_turns(
-                {title: lambda: run_child("loaders.measure", arguments, environment=environment)}, args.rounds
-            )
-        results = turns[title]
-        samples = {name: [result["rates"][name] for result in results] for name in results[0]["rates"]}
-        extras: dict[str, Row] = {
-            name: {"device": results[0]["device"], "threads": results[0]["threads"]} for name in samples
-        }
-        reference = f"timm, {counted(max(args.workers), 'worker', 'workers')}"
-        yield Section(
-            f"{title}, batches of {results[0]['batch_size']}",
-            summarise(samples, "images/s", reference, extras),
-            "images/s",
-        )
+        kinds = {dataset: Kind(args.batch_size * FEWEST_BATCHES)}
+    for title, kind in kinds.items():
+        yield section_of(title, kind, args, settings)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A synthetic set: square PNG images of `side` pixels, or JPEG photos if it is None; and settings for it."""
+
+    num_images: int
+    side: int | None = None
+    settings: tuple[str, ...] = ()
+
+
+def kinds_of(args: Namespace) -> dict[str, Kind]:
+    """The synthetic sets, by the titles of their tables."""
+    width, height = PHOTO_SIZE
+    return {
+        f"PNG {args.made_size}x{args.made_size}": Kind(args.num_images, args.made_size),
+        f"JPEG {width}x{height} to 224x224": Kind(args.num_photos, settings=("--image_size=224",)),
+    }
+
+
+def section_of(title: str, kind: Kind, args: Namespace, settings: list[str]) -> Section:
+    """The table of one kind of image."""
+    own = Namespace(num_images=kind.num_images, made_size=kind.side)
+    batch_size = min(args.batch_size, max(kind.num_images // FEWEST_BATCHES, 1))
+    given = [*SETTINGS, f"--batch_size={batch_size}", *kind.settings, *settings]
+    with prepared(own, given) as (complete, environment, folder):
+        parquet = str(folder / "peers.parquet")
+        arguments = {"settings": complete, "parquet": parquet, "workers": args.workers, "seconds": args.seconds}
+        environment |= {"HF_DATASETS_CACHE": str(folder / "cache")}
+        turns = in_turns({title: lambda: run_child("loaders.measure", arguments, environment=environment)}, args.rounds)
+    results = turns[title]
+    samples = {name: [result["rates"][name] for result in results] for name in results[0]["rates"]}
+    extras: dict[str, Row] = {
+        name: {"device": results[0]["device"], "threads": results[0]["threads"]} for name in samples
+    }
+    reference = f"timm, {counted(max(args.workers), 'worker', 'workers')}"
+    rows = summarise(samples, "images/s", reference, extras)
+    return Section(f"{title}, batches of {results[0]['batch_size']}", rows, "images/s")
 
 
 def measure(settings: list[str], parquet: str, workers: list[int], seconds: float, folder: str) -> dict[str, Any]:

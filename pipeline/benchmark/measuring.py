@@ -15,7 +15,8 @@ class Section:
     """One table and one part of the chart.
 
     rows: dicts with a row's name under "row"; unit: of their medians; notes: lines below the table;
-    curve: the keys of x and y if the rows are points of a curve; mark: an x to mark on it.
+    curve: the keys of x and y if the rows are points of a curve; mark: an x to mark on it; group: of several sections of one
+    title, the rows that were measured together.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     curve: tuple[str, str] | None = None
     mark: float | None = None
+    group: str | None = None
 
 
 def summarise(

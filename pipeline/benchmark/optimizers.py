@@ -4,6 +4,7 @@ The compared calls run in turns (A B C A B C ...), so that other load on the mac
 """
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.measuring import Row, Section, summarise
+from pipeline.benchmark.stepclock import HALVES
 from pipeline.common.console import progress_bar
 from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 from pipeline.settings.config import Config
@@ -75,15 +77,18 @@ def to_section(title: str, reference: str, samples: dict[str, list[float]], devi
 
 
 def make_config(args: argparse.Namespace, **settings: Any) -> Config:
-    settings |= {name: getattr(args, name) for name in ("model_name", "batch_size", "image_size", "stem")}
+    names = ("model_name", "batch_size", "image_size", "stem", "mixed_precision")
+    settings |= {name: getattr(args, name) for name in names}
     return Config(**settings, channels_last=args.channels_last == "true")
 
 
 def make_accelerator(args: argparse.Namespace) -> Any:
-    """An Accelerator in fp32 on the device. Raises ValueError if the device is not available."""
+    """An Accelerator on the device. Raises ValueError if the device is not available, or for fp16 on a CPU."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    if args.mixed_precision == "fp16" and args.device == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     if accelerator.device.type != args.device:
         raise ValueError(f"No {args.device} device was found, but {accelerator.device.type}. Use --device cpu.")
     return accelerator
@@ -119,12 +124,18 @@ def our_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config, a
 def bare_step(model: nn.Module, images: Tensor, labels: Tensor, config: Config) -> Call:
     """The step of the shortest loop in plain torch, with the same SGD as ours."""
     own = copy.deepcopy(model)
-    fused = create_optimizer(own, config, "no").defaults["fused"]
+    precision = config.mixed_precision or "no"
+    fused = create_optimizer(own, config, precision).defaults["fused"]
     optimizer = torch.optim.SGD(own.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+    device, half = images.device.type, HALVES.get(precision)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
 
     def step() -> None:
-        cross_entropy(own(images), labels).backward()
-        optimizer.step()
+        with torch.autocast(device, half) if half else contextlib.nullcontext():
+            loss = cross_entropy(own(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
@@ -162,13 +173,19 @@ def sections(args: argparse.Namespace, settings: list[str]) -> Iterator[Section]
     """A table of whole training steps relative to SGD, and one of optimizer steps alone relative to timm's Muon."""
     model, images, labels = make_model_and_batch(args, accelerator := make_accelerator(args))
     layout = "channels-last weights" if args.channels_last == "true" else "contiguous weights"
-    calls: Calls = {}
-    for name, changed in WHOLE_STEPS.items():
-        calls[name] = our_step(model, images, labels, make_config(args, **changed), accelerator)
-    calls["bare loop, torch's sgd"] = bare_step(model, images, labels, make_config(args, **WHOLE_STEPS["sgd"]))
-    yield to_section(f"whole training steps, {layout}", "sgd", take_turns(calls, args), args.device)
-    calls.clear()
+    yield whole_steps(f"whole training steps, {layout}", model, images, labels, args, accelerator)
     accelerator.free_memory()
     cross_entropy(model(images), labels).backward()
     alone = take_turns(optimizers_alone(model, args), args)
     yield to_section(f"optimizer.step alone, {layout}", "timm muon", alone, args.device)
+
+
+def whole_steps(
+    title: str, model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace, accelerator: Any
+) -> Section:
+    """The table of whole training steps relative to SGD."""
+    calls: Calls = {}
+    for name, changed in WHOLE_STEPS.items():
+        calls[name] = our_step(model, images, labels, make_config(args, **changed), accelerator)
+    calls["bare loop, torch's sgd"] = bare_step(model, images, labels, make_config(args, **WHOLE_STEPS["sgd"]))
+    return to_section(title, "sgd", take_turns(calls, args), args.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.benchmark.stepclock import StepClock, wait_for
+from pipeline.benchmark.waiting import waiting
 from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
@@ -40,7 +41,7 @@ class TimedRun(Run):
 
 
 class WaitTimed:
-    """A loader's training epochs, with the time spent waiting for each batch added to clock.waited."""
+    """A loader whose training epochs are timed by `waiting`."""
 
     def __init__(self, loader: AnyLoader, clock: StepClock):
         self.loader, self.clock = loader, clock
@@ -49,15 +50,7 @@ class WaitTimed:
         return len(self.loader)
 
     def train_epoch(self, epoch: int, batch_size: int, num_batches: int, first_batch: int = 0) -> Iterator[Batch]:
-        batches = iter(self.loader.train_epoch(epoch, batch_size, num_batches, first_batch))
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if self.clock.is_running:
-                self.clock.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
+        return waiting(self.loader.train_epoch(epoch, batch_size, num_batches, first_batch), self.clock)
 
 
 def start(settings: list[str], folder: str) -> tuple[Parts, TimedRun, TrainState]:

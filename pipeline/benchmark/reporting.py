@@ -3,6 +3,7 @@
 import platform
 import re
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,12 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pytorch-a
 def number(value: float) -> str:
     """At least three significant digits: 0.0123, 1.23, 12.3, 123, 12,345."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def mean_and_spread(accuracies: Sequence[float]) -> str:
+    """The mean in percent and, of several, the standard deviation: 94.05 ± 0.12 %."""
+    spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.fmean(accuracies):.2f}{spread} %"
 
 
 # the figures of a row: heading and format
@@ -43,6 +50,18 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "modules": ("modules", str),
     "loss": ("loss", "{:.4f}".format),
     "smoothed_loss": ("smoothed loss", "{:.4f}".format),
+    "whole_seconds": ("whole run (s)", number),
+    "test_accuracies": ("test accuracy", lambda values: mean_and_spread(values)),
+    "flip_accuracies": ("with mirror images", lambda values: mean_and_spread(values)),
+    "reached": ("reached", "{0[0]} of {0[1]}".format),
+    "loss_curve": ("loss by quarter of the run", lambda values: " ".join(f"{value:.3f}" for value in values)),
+    "distance": ("largest distance to fp32", lambda value: f"{value:.1%}"),
+    "val_accuracy": ("validation accuracy", lambda value: f"{value:.1%}"),
+    "skipped_steps": ("skipped steps", str),
+    "steps": ("steps", str),
+    "passed": ("passed", str),
+    "failed": ("failed", str),
+    "skipped": ("skipped", str),
 }
 
 
@@ -70,30 +89,48 @@ def heading(facts: dict[str, Any]) -> str:
     return f"{facts['command']}\n{facts['cpu']}, {facts['cores']} cores; {facts['date']}\n{versions}"
 
 
-def table(section: Section) -> str:
-    """The section as a Markdown table, aligned for the terminal, with a column for every figure that a row has."""
+def conditions_text(row: Row) -> str:
+    """Command, device, machine, date and versions of a row, in Markdown."""
+    versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    device = f"{row['device']}, " if row.get("device", "cpu") != "cpu" else ""
+    return f"`{row['command']}`: {device}{row['cpu']}, {row['cores']} cores; {row['date']}; {versions}."
+
+
+def cells_of(section: Section) -> list[list[str]]:
+    """Headings and rows as text, with a column for every figure that a row has; of a long curve, every so many rows."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in section.rows)]
     headings = [section.unit if key == "median" else COLUMNS[key][0] for key in keys]
     references = {row["ratio_to"] for row in section.rows if "ratio_to" in row}
     headings = [f"ratio to {', '.join(sorted(references))}" if name == "ratio" else name for name in headings]
-    cells = [["row", *headings], ["---", *["---:"] * len(keys)]]
+    cells = [["row", *headings]]
     every = -(-len(section.rows) // CURVE_ROWS) if section.curve else 1
     for row in section.rows[:: max(every, 1)]:
         name = row["row"] if row.get("warmed_up", True) else f"{row['row']} (cold)"
         cells.append([name, *("-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys)])
+    return cells
+
+
+def table(section: Section) -> str:
+    """The section as a Markdown table, aligned for the terminal."""
+    headings, *rows = cells_of(section)
+    cells = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     widths = [max(map(len, of_column)) for of_column in zip(*cells)]
     return "\n".join(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |" for line in cells)
 
 
 def text_of(section: Section) -> str:
     devices = sorted({f"{row['device']}, {row['threads']} threads" for row in section.rows if "device" in row})
-    title = f"{section.title} ({'; '.join(devices)})" if devices else section.title
+    name = section.title if section.group is None else f"{section.title}: {section.group}"
+    title = f"{name} ({'; '.join(devices)})" if devices else name
     return "\n".join([title, table(section), *section.notes])
 
 
 def write_lines(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
-    """Writes a JSON object per row, with its section and the facts."""
-    rows: list[Row] = [{"section": section.title, **row, **facts} for section in sections for row in section.rows]
+    """Writes a JSON object per row, with its section and the facts, of which a row may have its own."""
+    rows: list[Row] = []
+    for section in sections:
+        place = {"section": section.title, **({} if section.group is None else {"group": section.group})}
+        rows.extend({**place, **facts, **row} for row in section.rows)
     write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
 
 

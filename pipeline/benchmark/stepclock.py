@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the dtypes of mixed precisions
+
 
 def wait_for(device: torch.device) -> None:
     """Waits until the device has finished all submitted work."""
@@ -15,7 +17,7 @@ def wait_for(device: torch.device) -> None:
 class StepClock:
     """Counts steps; runs from the end of the warm-up until `seconds` have passed or `num_steps` steps have ended.
 
-    waited: seconds of that time in which the loop waited for data; 0 if the loop does not measure it.
+    waited: seconds of that time in which the loop waited for data, see waiting.py.
     """
 
     def __init__(self, device: torch.device, *, warmup_steps: int, seconds: float, num_steps: int | None = None):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.peers.loaders import plain_loader, timm_loader
-from pipeline.benchmark.stepclock import StepClock
+from pipeline.benchmark.stepclock import HALVES, StepClock
+from pipeline.benchmark.waiting import waiting
 from pipeline.models.create import create_model
 from pipeline.optim.optimizers import create_optimizer, peak_lr, set_lr
 from pipeline.settings.config import Config
@@ -55,9 +56,9 @@ def loop(batches: Iterable[Any], config: Config, data: dict[str, Any], clock: St
     model, optimizer = make_model(config, data, device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     precision = config.mixed_precision or "no"
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    half = HALVES.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    for images, labels in batches:
+    for images, labels in waiting(batches, clock):
         images = images.to(device, non_blocking=True, memory_format=layout)
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, half) if half else contextlib.nullcontext():
@@ -111,6 +112,44 @@ def plain(settings: list[str], data: dict[str, Any], workers: int, folder: str, 
 def timm(settings: list[str], data: dict[str, Any], workers: int, folder: str, **clock: Any) -> dict[str, Any]:
     """The loop with timm's loader and its prefetcher, which normalises on the device."""
     return from_loader(timm_loader, settings, data, workers, clock)
+
+
+def timm_script(
+    settings: list[str], data: dict[str, Any], workers: int, folder: str, **clock: Any
+) -> dict[str, Any]:
+    """The training loop of timm's train.py, made of timm's parts, with the model and the optimizer of the other contenders.
+
+    Like the script, it reads the loss of each step for its running mean, which waits for the device, and sets the learning
+    rate by timm's scheduler (https://github.com/huggingface/pytorch-image-models/blob/main/train.py).
+    """
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import AverageMeter, NativeScaler
+
+    config, device = read_config(settings), find_device()
+    assert config.batch_size is not None
+    timer = StepClock(device, **clock)
+    loader: Any = timm_loader(data, config.augment, config.batch_size, workers, device)
+    model, optimizer = make_model(config, data, device)
+    scheduler = CosineLRScheduler(optimizer, t_initial=1000 * len(loader), t_in_epochs=False)
+    half = HALVES.get(config.mixed_precision or "no")
+    scaler: Any = NativeScaler(device.type) if half == torch.float16 else None
+    losses = AverageMeter()
+    for number, (images, labels) in enumerate(waiting(endless(loader), timer), 1):
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, half) if half else contextlib.nullcontext():
+            loss = cross_entropy(model(images), labels)
+        if scaler is not None:
+            scaler(loss, optimizer)
+        else:
+            loss.backward()
+            optimizer.step()
+        losses.update(loss.item(), len(labels))
+        optimizer.zero_grad()
+        scheduler.step_update(number, losses.avg)
+        if timer.step(len(labels)):
+            break
+    return timer.figures()
 
 
 def pytorch_accelerated(

@@ -1,0 +1,118 @@
+"""The parts of `gpu` that train: the tests marked gpu, fp16 beside fp32, and the time to an accuracy."""
+
+import functools
+import importlib.util
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from subprocess import run
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
+
+import pipeline
+from pipeline.benchmark.children import PROJECT, run_child
+from pipeline.benchmark.gpu_groups import Group, precisions_of
+from pipeline.benchmark.measuring import Row
+
+RECIPES = Path(pipeline.__path__[0]) / "recipes"
+TESTS = PROJECT / "tests" / "test_gpu.py"
+# a run of seconds, long enough for the loss to fall
+HALF_RUN = [
+    *("--dataset=cifar10", "--model_name=resnet18", "--stem=small", "--max_train_samples=12800", "--epochs=3"),
+    *("--batch_size=256", "--log_every=5"),
+]
+TOY_RUN = [
+    *("--dataset=digits", "--model_name=simple_mlp", "--max_train_samples=96", "--epochs=1", "--batch_size=16"),
+    *("--log_every=1", "--mixed_precision=no"),
+]
+MICRO_BATCHES = 4
+OPTIMIZERS = ("sgd", "adamw", "muon")
+
+
+def tests(args: Namespace, settings: list[str]) -> Iterator[Group]:
+    """The tests marked gpu, in this checkout."""
+    yield Group("Tests marked gpu", TESTS.name, test_rows)
+
+
+def test_rows() -> list[Row]:
+    """A row with the numbers of passed, failed and skipped tests. Raises ValueError outside a checkout, or without pytest."""
+    if not TESTS.is_file() or importlib.util.find_spec("pytest") is None:
+        raise ValueError(f"The part tests needs a checkout with {TESTS.name}, and pytest. Choose other --parts.")
+    began = time.monotonic()
+    with TemporaryDirectory(prefix="benchmark-") as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
+        run(command, cwd=PROJECT, check=False)
+        (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    seconds = time.monotonic() - began
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    row = {"row": TESTS.name, "unit": "seconds", "median": seconds, "least": seconds, "most": seconds, "n": 1}
+    return [{**row, "samples": [seconds], "passed": passed, "failed": failed, "skipped": counts["skipped"]}]
+
+
+def half(args: Namespace, settings: list[str]) -> Iterator[Group]:
+    """fp16 and bf16 beside fp32, with and without SAM and gradient accumulation: a group for each optimizer."""
+    given = [*(TOY_RUN if args.rehearse else HALF_RUN), *settings]
+    precisions = sorted(precisions_of(args), key="no bf16 fp16".split().index)  # the others are compared with fp32
+    part = (16 if args.rehearse else 256) // MICRO_BATCHES
+    for optimizer in OPTIMIZERS:
+        variants = {
+            f"{optimizer}{sam}{accumulation}": [f"--optimizer={optimizer}", *sam_flags, *accumulation_flags]
+            for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items()
+            for accumulation, accumulation_flags in {
+                "": [],
+                f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={part}"],
+            }.items()
+        }
+        arguments = {"settings": given, "variants": variants, "precisions": precisions}
+        measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
+        yield Group("Half precision, SAM and gradient accumulation", optimizer, measure)
+
+
+def rows_of_child(function: str, arguments: Row) -> list[Row]:
+    rows: list[Row] = run_child(function, arguments)["rows"]
+    return rows
+
+
+def target_94(args: Namespace, settings: list[str]) -> Iterator[Group]:
+    return target("cifar10_gpu.yaml", 0.94, args, settings)
+
+
+def target_95(args: Namespace, settings: list[str]) -> Iterator[Group]:
+    return target("cifar10_muon.yaml", 0.95, args, settings)
+
+
+def target(recipe: str, accuracy: float, args: Namespace, settings: list[str]) -> Iterator[Group]:
+    """A recipe, once for each seed: the seconds of training, and whether the test accuracy is reached."""
+    given = [f"--config={RECIPES / recipe}", *(TOY_RUN if args.rehearse else []), *settings]
+
+    def measure() -> list[Row]:
+        results = [
+            run_child("gpu_child.train_and_test", {"settings": [*given, f"--seed={seed}"]}) for seed in range(args.seeds)
+        ]
+        seconds = [result["seconds"] for result in results]
+        flipped = [result["flip_accuracy"] for result in results]
+        return [
+            {
+                "row": recipe,
+                "unit": "seconds of training",
+                "median": median(seconds),
+                "least": min(seconds),
+                "most": max(seconds),
+                "n": len(results),
+                "samples": seconds,
+                "whole_seconds": median(result["run_seconds"] for result in results),
+                "test_accuracies": [result["accuracy"] for result in results],
+                "flip_accuracies": flipped,
+                "reached": [sum(one >= accuracy for one in flipped), len(flipped)],
+                **{key: results[-1][key] for key in ("epochs", "images_per_second", "device", "threads")},
+            }
+        ]
+
+    section = f"Time to {accuracy:.0%} test accuracy with mirror images"
+    yield Group(section, recipe, measure)
