@@ -25,7 +25,7 @@ HALF_RUN = [
     *("--batch_size=256", "--log_every=5"),
 ]
 TOY_RUN = [
-    *("--dataset=digits", "--model_name=simple_mlp", "--max_train_samples=96", "--epochs=1", "--batch_size=16"),
+    *("--dataset=digits", "--model_name=simple_mlp", "--stem=auto", "--max_train_samples=96", "--epochs=1", "--batch_size=16"),
     *("--log_every=1", "--mixed_precision=no"),
 ]
 MICRO_BATCHES = 4

@@ -20,7 +20,7 @@ import timm
 import torch
 from conftest import run_process, start_process, wait_for
 
-from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock
+from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock, waiting
 from pipeline.benchmark.__main__ import COMMANDS, main
 from pipeline.benchmark.children import run_child, run_program
 from pipeline.benchmark.measuring import in_turns, summarise
@@ -65,13 +65,13 @@ def in_this_process(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """Gives three modules clocks of their own, which advance by a TICK each time that they are read."""
+    """Gives four modules clocks of their own, which advance by a TICK each time that they are read."""
 
     def clock():
         ticks = itertools.count()
         return SimpleNamespace(perf_counter=lambda: TICK * next(ticks), time=time.time)
 
-    for module in (stepclock, loaders, ours):
+    for module in (stepclock, loaders, ours, waiting):
         monkeypatch.setattr(module, "time", clock())
 
 
@@ -381,14 +381,14 @@ def test_a_signal_ends_the_benchmark_and_its_contenders(number):
 def test_help_and_parsing_import_no_torch():
     program = (
         "import sys; from pipeline.benchmark.__main__ import COMMANDS, main\n"
-        "for name in COMMANDS:\n"
+        "for name in (*COMMANDS, 'results'):\n"
         "    try: main([name, '--help'])\n"
         "    except SystemExit as error: assert error.code == 0\n"
         "assert not {'torch', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
     done = run_process("-c", program, fresh=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("folder to write") == len(COMMANDS) == 8
+    assert done.stdout.count("folder to write") == len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize(

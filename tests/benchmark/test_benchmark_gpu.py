@@ -66,8 +66,8 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
     written = document.read_text()
     assert written.startswith(f"# Results\n\n{results.BEGIN}\n\n### Tests marked gpu") and written.endswith("\n\nThe end.\n")
     for row in rows:
-        (line,) = [line for line in written.splitlines() if line.startswith(f"| {row['group']}: {row['row']} |")]
-        assert f" {reporting.number(row['median'])} " in line
+        lines = [line for line in written.splitlines() if line.startswith(f"| {row['group']}: {row['row']} |")]
+        assert any(f" {reporting.number(row['median'])} " in line for line in lines)
     assert rows[0]["cpu"] in written and rows[0]["versions"]["timm"] in written
 
 

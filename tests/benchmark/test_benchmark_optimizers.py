@@ -65,6 +65,7 @@ def arguments(model_name, *more):
 
 def settings(model_name, **changed):
     given = {"stem": "auto", "batch_size": 8, "image_size": 8, "channels_last": "false", "device": "cpu"}
+    given["mixed_precision"] = "no"
     return SimpleNamespace(**{"model_name": model_name, **given, **changed})
 
 
@@ -170,6 +171,7 @@ def test_a_slow_row_runs_while_it_fits_but_at_least_once(monkeypatch):
     "more, words",
     [
         (["--model_name", "resnet81"], ["resnet81", "Did you mean"]),
+        (["--mixed_precision", "fp16"], ["fp16 needs a GPU"]),
         (["--image_size", "1", "--model_name", "convnext_atto"], ["convnext_atto", "image_size"]),
         pytest.param(
             ["--device", "cuda", "--model_name", "simple_mlp"],
