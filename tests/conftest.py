@@ -145,7 +145,7 @@ def start_process(
     """Starts `python ARGUMENTS` with one thread, on the CPU: in a fork, or in a fresh interpreter if that may differ."""
     env = {**os.environ, **ON_THE_CPU, **environment}
     if not fresh and sys.platform == "linux" and fork_server().can_run_with(env):
-        return fork_server().start(list(arguments), cwd, env)
+        return fork_server().run(list(arguments), cwd, env)
     command = [sys.executable, *arguments]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

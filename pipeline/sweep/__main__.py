@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.common import console
 from pipeline.common.files import write_atomically
+from pipeline.common.fork_server import ForkServer
 from pipeline.common.stopping import Signals
 from pipeline.common.system import usable_cores
 from pipeline.settings.command_line import CommandFailed, CommandParser, at_least, exit_status
+from pipeline.settings.config import Config
 from pipeline.sweep.file import Sweep, check_trials, read_sweep
 from pipeline.sweep.trials import (
     Outcome,
@@ -23,6 +25,7 @@ from pipeline.sweep.trials import (
     read_history,
     shares,
     start_trial,
+    trial_server,
     visible_devices,
 )
 
@@ -51,8 +54,9 @@ def make_parser() -> CommandParser:
 class Agent:
     """Runs trials of a sweep on this machine until no agent has one left to run, or a signal stops it."""
 
-    def __init__(self, sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int):
-        self.sweep, self.study, self.folder = sweep, study, folder
+    def __init__(self, sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int, server: ForkServer | None):
+        """server: forks the trials; None starts plain processes."""
+        self.sweep, self.study, self.folder, self.server = sweep, study, folder, server
         self.shares = shares(num_parallel, usable_cores(), visible_devices() if num_parallel > 1 else [])
         self.running: dict[int, tuple[Claim, RunningTrial]] = {}  # by place
         self.next_beat = 0.0
@@ -67,7 +71,7 @@ class Agent:
                 if not started and not self.running and not self.others_run():
                     break
                 if not started:
-                    time.sleep(POLL_SECONDS)
+                    self.rest()
                 self.check_running()
             self.stop_all()
         except BaseException:  # the storage failed: stop the running trials after a checkpoint; the next agent resumes them
@@ -78,6 +82,12 @@ class Agent:
         finally:
             signals.release()
         return signals.received
+
+    def rest(self) -> None:
+        """Waits POLL_SECONDS, less if a trial ends."""
+        end = time.monotonic() + POLL_SECONDS
+        while time.monotonic() < end and all(trial.process.poll() is None for _, trial in self.running.values()):
+            time.sleep(POLL_SECONDS / 20)
 
     def start_next(self) -> bool:
         """Starts a trial on a free share of the machine; returns False if there is none to start now."""
@@ -90,7 +100,7 @@ class Agent:
         share = next(number for number in range(len(self.shares)) if number not in taken)
         run_dir = self.folder / run_dir_name(claim.place)
         try:
-            trial = start_trial(self.sweep, claim.settings, run_dir, self.shares[share], share)
+            trial = start_trial(self.sweep, claim.settings, run_dir, self.shares[share], share, self.server)
         except OSError as error:
             self.end(claim, Outcome("failed", None, {"error": f"The command cannot be started: {error}."}))
             return True
@@ -154,8 +164,8 @@ class Agent:
         print(f"[{ended}{of}]  {event_line(rows[place], self.sweep)}", flush=True)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
-    """The checked sweep, its study and its folder. Raises ValueError if one of them is invalid."""
+def checked_sweep(args: argparse.Namespace) -> tuple[Sweep, list[Config]]:
+    """The sweep of the file and the settings of a few trials. Raises ValueError if one of them is invalid."""
     sweep = read_sweep(args.file)
     sweep = dataclasses.replace(sweep, name=args.name or sweep.name)
     if Path(sweep.name).name != sweep.name:
@@ -164,7 +174,14 @@ def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
     if not limits:
         raise ValueError(f"Method {sweep.method} has no end. Pass --num_trials N, or set run_cap in {args.file}.")
     try:
-        configs = check_trials(sweep)
+        return dataclasses.replace(sweep, limit=min(limits)), check_trials(sweep)
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from error
+
+
+def open_study(args: argparse.Namespace, sweep: Sweep, configs: Sequence[Config]) -> tuple["SweepStudy", Path]:
+    """The sweep's study and its folder. Raises ValueError if one of them is invalid. configs: settings of a few trials."""
+    try:
         check_names(configs)
     except ValueError as error:
         raise ValueError(f"{args.file}: {error}") from error
@@ -175,9 +192,9 @@ def prepare(args: argparse.Namespace) -> tuple[Sweep, "SweepStudy", Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"Cannot write into {folder} ({error.strerror}). Choose another --output_dir.") from error
-    study = SweepStudy(sweep, args.storage or str(folder / "journal.log"), min(limits), args.seed)
+    study = SweepStudy(sweep, args.storage or str(folder / "journal.log"), sweep.limit, args.seed)
     write_atomically(folder / "sweep.yaml", args.file.read_bytes())
-    return sweep, study, folder
+    return study, folder
 
 
 def check_names(configs: Sequence[Any]) -> None:
@@ -196,7 +213,14 @@ def reversed_warning(sweep: Sweep) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the sweep and prints its table. Raises ValueError for an invalid file or settings, CommandFailed after that."""
-    sweep, study, folder = prepare(args)
+    sweep, configs = checked_sweep(args)
+    with trial_server(sweep, args.num_parallel) as server:
+        study, folder = open_study(args, sweep, configs)
+        return run_trials(sweep, study, folder, args.num_parallel, server)
+
+
+def run_trials(sweep: Sweep, study: "SweepStudy", folder: Path, num_parallel: int, server: ForkServer | None) -> int:
+    """Runs the trials and prints the table; returns the exit status. Raises CommandFailed if the storage or the folder fails."""
     from optuna.exceptions import StorageInternalError
 
     from pipeline.sweep.table import result_table, rows_of
@@ -206,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
         console.warn(reversed_warning(sweep))
     print(f"folder     {folder}", flush=True)
     try:
-        signal_number = Agent(sweep, study, folder, args.num_parallel).run()
+        signal_number = Agent(sweep, study, folder, num_parallel, server).run()
         rows = rows_of(study.places(), sweep)
     except (StorageInternalError, OSError) as error:
         cause = " ".join(str(error.__cause__ or error).split())

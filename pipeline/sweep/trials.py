@@ -1,5 +1,6 @@
 """A sweep's trial as a separate process: started with its share of the machine, monitored, stopped, and evaluated."""
 
+import contextlib
 import fcntl
 import json
 import math
@@ -8,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.common.fork_server import ROOT, TORCH, UNKNOWN, Fork, ForkServer
+from pipeline.common.system import usable_cores
 from pipeline.run_folder import lock
 from pipeline.sweep.file import Sweep, fill_command
 
@@ -57,7 +60,7 @@ class RunningTrial:
     """
 
     run_dir: Path
-    process: subprocess.Popen
+    process: subprocess.Popen | Fork
     log: IO[bytes]
     log_start: int
     share: int
@@ -78,12 +81,42 @@ class Outcome:
     facts: Mapping[str, Any]
 
 
+@contextlib.contextmanager
+def trial_server(sweep: Sweep, num_parallel: int) -> Iterator[ForkServer | None]:
+    """Yields the server that forks the trials, which imports torch meanwhile; None where they start as plain processes.
+
+    A fork is possible on Linux, for a command that runs this project's train.py in one process.
+    """
+    if sys.platform != "linux" or python_arguments(fill_command(sweep, {})) is None:
+        yield None
+        return
+    (share, *_) = shares(num_parallel, usable_cores(), [])  # OpenMP reads its number of threads once
+    server = ForkServer({**os.environ, **share}, TORCH)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def python_arguments(command: Sequence[str]) -> list[str] | None:
+    """ARGUMENTS of a command `python ARGUMENTS` that runs this project's train.py with this Python; None for any other."""
+    words = list(command[command[0] == "/usr/bin/env" :])
+    is_ours = words[0] == sys.executable and len(words) > 1 and Path(words[1]).resolve() == ROOT / "train.py"
+    return words[1:] if is_ours else None
+
+
 def start_trial(
-    sweep: Sweep, settings: Mapping[str, Any], run_dir: Path, environment: Mapping[str, str], share: int
+    sweep: Sweep,
+    settings: Mapping[str, Any],
+    run_dir: Path,
+    environment: Mapping[str, str],
+    share: int,
+    server: ForkServer | None = None,
 ) -> RunningTrial:
     """Starts the sweep's command in a new session, so that Ctrl-C in the terminal reaches the sweep only.
 
-    Its output is appended to logs/NAME.log beside the run's folder. Raises OSError if the command cannot be started.
+    server: forks the process; without one, or if it was killed, the command starts as a plain process. The output is appended to
+    logs/NAME.log beside the run's folder. Raises OSError if the command cannot be started.
     """
     own = {"output_dir": str(run_dir.parent), "run_name": run_dir.name}
     command = fill_command(sweep, {**settings, **own})
@@ -95,13 +128,24 @@ def start_trial(
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, "PATH": path, **environment}
     try:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = start_process(command, env, log, server)
     except OSError:
         log.close()
         raise
     return RunningTrial(run_dir, process, log, log.tell(), share, read_summary(run_dir))
+
+
+def start_process(
+    command: list[str], env: dict[str, str], log: IO[bytes], server: ForkServer | None
+) -> subprocess.Popen | Fork:
+    """The process of a command, forked by the server if there is one and it was not killed. Raises OSError."""
+    arguments = python_arguments(command)
+    if server is not None and arguments is not None:
+        with contextlib.suppress(ConnectionError):
+            return server.start(arguments, Path.cwd(), env, log.fileno(), log.fileno())
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def ask_to_stop(trial: RunningTrial, why: str) -> None:
@@ -202,14 +246,16 @@ def judge(trial: RunningTrial, sweep: Sweep) -> Outcome:
         "best_accuracy": (summary.get("best") or {}).get("accuracy"),
         "test_accuracy": (summary.get("test") or {}).get("accuracy"),
     }
-    if summary.get("status") in ("completed", "early_stopped") and code == 0:
+    if summary.get("status") in ("completed", "early_stopped") and code in (0, UNKNOWN):
         if value is not None:
             return Outcome("completed", value, facts)
         return Outcome("failed", None, {**facts, "error": f"The run logged no finite {sweep.metric}."})
     if trial.stopped is not None:
         return Outcome(trial.stopped, value, facts)
+    if code == UNKNOWN:  # the fork server was killed: the trial resumes as a plain process
+        return Outcome("interrupted", value, facts)
     error = summary.get("reason") or last_message(trial) or f"It exited with status {code}."
-    if code < 0 and summary.get("status") is None:
+    if code is not None and code < 0 and summary.get("status") is None:
         error = f"Killed by {signal.Signals(-code).name}. {error}"
     return Outcome("failed", value, {**facts, "error": error})
 
