@@ -61,6 +61,8 @@ class Agent:
         self.running: dict[int, tuple[Claim, RunningTrial]] = {}  # by place
         self.next_beat = 0.0
         self.reported_waiting = False
+        ended = sum(trial.state.is_finished() for trial in study.places().values())
+        self.bar = console.progress_bar(study.limit or 0, ended, sweep.metric, shown=True, unit="trial")
 
     def run(self) -> int:
         """Returns 0 after the sweep has ended, or the number of the signal that stopped this agent."""
@@ -80,6 +82,7 @@ class Agent:
                 trial.log.close()
             raise
         finally:
+            self.bar.close()
             signals.release()
         return signals.received
 
@@ -88,6 +91,7 @@ class Agent:
         end = time.monotonic() + POLL_SECONDS
         while time.monotonic() < end and all(trial.process.poll() is None for _, trial in self.running.values()):
             time.sleep(POLL_SECONDS / 20)
+        self.bar.refresh()
 
     def start_next(self) -> bool:
         """Starts a trial on a free share of the machine; returns False if there is none to start now."""
@@ -141,7 +145,8 @@ class Agent:
         """Whether other agents run trials; this agent resumes a trial if its agent dies."""
         unfinished = self.study.unfinished()
         if unfinished and not self.reported_waiting:
-            print(f"Waiting for {unfinished} more trials of other agents. Ctrl-C stops waiting.", flush=True)
+            with self.bar.external_write_mode():
+                print(f"Waiting for {unfinished} more trials of other agents. Ctrl-C stops waiting.", flush=True)
             self.reported_waiting = True
         return unfinished > 0
 
@@ -154,14 +159,16 @@ class Agent:
             self.check_running()
 
     def show(self, place: int) -> None:
-        """Rewrites the sweep's tables and prints a line about one trial."""
-        from pipeline.sweep.table import event_line, rows_of, write_results
+        """Rewrites the sweep's tables, prints a line about one trial and updates the bar."""
+        from pipeline.sweep.table import best_so_far, event_line, rows_of, write_results
 
         rows = rows_of(self.study.places(), self.sweep)
         write_results(self.folder, rows, self.sweep)
-        ended = sum(row["status"] not in ("running", "interrupted") for row in rows)
+        self.bar.n = sum(row["status"] not in ("running", "interrupted") for row in rows)
         of = "" if self.study.limit is None else f"/{self.study.limit}"
-        print(f"[{ended}{of}]  {event_line(rows[place], self.sweep)}", flush=True)
+        self.bar.set_description(best_so_far(rows, self.sweep), refresh=False)
+        with self.bar.external_write_mode():  # clears the bar, and shows it again below the line
+            print(f"[{self.bar.n}{of}]  {event_line(rows[place], self.sweep)}", flush=True)
 
 
 def checked_sweep(args: argparse.Namespace) -> tuple[Sweep, list[Config]]:

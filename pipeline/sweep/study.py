@@ -76,11 +76,25 @@ def optuna_distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(low, high, log=is_log)
 
 
+def recorded_distribution(parameter: Parameter) -> BaseDistribution:
+    """The distribution of the values of a grid or a random search, with which Optuna and its dashboards know them."""
+    if "values" in parameter.spec:
+        return CategoricalDistribution([str(value) for value in parameter.spec["values"]])
+    low, high = parameter.quantile(0.0), parameter.quantile(1.0)
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high)
+    return FloatDistribution(low, high, log=parameter.bounds[2] and low > 0)
+
+
 class PlaceSampler(optuna.samplers.BaseSampler):
-    """TPE seeded by the sweep's seed and the trial's number, so that agents draw different values."""
+    """TPE seeded by the sweep's seed and the trial's number, so that agents draw different values.
+
+    point: the values of the trial's parameters for Optuna, if a grid or a random search has determined them.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.point: Mapping[str, Any] = {}
         self.tpe = optuna.samplers.TPESampler(seed=seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -98,6 +112,8 @@ class PlaceSampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        if param_name in self.point:
+            return self.point[param_name]
         seeded = optuna.samplers.TPESampler(
             seed=address(self.seed, trial.number, zlib.crc32(param_name.encode())) % 2**32
         )
@@ -121,12 +137,12 @@ class SweepStudy:
 
         Raises ValueError if the storage cannot be opened or contains a different sweep of this name.
         """
-        self.sweep, self.limit = sweep, limit
+        self.sweep, self.limit, self.sampler = sweep, limit, PlaceSampler(seed)
         self.study = optuna.create_study(
             study_name=sweep.name,
             storage=open_storage(storage),
             direction="maximize" if sweep.maximize else "minimize",
-            sampler=PlaceSampler(seed),
+            sampler=self.sampler,
             load_if_exists=True,
         )
         stored = self.study.user_attrs.get("sweep")
@@ -178,14 +194,20 @@ class SweepStudy:
         trial.set_user_attr("settings", settings)
         return Claim(place, trial, settings)
 
-    def settings(self, place: int, trial: optuna.Trial | FrozenTrial) -> dict[str, Any]:
+    def settings(self, place: int, trial: optuna.Trial) -> dict[str, Any]:
         """The values of a trial's parameters; method bayes draws those that the trial does not have yet."""
         space = self.sweep.space
-        if self.sweep.method == "grid":
-            return space.grid_point(place)
-        if self.sweep.method == "random":
-            return space.random_point(place, self.seed)
-        return {parameter.name: suggested(trial, parameter) for parameter in space.parameters}
+        if self.sweep.method == "bayes":
+            return {parameter.name: suggested(trial, parameter) for parameter in space.parameters}
+        point = space.grid_point(place) if self.sweep.method == "grid" else space.random_point(place, self.seed)
+        distributions = {one.name: recorded_distribution(one) for one in space.parameters if one.is_varied}
+        self.sampler.point = {
+            name: str(point[name]) if isinstance(distribution, CategoricalDistribution) else point[name]
+            for name, distribution in distributions.items()
+        }
+        for name, distribution in distributions.items():
+            suggest(trial, name, distribution)
+        return point
 
     def beat(self, trial: optuna.Trial, count: int) -> None:
         """Records a sign of life for the other agents."""
@@ -255,18 +277,23 @@ class SweepStudy:
         return sum(not trial.state.is_finished() for trial in self.places().values())
 
 
-def suggested(trial: optuna.Trial | FrozenTrial, parameter: Parameter) -> Any:
+def suggested(trial: optuna.Trial, parameter: Parameter) -> Any:
     """The value of a parameter that Optuna has drawn earlier or draws now."""
     if not parameter.is_varied:
         return parameter.value(0)
     distribution = optuna_distribution(parameter)
+    drawn = suggest(trial, parameter.name, distribution)
+    return parameter.value(distribution.choices.index(drawn) if isinstance(distribution, CategoricalDistribution) else drawn)
+
+
+def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """The number or choice that the trial has for this name; if it has none, the sampler's, which the trial keeps."""
     if isinstance(distribution, CategoricalDistribution):
-        drawn = distribution.choices.index(trial.suggest_categorical(parameter.name, distribution.choices))
-        return parameter.value(drawn)
+        return trial.suggest_categorical(name, distribution.choices)
     if isinstance(distribution, IntDistribution):
-        return parameter.value(trial.suggest_int(parameter.name, distribution.low, distribution.high))
-    low, high, is_log = parameter.bounds
-    return parameter.value(trial.suggest_float(parameter.name, low, high, log=is_log))
+        return trial.suggest_int(name, distribution.low, distribution.high)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
 def reported(trial: FrozenTrial) -> list[float]:

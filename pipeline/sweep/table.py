@@ -74,6 +74,12 @@ def figure(value: float | None, metric: str) -> str:
     return console.percent(value) if metric.endswith("accuracy") else f"{value:.4f}"
 
 
+def best_so_far(rows: Sequence[dict[str, Any]], sweep: Sweep) -> str:
+    """The best value of the trials that have ended, such as `best val/accuracy 98.61 %`, for the progress bar."""
+    best = next((row["value"] for row in ranked(rows, sweep) if row["rank"] == 1), None)
+    return f"best {sweep.metric} {figure(best, sweep.metric)}"
+
+
 def event_line(row: Mapping[str, Any], sweep: Sweep) -> str:
     """The line that is printed when a trial starts or ends."""
     settings = "  ".join(f"{name} {shown(row['params'].get(name))}" for name in sweep.space.varied)

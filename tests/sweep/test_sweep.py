@@ -1,12 +1,18 @@
 """Sweeps without W&B: the same files, every distribution, agents that share a storage, interruption, failure, early stopping."""
 
+import contextlib
 import csv
 import json
 import math
 import os
+import re
 import signal
+import socket
 import sqlite3
 import statistics
+import sys
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL_RUN, assert_identical, flags, lines_of, run_process, start_process, wait_for
 
+from pipeline.common.fork_server import UNKNOWN, Fork, ForkServer
 from pipeline.common.system import usable_cores
 from pipeline.settings.parser import read_config
 from pipeline.sweep.__main__ import main
@@ -30,7 +37,7 @@ from pipeline.sweep.hyperband import keeps_up
 from pipeline.sweep.space import Space, read_parameter
 from pipeline.sweep.study import SweepStudy
 from pipeline.sweep.table import rows_of
-from pipeline.sweep.trials import shares
+from pipeline.sweep.trials import RunningTrial, judge, python_arguments, shares
 
 BASE = {
     "method": "grid",
@@ -195,6 +202,16 @@ def test_the_command_is_filled_in(monkeypatch):
     assert words[0] == "/usr/bin/env" and words[4:] == ["--nproc_per_node=2", "train.py", "--lr=0.1", "--epochs=3"]
     assert fill_command(sweep_of(BASE, "s"), {"lr": 0.1})[2:] == ["train.py", "--lr=0.1"] and DEFAULT_COMMAND
     assert {config.epochs for config in check_trials(sweep)} == {3}
+
+
+def test_only_the_projects_own_program_in_one_process_is_forked(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    ours = fill_command(sweep_of(BASE, "s"), {"lr": 0.1})
+    assert python_arguments(ours) == python_arguments(ours[1:]) == ["train.py", "--lr=0.1"]
+    for change in ({"program": str(tmp_path / "train.py")}, {"command": ["accelerate", "launch", "${program}", "${args}"]},
+                   {"command": ["${interpreter}", "-m", "torch.distributed.run", "${program}", "${args}"]},
+                   {"command": ["${interpreter}", "-O", "${program}", "${args}"]}):  # fmt: skip
+        assert python_arguments(fill_command(sweep_of({**BASE, **change}, "s"), {"lr": 0.1})) is None
 
 
 @pytest.mark.parametrize(
@@ -367,10 +384,68 @@ def test_trials_are_ranked_failures_reported_and_the_sweep_continues(tmp_path, m
     assert all(len(start.read_text().splitlines()) == 1 for start in folder.glob("*/starts"))
 
 
+def test_the_bar_has_the_best_value_so_far(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    path = write_sweep(tmp_path, {"lr": {"values": [0.3, 0.6, 0.5]}, "epochs": {"value": 1}}, name="bar")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().err
+    states = [(match[1], int(match[2])) for match in re.finditer(r"best val/accuracy ([\d.-]+)[^|]*\|[^|]*\| (\d)/3", shown)]
+    assert list(dict.fromkeys(states)) == [("-", 0), ("30.00", 1), ("60.00", 2), ("60.00", 3)]
+
+
+def test_optuna_dashboard_opens_the_journal(tmp_path):
+    pytest.importorskip("optuna_dashboard")
+    values = {"optimizer": ["sgd", "adamw"], "momentum": [0.5, 0.9]}
+    numbers = {"lr": {"min": 0.1, "max": 0.9}, "batch_size": {"min": 8, "max": 64}, "drop_rate": {"distribution": "beta"}}
+    parameters = {**{name: {"values": own} for name, own in values.items()}, **numbers, "seed": {"value": 1}}
+    path = write_sweep(tmp_path, parameters, method="random", run_cap=3, name="shown")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    journal = tmp_path / "shown" / "journal.log"
+    program = start_process("-m", "optuna_dashboard._cli", str(journal), "--port", str(port), "--server", "wsgiref")
+
+    def get(address: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{address}") as answer:
+            return json.load(answer)
+
+    def answers():
+        with contextlib.suppress(urllib.error.URLError):
+            return get("studies")["study_summaries"]
+
+    try:
+        wait_for(answers, process=program)
+        (study,) = answers()
+        details = get(f"studies/{study['study_id']}")
+    finally:
+        program.kill()
+    assert study["study_name"] == "shown" and study["directions"] == ["maximize"]
+    for trial, row in zip(details["trials"], trials_of(tmp_path / "shown"), strict=True):
+        assert trial["state"] == "Complete" and trial["values"] == [row["value"]]
+        assert [step["value"] for step in trial["intermediate_values"]][-1] == row["value"]
+        shown = {one["name"]: one["param_external_value"] for one in trial["params"]}
+        assert shown == {name: str(row["params"][name]) for name in (*values, *numbers)}
+    kinds = {one["name"]: one["distribution"]["type"] for one in details["union_search_space"]}
+    assert {kinds[name] for name in values} == {"CategoricalDistribution"} and kinds["batch_size"] == "IntDistribution"
+
+
 def test_a_sweep_without_a_completed_trial_exits_with_status_1(tmp_path):
     path = write_sweep(tmp_path, {"lr": {"value": 0.3}, "seed": {"value": 13}})
     assert main([str(path), "--output_dir", str(tmp_path), "--name", "bad"]) == 1
     assert [row["status"] for row in trials_of(tmp_path / "bad")] == ["failed"]
+
+
+def test_a_trial_whose_fork_server_was_killed_is_judged_by_its_summary(tmp_path):
+    sweep = sweep_of(BASE, "s")
+    for status, outcome in (("completed", "completed"), ("running", "interrupted")):
+        run_dir = tmp_path / status
+        run_dir.mkdir()
+        (run_dir / "summary.json").write_text(json.dumps({"status": status}))
+        (run_dir / "metrics.jsonl").write_text(json.dumps({"split": "val", "event": "", "accuracy": 0.5}) + "\n")
+        process = Fork([], pid=0, status=-1)
+        process.returncode = UNKNOWN
+        trial = RunningTrial(run_dir, process, open(run_dir / "log", "wb"), 0, 0, {})
+        assert judge(trial, sweep).status == outcome
 
 
 def test_a_sweep_can_be_extended_but_not_changed(tmp_path, capsys):
@@ -457,7 +532,10 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     assert agent.returncode == 130 and "run the same command again" in out, err
     assert [row["status"] for row in trials_of(folder)] == ["interrupted"]
     monkeypatch.chdir(ROOT)
+    forked, start = [], ForkServer.start
+    monkeypatch.setattr(ForkServer, "start", lambda self, *request: forked.append(start(self, *request)) or forked[-1])
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [(fork.args[0], fork.returncode) for fork in forked] == [("train.py", 0)] or sys.platform != "linux"
     assert "Resuming from" in (folder / "logs" / "trial-0001.log").read_text()
     whole = tmp_path / "whole"
     assert run_process("train.py", *flags(epochs=40, run_name="whole", output_dir=tmp_path)).returncode == 0
