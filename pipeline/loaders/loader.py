@@ -104,7 +104,8 @@ class Loader:
         size = self.eval_batch_size
         rows_of_batches = [rows[first : first + size] for first in range(0, len(rows), size)]
         for batch, images in enumerate(self.source.batches(0, rows_of_batches)):
-            yield self.transform.eval(images), self.labels[torch.from_numpy(rows_of_batches[batch]).to(self.device)]
+            own = to_device(torch.from_numpy(rows_of_batches[batch]), self.device)
+            yield self.transform.eval(images), self.labels[own]
 
     def most_eval_batches(self) -> int:
         """The largest number of batches in eval_epoch over all ranks."""

@@ -154,7 +154,7 @@ class StreamLoader:
         even = counts - counts % 2
         parts = []
         for chosen, mixup, cutmix in ((is_paired, self.mixup, self.cutmix), (~is_paired, 0.0, 0.0)):
-            where = torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
+            where = to_device(torch.from_numpy(np.flatnonzero(chosen)), self.device)
             if len(where):
                 parts.append(
                     mix(

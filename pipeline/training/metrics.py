@@ -75,11 +75,14 @@ def is_confusion(counts: Tensor) -> bool:
 
 @torch.no_grad()
 def add_classes(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Adds a batch in place to the counts of zero_class_counts; a confusion matrix has true classes as rows."""
+    """Adds a batch in place to the counts of zero_class_counts, without waiting for the device.
+
+    A confusion matrix has true classes as rows.
+    """
     predicted = logits.argmax(dim=1)
     if is_confusion(counts):
         cells = labels * len(counts) + predicted
-        counts += torch.bincount(cells, minlength=counts.numel()).reshape(counts.shape)
+        counts.view(-1).index_add_(0, cells, torch.ones_like(cells))  # bincount would read the largest cell from the GPU
     else:
         counts.index_add_(0, labels, torch.stack([torch.ones_like(labels), (predicted == labels).to(labels)], dim=1))
 

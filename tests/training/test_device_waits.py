@@ -1,0 +1,213 @@
+"""A step neither waits for its device nor mixes it with the CPU: watched on the CPU with values, on a fake GPU without."""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from device_watch import MixesDevices, WaitsForDevice, device_watch
+from PIL import Image
+from steps import batch, cpu_scaler, make_state
+from watched_epoch import fake_gpu, given_gradients, watched_epoch
+
+from pipeline.distributed.accelerator import make_accelerator
+from pipeline.images.augment import AUGMENTS, BatchTransform
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.randaugment import magnitude_bins, operate
+from pipeline.loaders.loader import Loader
+from pipeline.loaders.mixing import mix
+from pipeline.models.create import create_model
+from pipeline.optim.ema import create_ema, update_ema
+from pipeline.optim.muon import Muon
+from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer
+from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.settings.config import Config
+from pipeline.training.metrics import LARGEST_CONFUSION, add_classes, zero_class_counts
+from pipeline.training.run import Run
+from pipeline.training.step import accumulate_gradient, train_step
+
+EVERYTHING: dict[str, Any] = {
+    "optimizer": "muon", "augment": "randaugment", "flip": True, "random_erasing": 0.5, "mixup": 0.2, "cutmix": 1.0,
+    "label_smoothing": 0.1, "micro_batch_size": 8, "sam_rho": 0.05, "ema_decay": 0.5, "clip_grad_norm": 1.0,
+}  # fmt: skip
+ROWS: dict[str, dict[str, Any]] = {
+    "everything": EVERYTHING,
+    "workers": {"loader": "workers", "num_workers": 0, "augment": "trivialaugment", "sam_rho": 0.05, "sam_adaptive": True},
+    "stream": {"loader": "stream", "num_workers": 0, "cutmix": 1.0, "freeze_epochs": 1, "max_train_samples": None},
+}
+
+FETCH, FIGURES = ("pipeline/training/run.py", "fetch"), ("pipeline/training/metrics.py", "figures")
+SCALER, ADAMS_COUNT = ("torch/amp/grad_scaler.py", "_maybe_opt_step"), ("torch/optim/optimizer.py", "_get_value")
+LOADERS_SEED = ("torch/utils/data/dataloader.py", "__init__")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 16 training and 4 test images, 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(20):
+        path = folder / ("train" if number < 16 else "test") / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def settings_of(pictures: Path) -> Callable[[str], dict[str, Any]]:
+    def settings(row: str) -> dict[str, Any]:
+        return ROWS[row] | ({"dataset": str(pictures), "val_fraction": 0.0} if row == "stream" else {})
+
+    return settings
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_epoch_reads_a_tensor_only_for_its_log_line_and_its_figures(settings_of, row):
+    settings = settings_of(row)
+    reads = dict(watched_epoch("cpu", **settings).reads)
+    if settings.get("optimizer") == "muon":
+        assert reads.pop(ADAMS_COUNT) > 0
+    if "loader" in settings:
+        assert reads.pop(LOADERS_SEED) <= 2  # training and evaluation; with the workers' processes kept, at the first epoch
+    assert reads == {FETCH: 1, FIGURES: 3 if "ema_decay" in settings else 2}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_an_epoch_on_a_fake_gpu_waits_for_no_copy_and_mixes_no_devices(settings_of, row):
+    assert watched_epoch("cuda", **settings_of(row)).reads.keys() == {FETCH, FIGURES}
+
+
+def test_decoding_in_worker_processes_reads_nothing_in_this_one(pictures):
+    settings = {"loader": "workers", "num_workers": 1, "dataset": str(pictures), "val_fraction": 0.0}
+    assert watched_epoch("cpu", **settings).reads == {FETCH: 1, FIGURES: 2, LOADERS_SEED: 2}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_steps_of_every_optimizer_read_a_tensor_only_for_the_fp16_scaler(optimizer, scaled):
+    config = Config(optimizer=optimizer, sam_rho=0.05, ema_decay=0.5, clip_grad_norm=1.0, micro_batch_size=4)
+    state, accelerator = make_state(config, cpu_scaler() if scaled else None, "simple_mlp", torch.float32)
+    share = batch(size=8, dtype=torch.float32)
+    with device_watch() as watch:
+        for _ in range(2):
+            train_step(state, share, config, accelerator)
+    watch.reads.pop(ADAMS_COUNT, None)
+    assert state.step == 2 and watch.reads == ({SCALER: 2} if scaled else {})
+
+
+@pytest.fixture
+def fake_gpus_model() -> Any:
+    """Config -> a small model with gradients on a fake GPU, under device_watch."""
+
+    @contextlib.contextmanager
+    def make(config: Config) -> Any:
+        accelerator = make_accelerator(config, device="cpu")
+        model, _ = create_model("simple_mlp", num_classes=3, in_chans=1, image_size=8)
+        with fake_gpu(accelerator):
+            given_gradients(model.to("cuda"))(None)
+            yield model
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_sam_and_moving_average_stay_on_a_fake_gpu(fake_gpus_model, optimizer):
+    config = Config(optimizer=optimizer, ema_decay=0.5)
+    with fake_gpus_model(config) as model:
+        ema, step = create_ema(model, config), create_optimizer(model, config, "no").step
+        with device_watch("cuda") as watch:
+            for number, adaptive in enumerate((False, True)):
+                with perturbed(model, 0.05, adaptive, sharpness_norm(model, adaptive)):
+                    given_gradients(model)(None)
+                step()
+                update_ema(ema, model, 0.5, 0.1, number)
+    assert watch.reads == {}
+
+
+PHOTO = Preprocessing(image_size=6, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, kept_size=8)
+GREY = Preprocessing(image_size=20, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, source_size=16, crop_pct=0.9)
+
+
+@pytest.mark.parametrize("preprocessing", [PHOTO, GREY], ids=["photo", "grey"])
+@pytest.mark.parametrize("flip", [True, "alternate"])
+def test_transforms_of_small_images_and_photos_stay_on_a_fake_gpu(preprocessing, flip):
+    accelerator = make_accelerator(Config(), device="cpu")
+    channels, size = 1 if preprocessing is GREY else 3, preprocessing.fitted_size
+    magnitude_bins(AUGMENTS["trivialaugment"].policy, preprocessing.source_size or preprocessing.image_size)
+    with fake_gpu(accelerator):
+        images = torch.zeros(5, channels, size, size, dtype=torch.uint8, device="cuda")
+        transform = BatchTransform(
+            preprocessing, device="cuda", augment="trivialaugment", flip=flip, random_erasing=0.5, seed=0
+        )
+        with device_watch("cuda") as watch:
+            assert transform.train(images, np.arange(5), 1).device.type == "cuda"
+            transform.eval(images)
+    assert watch.reads == {}
+
+
+@pytest.mark.parametrize("num_classes", [3, LARGEST_CONFUSION + 1])
+def test_counts_of_classes_stay_on_a_fake_gpu(num_classes):
+    accelerator = make_accelerator(Config(), device="cpu")
+    with fake_gpu(accelerator):
+        counts = zero_class_counts(num_classes, accelerator.device)
+        logits, labels = torch.zeros(4, num_classes, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+        with device_watch("cuda") as watch:
+            add_classes(counts, logits, labels)
+    assert watch.reads == {}
+
+
+def planted(patch: pytest.MonkeyPatch, function: Any, old: str, new: str) -> str:
+    """Replaces one line of a function, in memory, until the patch is undone; returns the place as the watch names it."""
+    function = inspect.unwrap(function)
+    lines, first = inspect.getsourcelines(function)
+    (number,) = [number for number, line in enumerate(lines) if old in line]
+    lines[number] = lines[number].replace(old, new)
+    path = Path(inspect.getsourcefile(function))
+    block = "".join(lines) if lines[0][0] != " " else "class Planted:\n" + "".join(lines)
+    module = compile("\n" * (first - 1 - (block[:5] == "class")) + block, str(path), "exec")
+    (code,) = [code for code in all_code(module) if code.co_name == function.__name__]
+    patch.setattr(function, "__code__", code)
+    return f"{path.relative_to(ROOT)}:{first + number} in {function.__name__}"
+
+
+def all_code(code: Any) -> list[Any]:
+    """The code of a module and of the functions and classes in it."""
+    inner = [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return [code] + [deeper for one in inner for deeper in all_code(one)]
+
+
+# (device, function, a line of it, the same line with a fault, the error)
+PLANTS = [
+    ("cpu", accumulate_gradient, "total += loss_sum.detach()", "total += loss_sum.item()", WaitsForDevice),
+    ("cpu", update_ema, "ema.update(model)", "ema.update(model), next(model.buffers()).tolist()", WaitsForDevice),
+    ("cpu", operate, "sizes = group_sizes.tolist()", "sizes = group_sizes.tolist() if values.sum() else []", WaitsForDevice),
+    ("cpu", mix, "ignored = labels == IGNORED", "ignored = labels == labels[labels >= 0].new_tensor(IGNORED)", WaitsForDevice),
+    ("cpu", train_step, "norm = whole(", "norm = float(", WaitsForDevice),
+    ("cpu", Muon._muon_step, "updates = [", "updates = [] if torch.equal(grads[0], grads[0] + 1) else [", WaitsForDevice),
+    ("cuda", sharpness_norm, "precision = ", "gradients[0].cpu(); precision = ", WaitsForDevice),
+    ("cuda", Loader.eval_epoch, "own = to_device(", "own = torch.Tensor.to(", WaitsForDevice),
+    ("cuda", mix, "weights = weights.to(images.dtype)", "weights = weights * torch.ones(1, 8, 8)", MixesDevices),
+    ("cuda", add_classes, "cells = ", "labels = labels + torch.arange(len(labels)); cells = ", MixesDevices),
+]
+
+
+@pytest.mark.parametrize("device, function, old, new, error", PLANTS, ids=[f"{row[1].__name__}-{row[0]}" for row in PLANTS])
+def test_a_planted_fault_is_found_with_its_line(monkeypatch, device, function, old, new, error):
+    place = planted(monkeypatch, function, old, new)
+    with pytest.raises(error, match=f"{place}: aten|{place}: Tensor"):
+        watched_epoch(device, **EVERYTHING)
+
+
+def test_a_log_line_in_every_step_is_found(monkeypatch):
+    planted(monkeypatch, Run.after_step, "if is_last or state.step % self.config.log_every == 0:", "if True:")
+    assert watched_epoch("cpu").reads == {FETCH: 2, FIGURES: 2}
+
+
+def test_a_fault_that_is_caught_is_still_reported():
+    with pytest.raises(WaitsForDevice, match="_local_scalar_dense"):
+        with device_watch(), contextlib.suppress(AssertionError):
+            torch.ones(1).item()
