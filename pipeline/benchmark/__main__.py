@@ -129,6 +129,17 @@ def lr_arguments(parser: CommandParser) -> None:
     parser.add_argument("--lr_end", type=above_zero, default=10.0, metavar="LR", help="last learning rate")
 
 
+def finetune_arguments(parser: CommandParser) -> None:
+    optimizers = ("sgd", "adam", "adamw", "muon")
+    text = "optimizers of ours, each by its default settings; none after the flag compares the other trainers alone"
+    parser.add_argument("--optimizers", nargs="*", default=list(optimizers), metavar="NAME", help=text)
+    text = "other trainers to compare with: fastai, timm, plain; none after the flag compares ours alone"
+    peers = ("fastai", "timm", "plain")
+    parser.add_argument("--peers", type=one_of(*peers), nargs="*", default=list(peers), metavar="PEER", help=text)
+    text = "Python of an environment with fastai and timm; default: this one, if it has fastai"
+    parser.add_argument("--fastai_python", type=Path, metavar="PATH", help=text)
+
+
 def up_to(workers: int) -> list[int]:
     return list(range(max(workers, usable_cores()) + 1)) if usable_cores() <= 4 else [0, *powers_of_two(usable_cores())]
 
@@ -165,6 +176,9 @@ COMMANDS = {
     "scaling": Command("one process and several: images/s, all-reduced bytes, efficiency", scaling_arguments, 3),
     "efficiency": Command("loaders, precision and batch sizes on this machine, with a recommendation", efficiency_arguments, 2),
     "gpu": Command("the first hour on a GPU, in parts that can be resumed", gpu_arguments, 3, chart=False),
+    "finetune": Command(
+        "test accuracy over time from given weights: ours by defaults, fastai, timm and a plain loop", finetune_arguments, 3
+    ),
     "lr": Command("learning-rate range test with the settings of a run, and a suggestion", lr_arguments, None),
 }
 
@@ -174,9 +188,13 @@ def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.benchmark", description=pipeline.benchmark.__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     settings = "Accepts every setting of train.py too. The default is --dataset synthetic, a generated set."
-    real = "Accepts every setting of train.py too."
+    real = {
+        "lr": "Accepts every setting of train.py too.",
+        "finetune": "Accepts every setting of train.py too. The defaults are --dataset oxford_iiit_pet --model_name "
+        "tf_efficientnet_lite0 --pretrained true --image_size 128 --batch_size 16 --epochs 3; round n has seed n - 1.",
+    }
     for name, command in COMMANDS.items():
-        epilog = None if not command.settings else real if name == "lr" else settings
+        epilog = None if not command.settings else real.get(name, settings)
         own = subparsers.add_parser(name, help=command.help, description=command.help, epilog=epilog)
         command.add_arguments(own)
         if command.rounds is not None:

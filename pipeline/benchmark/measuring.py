@@ -16,7 +16,8 @@ class Section:
 
     rows: dicts with a row's name under "row"; unit: of their medians; notes: lines below the table;
     curve: the keys of x and y if the rows are points of a curve; mark: an x to mark on it; group: of several sections of one
-    title, the rows that were measured together.
+    title, the rows that were measured together; paths: whether each row has points of test accuracy over seconds, which the
+    chart draws as a line.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Section:
     curve: tuple[str, str] | None = None
     mark: float | None = None
     group: str | None = None
+    paths: bool = False
 
 
 def summarise(

@@ -1,5 +1,6 @@
 """Our training as a contender: train_epoch of a run, with its folder and log lines, timed."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,10 +12,16 @@ from torch import Tensor
 from pipeline.benchmark.stepclock import StepClock, wait_for
 from pipeline.benchmark.waiting import waiting
 from pipeline.distributed.accelerator import make_accelerator, system_facts
+from pipeline.distributed.fsdp import load_weights
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.run_folder.checkpoint import checkpoint_path, read_tensors
+from pipeline.run_folder.paths import metrics_path
+from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 from pipeline.training.build import Parts, assemble, check_settings, load_images
+from pipeline.training.evaluation import evaluate
+from pipeline.training.loop import train as train_run
 from pipeline.training.loop import train_epoch
 from pipeline.training.run import Run
 from pipeline.training.state import TrainState, begin_state
@@ -136,3 +143,42 @@ def pieces(parts: Parts, run: TimedRun) -> dict[str, Any]:
         torch.distributed.all_reduce(gradient)
     wait_for(accelerator.device)
     return {**found, "all_reduce_ms": 1000 * (time.perf_counter() - began) / ALL_REDUCES}
+
+
+def finetune(settings: list[str], began: float, folder: str) -> dict[str, Any]:
+    """A whole run, as train.py does it: test accuracy and seconds since `began` at the end of each epoch in its metrics.
+
+    The run keeps the checkpoint of every epoch, so that the test is not part of the time. The test accuracy of the run is that
+    of its best epoch by validation.
+    """
+    own = [*settings, "--resume=never", "--run_name=run", "--log_with=null", "--keep_checkpoints=1000000"]
+    config = read_config([*own, f"--output_dir={folder}"])
+    summary = train_run(config)
+    before = time.time() - began - summary["seconds"]  # until the run's own clock starts; its last files are a part of it
+    lines = [json.loads(line) for line in metrics_path(config.run_dir).read_text().splitlines()]
+    validated = [line for line in lines if line["split"] == "val"]
+    accuracies = accuracies_at(config, [line["step"] for line in validated])
+    epochs = [
+        {"epoch": line["epoch"], "seconds": before + line["seconds"], "test_accuracy": accuracy}
+        for line, accuracy in zip(validated, accuracies)
+    ]
+    device = summary["device"].split()[0]
+    return {
+        "epochs": epochs,
+        "test_accuracy": summary["test"]["accuracy"],
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def accuracies_at(config: Config, steps: list[int]) -> list[float]:
+    """The test accuracy of the checkpoints of these steps, of the averaged weights if the run has them."""
+    accelerator = make_accelerator(config)
+    parts = assemble(config, accelerator)
+    load_images(parts, accelerator)
+    model, accuracies = parts.model.to(accelerator.device), []
+    for step in steps:
+        checkpoint = checkpoint_path(config.run_dir, step)
+        load_weights(model, read_tensors(checkpoint, "model" if config.ema_decay is None else "ema"))
+        accuracies.append(float(evaluate(model, parts.loaders["test"], accelerator)["accuracy"]))
+    return accuracies

@@ -29,6 +29,20 @@ def mean_and_spread(accuracies: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(accuracies):.2f}{spread} %"
 
 
+def spread_text(value: dict[str, Any]) -> str:
+    """Mean and standard deviation, or the mean alone if there is one measurement."""
+    return f"{value['mean']:.1f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.1f}")
+
+
+def points_text(points: list[Row]) -> str:
+    """Each epoch with its test accuracy in percent, and after how many seconds it was reached."""
+    texts = []
+    for point in points:
+        accuracy, seconds = point["test_accuracy"]["mean"], point["seconds"]["mean"]
+        texts.append(f"{point['epoch']}: {100 * accuracy:.1f} ({seconds:.0f} s)")
+    return ", ".join(texts)
+
+
 # the figures of a row: heading and format
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "median": ("median", number),
@@ -52,6 +66,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "smoothed_loss": ("smoothed loss", "{:.4f}".format),
     "whole_seconds": ("whole run (s)", number),
     "test_accuracies": ("test accuracy", lambda values: mean_and_spread(values)),
+    "run_seconds": ("seconds", spread_text),
+    "points": ("epoch: test accuracy (%)", points_text),
     "flip_accuracies": ("with mirror images", lambda values: mean_and_spread(values)),
     "reached": ("reached", "{0[0]} of {0[1]}".format),
     "loss_curve": ("loss by quarter of the run", lambda values: " ".join(f"{value:.3f}" for value in values)),
@@ -141,12 +157,13 @@ def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    heights = [3.0 if section.curve else 0.9 + 0.32 * len(section.rows) for section in sections]
+    heights = [height_of(section) for section in sections]
     figure, axes = pyplot.subplots(
         len(sections), figsize=(9, sum(heights) + 1), height_ratios=heights, squeeze=False, layout="constrained"
     )
     for section, panel in zip(sections, axes[:, 0]):
-        draw_curve(panel, section) if section.curve else draw_bars(panel, section)
+        drawn = draw_paths if section.paths else draw_curve if section.curve else draw_bars
+        drawn(panel, section)
         panel.set_title(section.title, loc="left", fontsize=10)
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
@@ -156,6 +173,11 @@ def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)
+
+
+def height_of(section: Section) -> float:
+    """The height of a section's panel in inches."""
+    return 5.0 if section.paths else 3.0 if section.curve else 0.9 + 0.32 * len(section.rows)
 
 
 def draw_bars(panel: Any, section: Section) -> None:
@@ -186,3 +208,19 @@ def draw_curve(panel: Any, section: Section) -> None:
     panel.set_xlabel(x)
     panel.set_ylabel("loss")
     panel.legend()
+
+
+def draw_paths(panel: Any, section: Section) -> None:
+    """Lines of mean test accuracy over mean seconds with standard deviations: ours solid, peers dashed."""
+    for row in section.rows:
+        if "points" not in row:
+            continue
+        means = {key: [point[key]["mean"] for point in row["points"]] for key in ("seconds", "test_accuracy")}
+        deviations = [100 * (point["test_accuracy"]["deviation"] or 0.0) for point in row["points"]]
+        line = "-" if row["row"].startswith("ours") else "--"
+        accuracies = [100 * mean for mean in means["test_accuracy"]]
+        panel.errorbar(means["seconds"], accuracies, deviations, label=row["row"], ls=line, marker="o", ms=4, lw=1.2, capsize=2)
+    panel.set_xlim(left=0)
+    panel.set_xlabel("seconds from the start of the process; the first point of a line is epoch 0")
+    panel.set_ylabel("test accuracy (%)")
+    panel.legend(fontsize=8)

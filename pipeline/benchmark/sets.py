@@ -90,3 +90,41 @@ def peer_set(settings: list[str], parquet: str, folder: str) -> dict[str, Any]:
         "num_classes": len(dataset.class_names),
         "flip": dataset.flip if config.flip is None else config.flip,
     }
+
+
+def class_folders(settings: list[str], photos: str, folder: str) -> dict[str, Any]:
+    """Writes the splits of the settings as photos/train, photos/val and photos/test with a folder for each class.
+
+    The folders are named by class number. JPEG and PNG files are copied, all others become PNG, which every peer reads. Builds
+    the model once, so that published weights are downloaded before anything is timed. Returns num_classes, image_size, and the
+    number of images by split. Raises ValueError for images that are not RGB and for settings that a run would refuse.
+    """
+    from pipeline.data.from_settings import input_channels, load_data
+    from pipeline.distributed.accelerator import make_accelerator
+    from pipeline.settings.parser import read_config
+    from pipeline.training.build import check_settings, choose_image_size, make_model
+
+    config = read_config([*settings, "--loader=auto"])
+    check_settings(config)
+    dataset = load_data(config, make_accelerator(config))
+    if input_channels(config, dataset) != 3:
+        raise ValueError(f"finetune compares models of RGB images, and those of {config.dataset} are grey.")
+    image_size = choose_image_size(config, dataset)
+    make_model(config, dataset, image_size)
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    for name, split in splits.items():
+        for number in range(len(dataset.class_names)):
+            (Path(photos) / name / f"{number:04d}").mkdir(parents=True)
+        for row, label in enumerate(split.labels):
+            content, ending = readable(split.encoded(row))
+            (Path(photos) / name / f"{label:04d}" / f"{row:06d}.{ending}").write_bytes(content)
+    counts = {f"num_{name}": len(split) for name, split in splits.items()}
+    return {"num_classes": len(dataset.class_names), "image_size": image_size, **counts}
+
+
+def readable(content: bytes) -> tuple[bytes, str]:
+    """The file of an image as it is if it is a JPEG or PNG file, else as a PNG file; and the ending of its name."""
+    image = Image.open(io.BytesIO(content))
+    if image.format in ("JPEG", "PNG"):
+        return content, image.format.lower()
+    return encoded(image, "PNG"), "png"

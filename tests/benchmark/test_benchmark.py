@@ -388,7 +388,7 @@ def test_help_and_parsing_import_no_torch():
     )
     done = run_process("-c", program, fresh=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("folder to write") == len(COMMANDS) == 9
+    assert done.stdout.count("folder to write") == len(COMMANDS) == 10
 
 
 @pytest.mark.parametrize(
