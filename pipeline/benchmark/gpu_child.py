@@ -83,8 +83,6 @@ def compare_precisions(settings: list[str], variants: dict[str, list[str]], prec
             rows.append(
                 {
                     "row": f"{variant}, {'fp32' if precision == 'no' else precision}",
-                    "unit": "images/s",
-                    "median": summary["images_per_second"],
                     "losses": losses,
                     "loss_curve": parts_of(losses),
                     "distance": max(abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))),

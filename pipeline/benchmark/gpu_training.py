@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pipeline
 from pipeline.benchmark.children import PROJECT, run_child
-from pipeline.benchmark.gpu_groups import Group, precisions_of
+from pipeline.benchmark.gpu_groups import Group, has_gpu, precisions_of
 from pipeline.benchmark.measuring import Row
 
 RECIPES = Path(pipeline.__path__[0]) / "recipes"
@@ -45,6 +45,7 @@ def test_rows() -> list[Row]:
     with TemporaryDirectory(prefix="benchmark-") as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
+        command += ["-n", "4"] if importlib.util.find_spec("xdist") and has_gpu() else []
         run(command, cwd=PROJECT, check=False)
         (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     seconds = time.monotonic() - began

@@ -32,7 +32,7 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
     by_section = {}
     for row in rows:
         by_section.setdefault(row["section"], []).append(row)
-        assert row.keys() >= {"group", "group_seconds", "unit", "median", *FACTS}
+        assert row.keys() >= {"group", "group_seconds", *FACTS}
     assert list(by_section) == [
         "Tests marked gpu",
         "Time to 94% test accuracy with mirror images",
@@ -65,7 +65,7 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
     assert main(["results", str(tmp_path / "out" / "benchmark-gpu.jsonl"), "--write", str(document)]) == 0
     written = document.read_text()
     assert written.startswith(f"# Results\n\n{results.BEGIN}\n\n### Tests marked gpu") and written.endswith("\n\nThe end.\n")
-    for row in rows:
+    for row in (row for row in rows if "median" in row):
         lines = [line for line in written.splitlines() if line.startswith(f"| {row['group']}: {row['row']} |")]
         assert any(f" {reporting.number(row['median'])} " in line for line in lines)
     assert rows[0]["cpu"] in written and rows[0]["versions"]["timm"] in written
