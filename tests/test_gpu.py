@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,37 @@ def test_a_resumed_run_takes_up_the_loss_scale_and_ends_the_same(train_on_gpu):
         ]
         assert ("loss" in ours) == ("loss" in theirs)  # none if the step was skipped
         assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16", "bf16"])
+@pytest.mark.parametrize("loader", ["device", "workers"])
+def test_only_log_lines_figures_and_the_fp16_scaler_wait_for_the_gpu(train_on_gpu, monkeypatch, mixed_precision, loader):
+    """By torch's own detection of operations that wait; tests/training/test_device_waits.py does the same on a CPU."""
+    from pipeline.training import loop
+
+    waits: list[str] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    return function(*arguments, **keywords)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                    waits.extend(f"{one.filename}:{one.lineno}" for one in caught if "synchronizing" in str(one.message))
+
+        return call
+
+    monkeypatch.setattr(loop, "train_epoch", watched(loop.train_epoch))
+    monkeypatch.setattr(loop, "evaluate", watched(loop.evaluate))
+    settings = {"augment": "randaugment", "mixup": 0.2, "cutmix": 1.0, "micro_batch_size": 12, "sam_rho": 0.05}
+    settings |= {"optimizer": "muon", "lr": 0.002, "ema_decay": 0.5, "clip_grad_norm": 1.0, "loader": loader}
+    train_on_gpu("run", mixed_precision=mixed_precision, **settings)
+    allowed = ("pipeline/training/run.py", "pipeline/training/metrics.py")
+    allowed += ("torch/amp/grad_scaler.py",) if mixed_precision == "fp16" else ()
+    assert waits and [place for place in waits if not place.rpartition(":")[0].endswith(allowed)] == []
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 3, 3), (32, 128), (128, 32)])

@@ -415,31 +415,6 @@ def test_a_compiled_model_trains_equally_and_keeps_its_names(run_training, monke
     assert weights_of(ours).keys() == weights_of(theirs).keys()
 
 
-@pytest.mark.parametrize(
-    "settings, most",
-    [
-        ({}, 3),  # one size for training; for evaluation two, because its last batch is short
-        ({"drop_last": False, "batch_size_schedule": {1: 48, 2: 32}, "epochs": 3}, 2),
-        ({"micro_batch_size": 5}, 2),
-    ],
-)
-def test_only_the_first_epoch_compiles_a_model(run_training, monkeypatch, settings, most):
-    """For all batch sizes: the last batch of an epoch, those of a schedule, micro-batches."""
-    graphs, plain_compile = [], torch.nn.Module.compile
-
-    def count(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda model, dynamic, mode: plain_compile(model, backend=count, dynamic=dynamic)
-    )
-    _, run_dir = run_training(compile=True, batch_size=24, **settings)
-    assert len({line["batch_size"] for line in lines_of(run_dir) if "lr" in line}) == (3 if "epochs" in settings else 1)
-    assert 2 <= len(graphs) <= most
-
-
 def test_the_averaged_weights_are_saved_if_they_are_better(run_training):
     settings = {
         "lr": 0.5,

@@ -180,7 +180,7 @@ def all_code(code: Any) -> list[Any]:
     return [code] + [deeper for one in inner for deeper in all_code(one)]
 
 
-# (device, function, a line of it, the same line with a fault, the error)
+# (device, function, a part of one of its lines, the part with a fault, the error)
 PLANTS = [
     ("cpu", accumulate_gradient, "total += loss_sum.detach()", "total += loss_sum.item()", WaitsForDevice),
     ("cpu", update_ema, "ema.update(model)", "ema.update(model), next(model.buffers()).tolist()", WaitsForDevice),
@@ -199,7 +199,7 @@ PLANTS = [
 def test_a_planted_fault_is_found_with_its_line(monkeypatch, device, function, old, new, error):
     place = planted(monkeypatch, function, old, new)
     with pytest.raises(error, match=f"{place}: aten|{place}: Tensor"):
-        watched_epoch(device, **EVERYTHING)
+        watched_epoch(device, **({} if function in (Loader.eval_epoch, add_classes) else EVERYTHING))
 
 
 def test_a_log_line_in_every_step_is_found(monkeypatch):
