@@ -4,6 +4,8 @@
 timm can load a saved folder. timm takes seconds to import. If it is not imported yet, an import hook registers them when it is.
 
 It also lets OpenMP's threads sleep while they wait, unless the environment says otherwise or torch has started them already.
+
+`from pipeline import Config, train` is the way in from Python. Both are imported when they are first used.
 """
 
 import os
@@ -12,9 +14,16 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+if TYPE_CHECKING:
+    from pipeline.settings.config import Config
+    from pipeline.training.session import train
+
+__all__ = ["Config", "train"]
 __version__ = "0.1.0"
+
+PLACES = {"Config": "pipeline.settings.config", "train": "pipeline.training.session"}
 
 if "torch" not in sys.modules:  # OpenMP reads it once
     # Threads that spin take the cores of decoding workers and of other programs.
@@ -60,3 +69,10 @@ if "timm" in sys.modules:
     _register_models()
 else:
     sys.meta_path.insert(0, _TimmFinder())
+
+
+def __getattr__(name: str) -> object:
+    """Config and train. They are imported here because torch, which train needs, takes seconds to import."""
+    if name not in PLACES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(PLACES[name]), name)

@@ -6,6 +6,8 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, separators of lines and paragraphs
@@ -46,11 +48,14 @@ def error(message: object) -> None:
 
 
 def progress_bar(total: int, initial: int, description: str, shown: bool, unit: str = "step") -> Any:
-    """A tqdm bar. Hidden if shown is false or standard error is not a terminal."""
-    from tqdm import tqdm
+    """A tqdm bar, in a notebook a notebook's. Hidden if shown is false or standard error is neither a terminal nor a notebook's.
 
-    hidden = not shown or not sys.stderr.isatty()
-    return tqdm(
+    Without ipywidgets, a notebook shows the bar as text.
+    """
+    notebook = in_notebook()
+    kind = import_module("tqdm.notebook" if notebook and find_spec("ipywidgets") else "tqdm").tqdm
+    hidden = not shown or not (notebook or sys.stderr.isatty())
+    return kind(
         total=total,
         initial=initial,
         desc=description,
@@ -59,6 +64,13 @@ def progress_bar(total: int, initial: int, description: str, shown: bool, unit: 
         disable=hidden,
         delay=ESTIMATE_AFTER_SECONDS,
     )
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which has a configuration of its own in IPython's shell."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def percent(fraction: float | None) -> str:

@@ -1,12 +1,13 @@
 """Parses settings from the defaults, a YAML file and the command line, with one grammar. Errors are one line."""
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -145,8 +146,17 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 def read_config(arguments: list[str]) -> Config:
     """The settings of the arguments. Raises ValueError, with a one-line message, if they are invalid."""
+    return parsed(lambda parser: parser.parse_args(in_own_folder(arguments)))
+
+
+def checked(config: Config) -> Config:
+    """The settings of a Config that Python code made, checked as those of a command line. Raises ValueError likewise."""
+    return parsed(lambda parser: parser.parse_object(dataclasses.asdict(config)))
+
+
+def parsed(parse: Callable[[Any], Any]) -> Config:
     try:
-        values = vars(make_parser().parse_args(in_own_folder(arguments)))
+        values = vars(parse(make_parser()))
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error))) from error
     values = {name: values[name] for name in FIELDS}
