@@ -308,8 +308,8 @@ def test_the_example_of_an_optimizer_is_a_row_that_steps(monkeypatch):
     exec(python_block("docs/optimizers.md", "## Add an optimizer"), vars(optimizers).copy())
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
-    row = optimizers.OPTIMIZERS["nadam"]
-    row.build([{"params": [weight], **row.route(optimizers.MATRIX, Config(optimizer="nadam"))}], Config(), None).step()
+    row = optimizers.OPTIMIZERS["asgd"]
+    row.build([{"params": [weight], **row.route(optimizers.MATRIX, Config(optimizer="asgd"))}], Config(), None).step()
     assert (weight < 1).all()
 
 

@@ -137,6 +137,9 @@ def check_sharding(config: Config, accelerator: Accelerator) -> None:
             config.uses_sam
         ),
         "optimizer muon: it orthogonalises whole matrices. Use adamw": config.optimizer == "muon",
+        f"optimizer {config.optimizer}: timm's optimizers are not tested with shards. Use adamw": (
+            config.optimizer not in ("sgd", "adam", "adamw", "sam", "muon")
+        ),
         "freeze_epochs: FSDP2 gathers frozen and trainable weights together. Use --layer_decay": (
             config.freeze_epochs > 0
         ),

@@ -13,6 +13,7 @@ from pipeline.images.decode import decode_image
 from pipeline.inference.saved_evaluation import put_on_split
 from pipeline.inference.saved_model import load_saved_model
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.training.losses import probabilities as class_probabilities
 
 SMALLEST_SIDE, LARGEST_SIDE = 96, 192  # of a picture in the report: bounds of its longer side in pixels
 
@@ -48,7 +49,7 @@ def most_confident_mistakes(
     dataset = on_split.dataset
     if saved.label_names != dataset.class_names:
         raise ValueError(f"The classes of {run_dir / 'model'} differ from those of dataset {config.dataset}.")
-    probabilities = predict(on_split.model, on_split.loader)
+    probabilities = predict(on_split.model, on_split.loader, saved.loss)
     labels = torch.from_numpy(dataset.test.labels)
     confidences, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
@@ -68,9 +69,9 @@ def most_confident_mistakes(
 
 
 @torch.inference_mode()
-def predict(model: Any, loader: AnyLoader) -> torch.Tensor:
+def predict(model: Any, loader: AnyLoader, loss: str) -> torch.Tensor:
     """The class probabilities of all images in order; float [N, num_classes] on the CPU."""
-    return torch.cat([model(images).float().softmax(dim=1).cpu() for images, _ in loader.eval_epoch()])
+    return torch.cat([class_probabilities(model(images).float(), loss).cpu() for images, _ in loader.eval_epoch()])
 
 
 def picture(split: Split, row: int, channels: int, grey_max: int) -> bytes:

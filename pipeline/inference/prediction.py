@@ -20,6 +20,7 @@ from pipeline.images.decode import BadImage, decode_pixels
 from pipeline.images.files import FolderWalk, LeftOut, is_image
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.inference.saved_model import SavedModel
+from pipeline.training.losses import probabilities
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def predict(
     saved: SavedModel, paths: Sequence[str], *, top_k: int, batch_size: int, device: torch.device
 ) -> Iterator[Prediction]:
     """Yields a prediction for each path, in order. Threads read and decode the next batch while the model runs."""
-    model = saved.model.to(device)
+    saved.model.to(device)
     with decoding_threads(usable_cores()) as pool:
 
         def start(batch: Sequence[str]) -> list[Future[Tensor | str]]:
@@ -132,14 +133,13 @@ def predict(
         for batch, following in pairwise(batches):
             read = [future.result() for future in reading]
             reading = start(following)
-            yield from predict_batch(model, batch, read, saved.preprocessing, top_k, device)
+            yield from predict_batch(saved, batch, read, top_k, device)
 
 
 def predict_batch(
-    model: nn.Module,
+    saved: SavedModel,
     paths: Sequence[str],
     read: Sequence[Tensor | str],
-    preprocessing: Preprocessing,
     top_k: int,
     device: torch.device,
 ) -> list[Prediction]:
@@ -147,9 +147,9 @@ def predict_batch(
     images = [image for image in read if isinstance(image, Tensor)]
     best: Iterator[tuple[tuple[int, ...], tuple[float, ...]]] = iter(())
     if images:
-        probabilities = probabilities_of(model, to_input(images, preprocessing, device))
+        found = probabilities_of(saved.model, to_input(images, saved.preprocessing, device), saved.loss)
         # stable: of equal probabilities the first class, as in evaluation
-        values, classes = (part[:, :top_k] for part in probabilities.sort(dim=1, descending=True, stable=True))
+        values, classes = (part[:, :top_k] for part in found.sort(dim=1, descending=True, stable=True))
         best = zip(map(tuple, classes.tolist()), map(tuple, values.tolist()))
     return [
         Prediction(path, problem=image) if isinstance(image, str) else Prediction(path, *next(best))
@@ -158,9 +158,9 @@ def predict_batch(
 
 
 @torch.inference_mode()
-def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The class probabilities, float32 [B, num_classes]; images: model input [B, C, S, S]."""
-    return model(images).float().softmax(dim=1)
+def probabilities_of(model: nn.Module, images: Tensor, loss: str) -> Tensor:
+    """The class probabilities, float32 [B, num_classes]; images: model input [B, C, S, S]; loss: as in SavedModel."""
+    return probabilities(model(images).float(), loss)
 
 
 def choose_device(name: str) -> torch.device:

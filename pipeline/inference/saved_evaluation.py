@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from pipeline.common import console
 from pipeline.data.fingerprint import dataset_folder, fingerprint
@@ -37,18 +38,21 @@ class EvaluatedModel(nn.Module):
     """A model with its logits in the order of a dataset's classes.
 
     order: the model's class for each class of the dataset, int64 [num_classes]; None keeps the order. flip: average the
-    probabilities of each image and its mirror image.
+    probabilities of each image and its mirror image. loss: as in SavedModel.
     """
 
-    def __init__(self, model: nn.Module, order: Tensor | None, flip: bool) -> None:
+    def __init__(self, model: nn.Module, order: Tensor | None, flip: bool, loss: str = "cross_entropy") -> None:
         super().__init__()
-        self.model, self.order, self.flip = model, order, flip
+        self.model, self.order, self.flip, self.loss = model, order, flip, loss
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.model(images)
         if self.flip:
-            both = torch.stack([logits, self.model(images.flip(3))]).double().log_softmax(dim=2)
-            logits = both.logsumexp(dim=0).sub(torch.log(both.new_tensor(2.0))).float()
+            both = torch.stack([logits, self.model(images.flip(3))]).double()
+            if self.loss == "bce":  # the logit of the mean: log p - log(1 - p)
+                logits = (logsigmoid(both).logsumexp(dim=0) - logsigmoid(-both).logsumexp(dim=0)).float()
+            else:
+                logits = both.log_softmax(dim=2).logsumexp(dim=0).sub(torch.log(both.new_tensor(2.0))).float()
         return logits if self.order is None else logits[:, self.order]
 
 
@@ -97,7 +101,7 @@ def put_on_split(
     config = with_channels_last(config, saved.model, accelerator)
     model = fit_to_machine(saved.model, config, accelerator)
     order = None if match.is_identity else torch.tensor(match.order, device=accelerator.device)
-    evaluated = EvaluatedModel(model, order, flip)
+    evaluated = EvaluatedModel(model, order, flip, saved.loss)
     dataset = dataclasses.replace(dataset, class_names=match.names)
     try:
         loader = make_loader(config, scored, dataset, preprocessing, accelerator, training=False)
@@ -133,7 +137,7 @@ def evaluate_saved(args: argparse.Namespace) -> dict[str, Any] | None:
     classes = zero_class_counts(len(dataset.class_names), accelerator.device)
     start = perf_counter()
     try:
-        figures = evaluate(on_split.model, on_split.loader, accelerator, classes, calibration)
+        figures = evaluate(on_split.model, on_split.loader, accelerator, classes, calibration, loss=saved.loss)
     except BadImage as error:
         raise CommandFailed(str(error)) from error
     seconds = perf_counter() - start

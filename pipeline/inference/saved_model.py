@@ -14,7 +14,7 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.images.decode import GREY_MAX
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.models.create import input_settings, load_published
-from pipeline.models.timm_folder import CONFIG_FILE, load_model, read_config
+from pipeline.models.timm_folder import CONFIG_FILE, PER_CLASS, load_model, read_config
 from pipeline.settings.config import Config
 from pipeline.settings.parser import from_yaml
 
@@ -27,7 +27,8 @@ class SavedModel:
 
     source: as the user gave it; model: in evaluation mode, on the CPU; label_names: one per class, None if unknown;
     descriptions: readable names of label names that are codes, such as ImageNet's; folder: the timm folder, None for a
-    published model; config and run_dir: those of a run, None for any other model.
+    published model; config and run_dir: those of a run, None for any other model. loss: a row of losses.LOSSES; of a model
+    without a run, one that gives the same probabilities.
     """
 
     source: str
@@ -38,6 +39,7 @@ class SavedModel:
     folder: Path | None = None
     config: Config | None = None
     run_dir: Path | None = None
+    loss: str = "cross_entropy"
 
     @property
     def num_classes(self) -> int:
@@ -62,7 +64,8 @@ def load_saved_model(source: str) -> SavedModel:
         model = load_model(folder)
         parts = describe(source, model, read_config(folder / CONFIG_FILE))
         config = from_yaml(path / "config.yaml") if run_dir else None
-        return dataclasses.replace(parts, folder=folder, config=config, run_dir=run_dir)
+        loss = parts.loss if config is None else config.loss
+        return dataclasses.replace(parts, folder=folder, config=config, run_dir=run_dir, loss=loss)
     check_is_no_path(source)
     is_hub_id = ":" not in source and HUB_ID.fullmatch(source) is not None
     name = f"hf-hub:{source}" if is_hub_id else source
@@ -128,7 +131,8 @@ def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> Save
         source_size=config_json.get("source_size"),
         grey_max=config_json.get("grey_max") or GREY_MAX,
     )
-    return SavedModel(source, model.eval(), preprocessing, *names_of(source, model))
+    loss = "bce" if config_json.get("problem_type") == PER_CLASS else "cross_entropy"
+    return SavedModel(source, model.eval(), preprocessing, *names_of(source, model), loss=loss)
 
 
 def names_of(source: str, model: nn.Module) -> tuple[list[str] | None, dict[str, str]]:

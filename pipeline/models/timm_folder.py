@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.common.files import folder_written_aside, write_json
 
 WEIGHTS_FILE, CONFIG_FILE, README_FILE = "model.safetensors", "config.json", "README.md"
+PER_CLASS = "multi_label_classification"  # problem_type of a model whose classes have probabilities of their own
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,13 @@ def save_model(
     readme: str,
     source_size: int | None = None,
     grey_max: int | None = None,
+    has_own_probabilities: bool = False,
 ) -> None:
     """Writes a folder that timm loads, after `import pipeline`, as a model with bit-identical logits.
 
-    source_size, grey_max: as in Preprocessing; additional entries, because timm has none for them. The folder is written aside,
+    source_size, grey_max: as in Preprocessing; additional entries, because timm has none for them. has_own_probabilities:
+    whether the probability of a class is the sigmoid of its logit, as after training with bce; written as the problem_type of
+    transformers, whose pipeline applies it, too. The folder is written aside,
     synced and renamed; an existing one is replaced. Only rank 0 may call it, with the unwrapped model. Raises ValueError if the
     number of label names is not the number of classes.
     """
@@ -204,7 +208,12 @@ def save_model(
         save_for_hf(
             plain,
             str(aside),
-            model_config={"label_names": list(label_names), "source_size": source_size, "grey_max": grey_max},
+            model_config={
+                "label_names": list(label_names),
+                "source_size": source_size,
+                "grey_max": grey_max,
+                **({"problem_type": PER_CLASS} if has_own_probabilities else {}),
+            },
             data_config={
                 "input_size": (in_chans, image_size, image_size),
                 "mean": tuple(mean),

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.optim import list_optimizers
+from torch import nn
 
-from pipeline.common.suggestions import check_known
-from pipeline.distributed.fsdp import fitted, is_sharded
+from pipeline.common.suggestions import did_you_mean
+from pipeline.distributed.fsdp import is_sharded
 from pipeline.optim.muon import Muon
 from pipeline.optim.schedule import History, lr_scale
+from pipeline.optim.timm_optimizers import check_timm_name, is_muon, timm_defaults, timm_optimizer
 from pipeline.settings.batch_size import USUAL_BATCH_SIZE, first_batch_size
 from pipeline.settings.config import DEFAULTS, Config
 
@@ -65,15 +67,16 @@ def muon_or_adamw(role: str, config: Config) -> Group:
 
 def build_sgd(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(groups, lr=1.0, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    more = optimizer_arguments(config)
+    return torch.optim.SGD(groups, lr=1.0, momentum=config.momentum, nesterov=nesterov, fused=fused, **more)
 
 
 def build_adam(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=1.0, fused=fused)
+    return torch.optim.Adam(groups, lr=1.0, fused=fused, **optimizer_arguments(config))
 
 
 def build_adamw(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=1.0, fused=fused)
+    return torch.optim.AdamW(groups, lr=1.0, fused=fused, **optimizer_arguments(config))
 
 
 def build_muon(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
@@ -83,7 +86,13 @@ def build_muon(groups: list[Group], config: Config, fused: bool | None) -> torch
         nesterov=config.nesterov,
         ns_steps=config.ns_steps,
         lr_scaling=config.muon_lr_scaling,
+        **optimizer_arguments(config),
     )
+
+
+def build_timm(groups: list[Group], config: Config, fused: bool | None) -> torch.optim.Optimizer:
+    momentum = config.muon_momentum if is_muon(config.optimizer) else config.momentum
+    return timm_optimizer(config.optimizer, groups, peak_lr(config), momentum, optimizer_arguments(config))
 
 
 SGD_SETTINGS = ("momentum", "nesterov")
@@ -98,9 +107,31 @@ OPTIMIZERS = {
 }
 
 
+def optimizer_row(name: str) -> OptimizerRow:
+    """The row of OPTIMIZERS, or else a row made from what timm knows about its optimizer of this name."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    lr, weight_decay, settings = timm_defaults(name)
+    route = muon_or_adamw if is_muon(name) else decayed_or_not
+    return OptimizerRow(build_timm, route, lr=lr, weight_decay=weight_decay, settings=settings)
+
+
 def check_optimizer_name(name: str) -> None:
-    """Raises ValueError if OPTIMIZERS has no row of this name."""
-    check_known("optimizer", name, sorted(OPTIMIZERS))
+    """Raises ValueError for a name that neither OPTIMIZERS nor timm has, and for an optimizer of timm that is not supported."""
+    if name in OPTIMIZERS:
+        return
+    if name not in list_optimizers():
+        others = [other for other in list_optimizers() if other not in OPTIMIZERS]
+        raise ValueError(
+            f"Unknown optimizer {name!r}.{did_you_mean(name, [*OPTIMIZERS, *others])} Known: {', '.join(sorted(OPTIMIZERS))} and "
+            f"timm's {', '.join(others)}."
+        )
+    check_timm_name(name)
+
+
+def optimizer_arguments(config: Config) -> dict[str, Any]:
+    """optimizer_args with lists as tuples, as constructors expect them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.optimizer_args.items()}
 
 
 def peak_lr(config: Config) -> float:
@@ -113,23 +144,23 @@ def peak_lr(config: Config) -> float:
         return config.lr
     given = config.pretrained or config.init_from is not None
     return (
-        OPTIMIZERS[config.optimizer].lr * (first_batch_size(config) / USUAL_BATCH_SIZE) ** 0.5 * (0.1 if given else 1.0)
+        optimizer_row(config.optimizer).lr * (first_batch_size(config) / USUAL_BATCH_SIZE) ** 0.5 * (0.1 if given else 1.0)
     )
 
 
 def weight_decay(config: Config) -> float:
-    return OPTIMIZERS[config.optimizer].weight_decay if config.weight_decay is None else config.weight_decay
+    return optimizer_row(config.optimizer).weight_decay if config.weight_decay is None else config.weight_decay
 
 
 def sam_rho(config: Config) -> float:
     """The radius of SAM's perturbation; 0 disables SAM."""
-    return OPTIMIZERS[config.optimizer].sam_rho if config.sam_rho is None else config.sam_rho
+    return optimizer_row(config.optimizer).sam_rho if config.sam_rho is None else config.sam_rho
 
 
 def ignored_optimizer_settings(config: Config) -> list[str]:
     """A sentence for each setting that differs from its default and that this optimizer ignores."""
     own = {name for row in OPTIMIZERS.values() for name in row.settings}
-    reasons = {name: f"with optimizer {config.optimizer}" for name in own - set(OPTIMIZERS[config.optimizer].settings)}
+    reasons = {name: f"with optimizer {config.optimizer}" for name in own - set(optimizer_row(config.optimizer).settings)}
     if sam_rho(config) == 0:
         reasons |= {name: "without sam_rho" for name in ("sam_adaptive", "sam_every", "sam_sync")}
     return [
@@ -200,7 +231,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[Group]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        options = OPTIMIZERS[config.optimizer].route(roles[name], config)
+        options = optimizer_row(config.optimizer).route(roles[name], config)
         options["lr_scale"] = options.get("lr_scale", 1.0) * scales[name]
         group = groups.setdefault((options["name"], scales[name]), {"params": [], **options})
         group["params"].append(parameter)
@@ -216,43 +247,14 @@ def create_optimizer(model: nn.Module, config: Config, mixed_precision: str) -> 
     # fused optimizer does not report to Accelerate that its step was skipped. Fused SGD supports neither weights that are
     # unfrozen after its first step nor shards. None lets torch choose among the others.
     possible = not (on_cpu and config.channels_last) and mixed_precision != "fp16" and config.freeze_epochs == 0
-    shards_of_sgd = is_sharded(model) and OPTIMIZERS[config.optimizer].build is build_sgd
+    shards_of_sgd = is_sharded(model) and optimizer_row(config.optimizer).build is build_sgd
     fused = True if possible and not shards_of_sgd else None
-    return OPTIMIZERS[config.optimizer].build(parameter_groups(model, config), config, fused)
+    return optimizer_row(config.optimizer).build(parameter_groups(model, config), config, fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the optimizer's state, keyed `parameter name/state key`, for a checkpoint."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Loads a state that state_tensors returned. Raises ValueError if a name or shape does not match the model."""
-    parameters = dict(model.named_parameters())
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        parameter = parameters.get(name)
-        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
-            raise ValueError(f"The model has no parameter for the optimizer state {full_name} of shape {list(value.shape)}.")
-        # in the parameter's memory format, which the file does not store and fused kernels require
-        state.setdefault(parameter, {})[key] = fitted(value, parameter) if value.shape == parameter.shape else value
-    saved = optimizer.state_dict()
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    saved["state"] = {number: state[parameter] for number, parameter in zip(numbers, ordered) if parameter in state}
-    optimizer.load_state_dict(saved)
 
 
 def lr_of_step(epoch: int, batch: int, num_batches: int, history: History, config: Config) -> float:

@@ -110,6 +110,11 @@ class Config:
     label_smoothing: float = setting(
         0.0, "Share of each training label that is spread over all classes (arXiv 1512.00567).", at_least=0, below=1
     )
+    loss: Literal["cross_entropy", "bce", "focal"] = setting(
+        "cross_entropy",
+        "Loss in training and evaluation. `bce` is binary cross-entropy of each class; every class of a mixed label "
+        "is present (arXiv 2110.00476). `focal` lowers the loss of samples that are classified well (arXiv 1708.02002).",
+    )
 
     model_name: str = setting(
         "resnet18",
@@ -133,7 +138,15 @@ class Config:
         False, "Recompute activations in the backward pass. This saves memory and costs time."
     )
 
-    optimizer: str = setting("sgd", "`sgd`, `adam`, `adamw`, `muon`, or `sam`, which is `sgd` with `sam_rho` 0.05.")
+    optimizer: str = setting(
+        "sgd",
+        "`sgd`, `adam`, `adamw`, `muon`, or `sam`, which is `sgd` with `sam_rho` 0.05. Or an optimizer of timm such as `lamb` or "
+        "`lion`: any name of `timm.optim.list_optimizers()`.",
+    )
+    optimizer_args: dict[str, Any] = setting(
+        {},
+        "Other arguments of the optimizer's constructor, for example `{betas: [0.9, 0.99]}`.",
+    )
     lr: float | None = setting(
         None,
         "Peak learning rate. `null` uses the optimizer's default times sqrt(`batch_size` / 128), and a tenth of that with "
@@ -150,9 +163,9 @@ class Config:
         above=0,
         at_most=1,
     )
-    momentum: float = setting(0.9, "Momentum of sgd and sam.", at_least=0, below=1)
+    momentum: float = setting(0.9, "Momentum of sgd and sam, and of timm's optimizers that have one.", at_least=0, below=1)
     nesterov: bool = setting(True, "Use Nesterov momentum in sgd, sam and muon.")
-    muon_momentum: float = setting(0.95, "Momentum of muon.", at_least=0, below=1)
+    muon_momentum: float = setting(0.95, "Momentum of muon, and of timm's nmuon and adamuon.", at_least=0, below=1)
     ns_steps: int = setting(5, "Number of Newton-Schulz iterations in a step of muon.", at_least=1, at_most=20)
     muon_lr_scaling: Literal["match_rms_adamw", "original"] = setting(
         "match_rms_adamw",

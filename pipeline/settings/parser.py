@@ -100,6 +100,7 @@ def type_in_words(hint: Any) -> str:
         list[str]: "a list of texts",
         list[float]: "a list of numbers",
         dict[int, int]: "a map such as {5: 256, 10: 512}",
+        dict[str, Any]: "a map such as {betas: [0.9, 0.99]}",
     }
     return names[hint]
 

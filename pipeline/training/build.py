@@ -27,6 +27,7 @@ from pipeline.models.timm_folder import LoadReport
 from pipeline.optim.ema import create_ema
 from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
 from pipeline.optim.schedule import check_scheduler_name
+from pipeline.optim.trial import check_optimizer_args
 from pipeline.settings.batch_size import fitting_batch_size
 from pipeline.settings.checks import ignored_settings
 from pipeline.settings.config import Config
@@ -40,6 +41,7 @@ def check_settings(config: Config) -> None:
     """Checks what can be checked before data is loaded or a device is used. Raises ValueError."""
     check_scheduler_name(config.scheduler)
     check_optimizer_name(config.optimizer)
+    check_optimizer_args(config)
     check_dataset_name(config.dataset)
     check_model_name(config.model_name)
     tracker_names(config)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.pages.sheet import caption_name
+from pipeline.training.losses import probabilities
 from pipeline.training.samples import as_pictures
 
 NUM_MISTAKES = 16
@@ -42,9 +43,10 @@ class ConfidentMistakes:
         self.kept: tuple[Tensor, ...] = ()  # confidence, true class, predicted class, image; -1 where an image was right
 
     @torch.no_grad()
-    def add(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """images: float [B, C, S, S]; logits: float [B, num_classes]; labels: int64 [B]."""
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    def add(self, images: Tensor, logits: Tensor, labels: Tensor, loss: str = "cross_entropy") -> None:
+        """images: float [B, C, S, S]; logits: float [B, num_classes]; labels: int64 [B]; loss: a row of losses.LOSSES."""
+        predicted = logits.argmax(dim=1)
+        confidence = probabilities(logits, loss).gather(1, predicted[:, None])[:, 0]
         confidence = confidence.masked_fill(predicted == labels, -1.0)
         own = confidence.topk(min(NUM_MISTAKES, len(confidence))).indices
         batch = tuple(part.index_select(0, own) for part in (confidence, labels, predicted, images))

@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from pipeline.common.stopping import Interrupted, Signals
 from pipeline.distributed.accelerator import largest
@@ -14,6 +13,7 @@ from pipeline.distributed.fsdp import is_sharded
 from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.training.confident_mistakes import ConfidentMistakes
+from pipeline.training.losses import loss_sum
 from pipeline.training.metrics import add_batch, add_calibration, add_classes, figures, zero_sums
 
 AGREE_EVERY_BATCHES = 10  # batches of a rank between two agreements of several processes on whether to stop
@@ -27,8 +27,9 @@ def evaluate(
     calibration: Tensor | None = None,
     signals: Signals | None = None,
     mistakes: ConfidentMistakes | None = None,
+    loss: str = "cross_entropy",
 ) -> dict[str, float | int]:
-    """loss, accuracy, top5_accuracy and num_samples over all ranks.
+    """loss (a row of losses.LOSSES), accuracy, top5_accuracy and num_samples over all ranks.
 
     Every rank must call it, with the unwrapped model. classes: counts from metrics.zero_class_counts, calibration: bins from
     metrics.zero_calibration, mistakes: empty; this rank's samples are added to them in place. signals: if one of the ranks
@@ -46,13 +47,13 @@ def evaluate(
                 logits = model(images).float()
             if not len(labels):
                 continue
-            add_batch(sums, logits, labels, cross_entropy(logits, labels, reduction="sum"))
+            add_batch(sums, logits, labels, loss_sum(logits, labels, loss))
             if classes is not None:
                 add_classes(classes, logits, labels)
             if calibration is not None:
-                add_calibration(calibration, logits, labels)
+                add_calibration(calibration, logits, labels, loss)
             if mistakes is not None:
-                mistakes.add(images, logits, labels)
+                mistakes.add(images, logits, labels, loss)
     model.train(was_training)
     return figures(accelerator.reduce(sums))
 

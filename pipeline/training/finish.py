@@ -51,9 +51,8 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
     load_weights(model, weights)
     classes = zero_class_counts(len(parts.dataset.class_names), accelerator.device)
     mistakes = ConfidentMistakes() if takes_pictures(run) else None
-    test_figures = evaluate(
-        model, parts.loaders["test"], accelerator, classes, signals=run.signals, mistakes=mistakes
-    )
+    more: dict[str, Any] = {"signals": run.signals, "mistakes": mistakes, "loss": run.config.loss}
+    test_figures = evaluate(model, parts.loaders["test"], accelerator, classes, **more)
     run.read_clock(state)
     summary = make_summary(state, run, status)
     summary["test"] = {"epoch": summary["best"]["epoch"], **test_figures}
@@ -73,6 +72,7 @@ def finish(state: TrainState, parts: Parts, run: Run, status: str) -> dict[str, 
             readme=model_card(run.config, parts, summary),
             source_size=parts.preprocessing.source_size,
             grey_max=parts.preprocessing.grey_max,
+            has_own_probabilities=run.config.loss == "bce",
         )
     if mistakes is not None:
         shown = mistakes.gathered(parts.preprocessing, accelerator)

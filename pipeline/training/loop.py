@@ -133,10 +133,11 @@ def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
         train_figures = train_epoch(state, parts.loaders["train"], run, sample_writer(state, parts, run))
         if run.submitted != state.step:
             run.save(state, is_pending=True)  # if the validation is interrupted, only the validation is repeated
-        val, signals = parts.loaders["val"], run.signals
-        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, val, accelerator, signals=signals)}
+        val = parts.loaders["val"]
+        more: dict[str, Any] = {"signals": run.signals, "loss": config.loss}
+        figures_of = {"train": train_figures, "val": evaluate(state.bare_model, val, accelerator, **more)}
         if state.ema is not None:
-            figures_of["val_ema"] = evaluate(state.ema.module, val, accelerator, signals=signals)
+            figures_of["val_ema"] = evaluate(state.ema.module, val, accelerator, **more)
         run.check_validation(state, figures_of["val"]["loss"])
         end_epoch(state, run, figures_of)
     return "completed"

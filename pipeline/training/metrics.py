@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.settings.batch_size import IGNORED
+from pipeline.training.losses import probabilities
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
 
@@ -104,9 +105,9 @@ def zero_calibration(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor) -> None:
+def add_calibration(bins: Tensor, logits: Tensor, labels: Tensor, loss: str = "cross_entropy") -> None:
     """Adds a batch to the bins in place. Confidence is the largest probability; bin m counts those in (m/15, (m+1)/15]."""
-    confidence, predicted = logits.to(bins.dtype).softmax(dim=1).amax(dim=1), predicted_classes(logits)
+    confidence, predicted = probabilities(logits.to(bins.dtype), loss).amax(dim=1), predicted_classes(logits)
     places = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
     bins.index_add_(
         1, places, torch.stack([torch.ones_like(confidence), (predicted == labels).to(bins.dtype), confidence])

@@ -12,11 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.images.preprocessing import Preprocessing
+from pipeline.optim.trial import state_per_weight
 from pipeline.settings.batch_size import first_batch_size, num_micro_batches, share_of
 from pipeline.settings.config import Config
 from pipeline.training.step import kept_buffers
 
-MOMENTS = 2  # most state tensors per parameter of any optimizer
+MOMENTS = 2  # least state tensors per parameter to reserve memory for
 MEMORY_SETTINGS = "--gradient_checkpointing true and --mixed_precision bf16"
 
 
@@ -78,7 +79,8 @@ def with_micro_batch_size(
     if config.micro_batch_size != "auto":
         return config
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    copies = MOMENTS + config.uses_sam + (accelerator.num_processes > 1) + (config.ema_decay is not None)
+    moments = max(MOMENTS, math.ceil(state_per_weight(config)))
+    copies = moments + config.uses_sam + (accelerator.num_processes > 1) + (config.ema_decay is not None)
     most = most_images(config, accelerator.num_processes)
     size = largest_micro_batch(model, preprocessing, most, copies * weights + resident_bytes, accelerator)
     if accelerator.num_processes > 1:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed.accelerator import prepared
 from pipeline.distributed.fsdp import gathered, load_weights
-from pipeline.optim.optimizers import load_state_tensors, state_tensors
+from pipeline.optim.optimizer_state import load_state_tensors, state_tensors
 from pipeline.optim.schedule import History
 from pipeline.run_folder.checkpoint import BadCheckpoint, Tensors, read_facts, read_tensors
 from pipeline.training.metrics import zero_sums

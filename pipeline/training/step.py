@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from pipeline.common.randomness import address
 from pipeline.distributed.accelerator import synchronizes_in_layers
@@ -17,6 +16,7 @@ from pipeline.optim.optimizers import sam_rho
 from pipeline.optim.sam import perturbed, sharpness_norm
 from pipeline.settings.batch_size import IGNORED, largest_share, num_micro_batches, share_of
 from pipeline.settings.config import Config
+from pipeline.training.losses import loss_sum
 from pipeline.training.metrics import add_batch
 from pipeline.training.state import TrainState
 
@@ -46,11 +46,11 @@ def train_step(state: TrainState, share: Share, config: Config, accelerator: Acc
     model, norm = state.bare_model, None
     before = None if accelerator.scaler is None else fp16_memory(state, model)
     sharp = sam_rho(config) > 0 and state.step % config.sam_every == 0
-    loss_sum = accumulate_gradient(
+    total_loss = accumulate_gradient(
         state, share, config, accelerator, sync=config.sam_sync or not sharp, sums=state.sums
     )
     if before is None:
-        state.bad_step = torch.where(loss_sum.isfinite() | (state.bad_step >= 0), state.bad_step, state.step)
+        state.bad_step = torch.where(total_loss.isfinite() | (state.bad_step >= 0), state.bad_step, state.step)
     if sharp:
         sharpen_gradient(state, share, config, accelerator)
     if config.clip_grad_norm is not None:
@@ -83,13 +83,13 @@ def accumulate_gradient(
     for number, (images, labels) in enumerate(parts, 1):
         with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
-            loss_sum = loss_sum_of(logits, labels, config.label_smoothing)
+            batch_loss = loss_sum(logits, labels, config.loss, config.label_smoothing)
             # checkpointed layers run again in the backward pass and would update BatchNorm's statistics twice
             with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
-                accelerator.backward(loss_sum * weight)
+                accelerator.backward(batch_loss * weight)
         if sums is not None:
-            add_batch(sums, logits, hard_labels(labels), loss_sum)
-        total += loss_sum.detach()
+            add_batch(sums, logits, hard_labels(labels), batch_loss)
+        total += batch_loss.detach()
     return total
 
 
@@ -145,14 +145,6 @@ def restore(state: TrainState, model: nn.Module, before: list[Tensor]) -> None:
     for tensor, earlier in zip((state.sums, *model.buffers()), before):
         tensor.copy_(earlier)
     state.skipped_steps += 1
-
-
-def loss_sum_of(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy summed over the samples; labels: int64 [B], or float [B, num_classes] with rows that sum to 1, or to 0."""
-    if labels.ndim == 1:
-        return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED)
-    share = label_smoothing / labels.shape[1]
-    return cross_entropy(logits, labels * (1 - label_smoothing) + labels.sum(1, keepdim=True) * share, reduction="sum")
 
 
 def hard_labels(labels: Tensor) -> Tensor:

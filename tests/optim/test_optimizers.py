@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from pipeline.optim.optimizer_state import load_state_tensors, state_tensors
 from pipeline.optim.optimizers import (
     DEPTHWISE,
     EMBEDDING,
@@ -19,12 +20,10 @@ from pipeline.optim.optimizers import (
     create_optimizer,
     ignored_optimizer_settings,
     layer_scales,
-    load_state_tensors,
     parameter_groups,
     parameter_roles,
     peak_lr,
     set_lr,
-    state_tensors,
 )
 from pipeline.optim.sam import perturbed, sharpness_norm
 from pipeline.optim.schedule import SCHEDULES, lr_scale
