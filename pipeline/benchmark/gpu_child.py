@@ -18,13 +18,13 @@ CURVE_POINTS = 4  # of a loss curve in a table
 
 
 def start_afresh() -> None:
-    """Frees what the last contender left: compiled code, memory of the GPU, its peak, Accelerate's settings."""
+    """Frees what the last contender left: Accelerate's settings, compiled code, and the memory of the GPU with its peak."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():
+        gc.collect()  # a model in a circle of references would keep its memory
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

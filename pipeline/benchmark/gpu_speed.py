@@ -37,9 +37,9 @@ RESNET18 = Workload("resnet18", 32, 512, made=10_240, made_side=32)
 RESNET50 = Workload("resnet50", 224, 256, made=2560, made_side=None)
 VIT_SMALL = Workload("vit_small_patch16_224", 224, 256, made=2560, made_side=None)
 TOY = {
-    RESNET18: Workload("test_resnet", 16, 8, made=24, made_side=16),
-    RESNET50: Workload("simple_mlp", 16, 4, made=24, made_side=None),
-    VIT_SMALL: Workload("simple_mlp", 8, 4, made=24, made_side=None),
+    RESNET18: Workload("test_resnet", 16, 4, made=12, made_side=16),
+    RESNET50: Workload("simple_mlp", 16, 4, made=12, made_side=None),
+    VIT_SMALL: Workload("simple_mlp", 8, 4, made=12, made_side=None),
 }
 
 
@@ -126,8 +126,8 @@ def loaders(args: Namespace, settings: list[str]) -> Iterator[Group]:
     own = Namespace(
         workers=[0] if args.rehearse else sorted({0, 4, workers_of(args)}),
         batch_size=8 if args.rehearse else 256,
-        num_images=24 if args.rehearse else RESNET18.made,
-        num_photos=24 if args.rehearse else RESNET50.made,
+        num_images=12 if args.rehearse else RESNET18.made,
+        num_photos=12 if args.rehearse else RESNET50.made,
         made_size=32,
         seconds=args.seconds,
         rounds=args.rounds,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from pipeline.common.system import usable_cores
 
 NUM_CLASSES = 10
 PHOTO_SIZE = (500, 375)  # width and height in pixels, the most frequent of ImageNet
@@ -57,10 +60,11 @@ def make_set(set_folder: str, num_images: int, side: int | None, folder: str) ->
     """
     (width, height), kind = ((side, side), "PNG") if side else (PHOTO_SIZE, "JPEG")
     num_bytes = 0
-    for split, count, first in (("train", num_images, 0), ("test", NUM_TEST, num_images)):
-        images = [encoded(made_image(width, height, first + number), kind) for number in range(count)]
-        write_parquet(Path(set_folder) / f"{split}.parquet", images, [number % NUM_CLASSES for number in range(count)])
-        num_bytes = num_bytes or sum(map(len, images))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for split, count, first in (("train", num_images, 0), ("test", NUM_TEST, num_images)):
+            images = list(pool.map(lambda seed: encoded(made_image(width, height, seed), kind), range(first, first + count)))
+            write_parquet(Path(set_folder) / f"{split}.parquet", images, [number % NUM_CLASSES for number in range(count)])
+            num_bytes = num_bytes or sum(map(len, images))
     return {"bytes_per_image": num_bytes / num_images}
 
 
