@@ -25,7 +25,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").iterdir())
 PYTHONS = ("python", "python3", ".venv/bin/python")
 # Programs and modules that are not ours: their arguments are not checked. Anything else in a command fails the test.
-OTHER_PROGRAMS = (".ci/run", ".venv/bin/pip", "find", "wandb")
+OTHER_PROGRAMS = (".ci/run", ".venv/bin/pip", "find", "optuna-dashboard", "wandb")
 OTHER_MODULES = ("venv", "pytest", "flake8", "isort", "mypy")
 OF_THE_READER = {"RANK": "0", "N": "1"}  # what stands for a number that only the reader knows
 
