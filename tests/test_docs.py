@@ -118,7 +118,10 @@ def check_module(name: str, arguments: list[str]) -> str:
     path = ROOT / name.replace(".", "/")
     module = importlib.import_module(f"{name}.__main__" if path.is_dir() else name)
     parser = module.make_parser()
-    if name == "pipeline.benchmark":
+    if name == "pipeline.inspect":
+        _, settings = module.read_arguments(arguments)
+        read_config(settings)
+    elif name == "pipeline.benchmark":
         args, settings = parser.parse_known_args(arguments)
         assert not settings or module.COMMANDS[args.command].settings
         read_config(settings)
@@ -139,7 +142,7 @@ def test_every_command_of_a_page_is_accepted_by_its_parser(page):
 def test_the_pages_show_every_command():
     lines = [line for page in PAGES for line in command_lines(page.read_text())]
     shown = {check_command(words) for line in lines for words in simple_commands(line)}
-    modules = {f"pipeline.{name}" for name in (*COMMANDS, "sweep", "report", "benchmark", "settings.reference")}
+    modules = {f"pipeline.{name}" for name in (*COMMANDS, "sweep", "inspect", "report", "benchmark", "settings.reference")}
     assert shown == {"train.py", "torchrun", "accelerate", *modules, *OTHER_MODULES, *OTHER_PROGRAMS}
 
 

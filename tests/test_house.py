@@ -28,6 +28,7 @@ FLOORS = {
     "inference": 6,
     "sweep": 6,
     "benchmark": 7,
+    "inspect": 7,
     "report": 7,
 }
 COMMANDS = {"evaluate", "predict", "export"}  # modules beside the rooms, on the highest floor
@@ -101,7 +102,8 @@ def test_tests_mirror_the_rooms():
 
 
 def test_help_of_every_command_imports_nothing_heavy():
-    commands = [f"pipeline.{name}" for name in (*sorted(COMMANDS), "sweep.__main__", "report.__main__", "benchmark.__main__")]
+    rooms = ["sweep.__main__", "inspect.__main__", "report.__main__", "benchmark.__main__"]
+    commands = [f"pipeline.{name}" for name in (*sorted(COMMANDS), *rooms)]
     heavy = "torch torchvision timm accelerate datasets pandas wandb tensorboard matplotlib optuna jinja2"
     program = (
         "import importlib, sys\n"

@@ -66,17 +66,21 @@ class Views:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with a caption of a few lines. stem: name of its file in figures/ without the ending."""
+    """A PNG or JPEG with a caption of a few lines. stem: name of its file in figures/ without the ending."""
 
     stem: str
     alt: str
     lines: tuple[str, ...]
-    png: bytes
+    content: bytes
 
 
 @dataclass(frozen=True)
 class Gallery:
+    """title: a heading, empty for none; wide: whether a picture may be as wide as the page."""
+
     pictures: tuple[Picture, ...]
+    title: str = ""
+    wide: bool = False
 
 
 Block = str | Table | Figure | Views | Gallery  # a str is a paragraph

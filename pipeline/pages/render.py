@@ -13,6 +13,7 @@ from pipeline.pages.figure_style import FAINT, INK, PAPER, Look
 SVG = "http://www.w3.org/2000/svg"
 HREF = "{http://www.w3.org/1999/xlink}href"
 RUN_ID = re.compile(r"run-(\d+)-")  # ids of Look.line
+JPEG_START = b"\xff\xd8"
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$&])")
 
 ElementTree.register_namespace("", SVG)
@@ -35,7 +36,7 @@ def html_page(page: Page, look_of: Mapping[str, Look]) -> str:
     )
     kinds: dict[str, type] = {"table": Table, "figure": Figure, "views": Views, "gallery": Gallery}
     environment.tests |= {name: partial(is_a, kind) for name, kind in kinds.items()}
-    environment.filters |= {"inline_svg": lambda figure: Markup(inline_svg(figure)), "base64": as_base64}
+    environment.filters |= {"inline_svg": lambda figure: Markup(inline_svg(figure)), "data_uri": data_uri}
     own = {ending: Markup((folder / f"page.{ending}").read_text(encoding="utf-8")) for ending in ("css", "js")}
     helpers = {"axes_of": axes_of, "numeric_columns": numeric_columns, "is_numeric": is_numeric}
     template = environment.get_template("page.html.jinja")
@@ -46,8 +47,10 @@ def is_a(kind: type, block: Block) -> bool:
     return isinstance(block, kind)
 
 
-def as_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+def data_uri(content: bytes) -> str:
+    """A PNG or JPEG as the address of an image."""
+    kind = "jpeg" if content.startswith(JPEG_START) else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def axes_of(section: Section) -> tuple[str, ...]:

@@ -82,6 +82,12 @@ def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[Sequence[str]
     return sheet
 
 
+def jpeg_bytes(image: PILImage) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def png_bytes(image: PILImage) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)

@@ -20,6 +20,7 @@ from pipeline.training.state import TrainState
 
 NUM_SAMPLES, COLUMNS = 24, 8
 MOST_LABELS = 2  # shown of a mixed label, the largest shares first
+SMALLEST_SHARE = 0.005  # of a mixed label that is shown; a smaller one would be 0.00
 
 
 def samples_path(run_dir: Path) -> Path:
@@ -83,7 +84,7 @@ def label_lines(label: Tensor, class_names: Sequence[str]) -> list[str]:
         number = int(label)
         return ["(no image)" if number == IGNORED else caption_name(class_names[number], number)]
     shares, numbers = label.sort(descending=True, stable=True)
-    shown = [(share, number) for share, number in zip(shares.tolist(), numbers.tolist()) if share > 0][:MOST_LABELS]
+    shown = [(share, number) for share, number in zip(shares.tolist(), numbers.tolist()) if share >= SMALLEST_SHARE][:MOST_LABELS]
     if len(shown) == 1:
         return [caption_name(class_names[shown[0][1]], shown[0][1])]
     return [f"{share:.2f} {caption_name(class_names[number], number)}" for share, number in shown]

@@ -74,6 +74,7 @@ def test_labels_are_shown_with_their_shares():
     assert label_lines(torch.tensor(1), names) == ["dog"]
     assert label_lines(torch.tensor(IGNORED), names) == ["(no image)"]
     assert label_lines(torch.tensor([0.25, 0.75, 0.0]), names) == ["0.75 dog", "0.25 cat"]
+    assert label_lines(torch.tensor([0.998, 0.002, 0.0]), names) == ["cat"]
     assert label_lines(torch.tensor([0.0, 0.0, 1.0]), names) == ["class 2"]  # the font of the captions has no Chinese letters
 
 

@@ -1,0 +1,1 @@
+"""Inspection of a dataset before training: `python -m pipeline.inspect`. Imports inference/, pages/ and lower rooms."""
