@@ -72,10 +72,7 @@ class Watch:
         self.fail(WaitsForDevice, f"{what} waits for the device")
 
     def fail(self, kind: type[AssertionError], what: str) -> None:
-        frame = frames_to_our_line()[-1]
-        path = Path(frame.f_code.co_filename)
-        place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        self.fault = kind(f"{place}:{frame.f_lineno} in {frame.f_code.co_name}: {what}.")
+        self.fault = kind(f"{our_line()}: {what}.")
         raise self.fault
 
     def check(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -172,3 +169,10 @@ def frames_to_our_line() -> list[FrameType]:
             return frames
         frame = frame.f_back
     return frames
+
+
+def our_line() -> str:
+    """The innermost line of pipeline/ that is being run, as `path:line in function`."""
+    frame = frames_to_our_line()[-1]
+    path = Path(frame.f_code.co_filename)
+    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from device_watch import Watch, device_watch
+from device_watch import WaitsForDevice, Watch, device_watch, our_line
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
@@ -112,7 +112,7 @@ def fake_gpu(accelerator: Accelerator) -> Iterator[None]:
         return torch.zeros(len(split), *shape, dtype=torch.uint8), np.arange(len(split))
 
     def waits(*arguments: Any) -> None:
-        raise AssertionError("waits for the device")
+        raise WaitsForDevice(f"{our_line()}: synchronize waits for the device.")
 
     generator, stream = torch.Generator(), SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True):

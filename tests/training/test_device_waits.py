@@ -18,7 +18,7 @@ from watched_epoch import fake_gpu, given_gradients, watched_epoch
 from pipeline.distributed.accelerator import make_accelerator
 from pipeline.images.augment import AUGMENTS, BatchTransform
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.images.randaugment import magnitude_bins, operate
+from pipeline.images.randaugment import RANDAUGMENT, magnitude_bins, operate
 from pipeline.loaders.loader import Loader
 from pipeline.loaders.mixing import mix
 from pipeline.models.create import create_model
@@ -147,6 +147,17 @@ def test_transforms_of_small_images_and_photos_stay_on_a_fake_gpu(preprocessing,
             assert transform.train(images, np.arange(5), 1).device.type == "cuda"
             transform.eval(images)
     assert watch.reads == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_operation_of_randaugment_stays_on_its_device(device, channels):
+    names = np.array([operation.name for operation in RANDAUGMENT.operations])
+    with fake_gpu(make_accelerator(Config(), device="cpu")) if device == "cuda" else contextlib.nullcontext():
+        images = torch.zeros(len(names), channels, 8, 8, dtype=torch.uint8, device=device)
+        with device_watch(device) as watch:
+            operate(images, names, np.full(len(names), 0.5, np.float32))
+    assert len(names) > 10 and watch.reads == {}
 
 
 @pytest.mark.parametrize("num_classes", [3, LARGEST_CONFUSION + 1])
