@@ -150,6 +150,17 @@ def sharpness_facts(sam_sync: bool) -> str:
     return stepping.digest()
 
 
+def reads_of_steps() -> list[str]:
+    """The functions that read a tensor during two steps."""
+    from device_watch import device_watch
+
+    stepping = Stepping({"optimizer": "muon", "sam_rho": 0.05, "micro_batch_size": 4, "clip_grad_norm": 1.0})
+    with device_watch() as watch:
+        for seed in range(2):
+            stepping.step(seed)
+    return [function for _, function in watch.reads]
+
+
 def work(folder: Path) -> None:
     """Runs in each process; writes the runs and the facts of each rank."""
     from pipeline.distributed.shared_failure import end_process_group
@@ -159,7 +170,7 @@ def work(folder: Path) -> None:
     run_of(folder, "resumed", RESUMED)
     run_of(folder, "own", {**RUNS["sam"], "sam_sync": False})
     facts: dict[str, Any] = {where: overflow_facts(where, settings) for where, settings in OVERFLOWS.items()}
-    facts |= {"together": sharpness_facts(True), "each its own": sharpness_facts(False)}
+    facts |= {"together": sharpness_facts(True), "each its own": sharpness_facts(False), "reads": reads_of_steps()}
     (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
     end_process_group()
 
@@ -200,6 +211,11 @@ def test_each_process_may_perturb_with_its_own_gradient(runs, ranks):
     }
     assert losses["own"][0] == losses["sam"][0] and losses["own"] != losses["sam"]
     assert losses["own"] == pytest.approx(losses["sam"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_steps_of_two_processes_read_only_adams_step_count(ranks):
+    assert [rank["reads"] for rank in ranks] == [["_get_value"]] * 2
 
 
 @pytest.mark.slow
