@@ -2,6 +2,7 @@
 """Train an image classifier: `python train.py`, `accelerate launch train.py`, `torchrun train.py` or `wandb agent`."""
 
 import sys
+import time
 from collections.abc import Sequence
 
 from pipeline.common import console
@@ -10,6 +11,7 @@ from pipeline.settings.parser import parse_config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains and returns the exit status: 0 completed, 1 failed in training, 2 failed before it, 128 + n stopped by signal n."""
+    started = time.perf_counter()
     config = parse_config(argv)
     # imported after parsing, so that a misspelt setting is reported without importing torch
     from pipeline.common.stopping import Interrupted, TrainingFailed
@@ -18,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     status = 0
     try:
-        train(config)
+        train(config, started)
     except ValueError as error:
         console.error(error)
         return 2

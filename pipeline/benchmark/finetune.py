@@ -55,7 +55,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     title = (
         f"{config.model_name}, {config.dataset}: {found['num_train']:,} training, {found['num_val']:,} validation and "
         f"{found['num_test']:,} test images to {found['image_size']}x{found['image_size']}, batch {config.batch_size}, "
-        f"{config.epochs} epochs"
+        f"{config.num_epochs} epochs"
     )
     notes = [NOTE, *beside_peers(rows), *(f"{row['row']}: {row['skipped']}" for row in skipped)]
     yield Section(title, rows + skipped, "test accuracy", notes, paths=True)
@@ -77,7 +77,7 @@ def check(config: Config, args: Namespace) -> None:
             "val_fraction 0 selects the best epoch on the test images, so its test accuracy would be too high. Use a fraction "
             "above 0."
         )
-    if config.epochs < 2 and "fastai" in args.peers:
+    if config.num_epochs < 2 and "fastai" in args.peers:
         raise ValueError("fastai's fine_tune trains one epoch with a frozen model first. Use --epochs 2 or more.")
     if args.fastai_python is not None and not args.fastai_python.is_file():
         raise ValueError(f"--fastai_python {args.fastai_python} does not exist. Install it: {INSTALL}.")
@@ -123,7 +123,7 @@ def run_peer(function: str, settings: list[str], task: dict[str, Any], seed: int
 def run_fastai(python: Path, settings: list[str], task: dict[str, Any], seed: int) -> Row:
     """Runs the script with the given Python, with the weights under the name that timm needs there."""
     config = read_config(settings)
-    given = {**task, "seed": seed, "workers": usable_cores(), "batch_size": config.batch_size, "epochs": config.epochs}
+    given = {**task, "seed": seed, "workers": usable_cores(), "batch_size": config.batch_size, "epochs": config.num_epochs}
     given["weights"] = config.model_name if config.pretrained else f"local-dir:{config.init_from}"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         result_path = Path(folder) / "result.json"

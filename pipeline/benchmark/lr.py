@@ -58,10 +58,9 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
     """The learning rate and the loss of each step until the loss diverges; steps that the fp16 scaler skipped are omitted."""
     from pipeline.optim.optimizers import set_lr
     from pipeline.settings.batch_size import steps_per_epoch
-    from pipeline.training.loop import freeze_backbone
     from pipeline.training.metrics import COUNT, LOSS
     from pipeline.training.state import begin_state
-    from pipeline.training.step import Share, train_step
+    from pipeline.training.step import Share, freeze_backbone, train_step
 
     config, loader = parts.config, parts.loaders["train"]
     batch_size = config.batch_size or 1

@@ -61,6 +61,11 @@ class Loader:
         """The device memory of the decoded split; 0 for other loaders."""
         return self.source.num_bytes if isinstance(self.source, DeviceImages) else 0
 
+    @property
+    def batches_ahead(self) -> int:
+        """The most batches that worker processes prepare before they are needed."""
+        return self.source.batches_ahead
+
     def load(self) -> None:
         """Decodes the split if it is kept on the device; otherwise images are decoded per batch. Raises BadImage."""
         self.source.load()

@@ -72,6 +72,7 @@ class WorkerImages:
         self.copied_ahead = CopyAhead(device)
         # The batch sampler is a list that each epoch refills, so that the workers persist between epochs.
         self.loader = make_data_loader(images, num_workers, device, batch_sampler=self.addresses)
+        self.batches_ahead = num_workers * (self.loader.prefetch_factor or 0)
 
     def load(self) -> None:
         """Does nothing: images are read per batch."""
@@ -86,6 +87,8 @@ class DeviceImages:
 
     load() decodes it, or else the first batch. On a CPU, the images stay in the memory-mapped cache file, if there is one.
     """
+
+    batches_ahead = 0
 
     def __init__(self, images: FittedImages, device: torch.device, num_threads: int):
         assert not images.is_cropped, "photos that are cropped in each epoch need a kept_size to stay on the device"

@@ -89,6 +89,7 @@ class StreamLoader:
         self.tasks = TaskQueue()
         # DataLoader assigns tasks to workers in turn and keeps their order, so each worker gets the tasks of its own lanes.
         self.loader = make_data_loader(StreamedImages(images, split), workers, device, sampler=self.tasks, batch_size=None)
+        self.batches_ahead = self.loader.prefetch_factor or 0  # a batch has a task for each worker
 
     def __len__(self) -> int:
         """The number of samples in the split."""

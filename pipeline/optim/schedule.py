@@ -22,7 +22,7 @@ def constant(progress: float, history: History, config: Config) -> float:
 
 def step(progress: float, history: History, config: Config) -> float:
     """gamma ** (number of steps so far), like StepLR for a number and MultiStepLR for a list."""
-    every = config.epochs / 3 if config.step_epochs is None else config.step_epochs
+    every = config.num_epochs / 3 if config.step_epochs is None else config.step_epochs
     passed = sum(progress >= epoch for epoch in every) if isinstance(every, list) else int(progress / every)
     return config.gamma**passed
 
@@ -70,12 +70,12 @@ def check_scheduler_name(name: str) -> None:
 def after_warmup(progress: float, config: Config) -> float:
     """The finished fraction of the run after the warm-up, from 0 to 1."""
     warmup = warmup_length(config)
-    return min(max((progress - warmup) / max(config.epochs - warmup, 1e-9), 0.0), 1.0)
+    return min(max((progress - warmup) / max(config.num_epochs - warmup, 1e-9), 0.0), 1.0)
 
 
 def warmup_length(config: Config) -> float:
     """Epochs of warm-up: warmup_epochs, at most half of the run."""
-    return min(config.warmup_epochs, config.epochs / 2)
+    return min(config.warmup_epochs, config.num_epochs / 2)
 
 
 def lr_scale(progress: float, history: History, config: Config) -> float:

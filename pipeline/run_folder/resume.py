@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoints, read_facts, recover
+from pipeline.run_folder.paths import metrics_path
 from pipeline.settings.config import DEFAULTS, FIELDS, Config
 from pipeline.settings.parser import from_yaml
 
@@ -22,10 +23,29 @@ FREE_SETTINGS = {
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings that are fixed for a run, as values of JSON."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+    settings["time_limit"] = config.time_limit_seconds
     # the stream loader has its own data order; the other loaders share one
     settings["loader"] = config.loader if config.loader == "stream" else DEFAULTS.loader
     fixed: dict[str, Any] = json.loads(json.dumps(settings))
     return fixed
+
+
+def with_epochs(config: Config) -> Config:
+    """The settings with the number of epochs filled in; null remains for a new run with time_limit, which chooses it.
+
+    A run that has begun has written its choice to config.yaml. It is kept unless the settings allow fewer epochs.
+    """
+    if config.time_limit is None:
+        return dataclasses.replace(config, epochs=config.num_epochs)
+    if not has_begun(config):
+        return config
+    chosen = from_yaml(config.run_dir / "config.yaml").num_epochs
+    return config if config.epochs is not None and config.epochs < chosen else dataclasses.replace(config, epochs=chosen)
+
+
+def has_begun(config: Config) -> bool:
+    """Whether the run has taken steps, or is about to: metrics.jsonl is created after its settings are final."""
+    return metrics_path(config.run_dir).is_file() and (config.run_dir / "config.yaml").is_file()
 
 
 def changed_settings(recorded: Mapping[str, Any], config: Config) -> str:

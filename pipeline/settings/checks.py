@@ -1,5 +1,6 @@
 """What the values of settings must and must not be, each alone and together."""
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,19 +29,20 @@ def check_limits(config: Config) -> None:
 def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     """Each combination of settings that is refused: whether config has it, and the message for it."""
     schedule = config.batch_size_schedule
+    epochs = config.num_epochs if config.time_limit_seconds is None else math.inf  # it may choose fewer epochs than these need
     steps = config.step_epochs if isinstance(config.step_epochs, list) else [config.step_epochs or 1.0]
     yield config.pretrained and config.init_from is not None, (
         "pretrained and init_from both select the initial weights. Set only one of them."
     )
-    yield config.warmup_epochs >= config.epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
-        f"warmup_epochs {config.warmup_epochs} must be below epochs {config.epochs}."
+    yield config.warmup_epochs >= epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
+        f"warmup_epochs {config.warmup_epochs} must be below epochs {epochs}."
     )
     yield any(epoch < 1 or size < 1 for epoch, size in schedule.items()), (
         f"batch_size_schedule {schedule} must map epochs of at least 1 to batch sizes of at least 1. "
         "Set the batch size of epoch 0 with batch_size."
     )
-    yield any(epoch >= config.epochs for epoch in schedule), (
-        f"batch_size_schedule {schedule} has an entry after the end of the run. Its epochs must be below epochs {config.epochs}."
+    yield any(epoch >= epochs for epoch in schedule), (
+        f"batch_size_schedule {schedule} has an entry after the end of the run. Its epochs must be below epochs {epochs}."
     )
     yield config.loader == "stream" and config.on_bad_image == "skip", (
         "loader stream does not support on_bad_image skip, which decodes every image before training. Repair or remove the bad "
@@ -75,6 +77,16 @@ def ignored_settings(config: Config) -> list[str]:
         for name, (need, met) in needs.items()
         if not met and getattr(config, name) != getattr(DEFAULTS, name)
     ]
-    if config.warmup_epochs != DEFAULTS.warmup_epochs and config.warmup_epochs > config.epochs / 2:
-        sentences.append(f"warmup_epochs {config.warmup_epochs:g} is shortened to half of the run, {config.epochs / 2:g} epochs.")
+    return sentences if config.time_limit is not None else sentences + shortened(config)
+
+
+def shortened(config: Config) -> list[str]:
+    """A sentence for each setting of the schedule that does not fit into the number of epochs."""
+    epochs, warmup = config.num_epochs, config.warmup_epochs
+    unused = sorted(start for start in config.batch_size_schedule if start >= epochs)
+    sentences = []
+    if warmup != DEFAULTS.warmup_epochs and warmup > epochs / 2:
+        sentences.append(f"warmup_epochs {warmup:g} is shortened to half of the run, {epochs / 2:g} epochs.")
+    if unused:
+        sentences.append(f"batch_size_schedule from epoch {unused[0]} on has no effect: the run has {epochs} epochs.")
     return sentences

@@ -1,6 +1,7 @@
 """The settings of a run: one flat frozen dataclass with the limits of its values; settings/checks.py has what is refused."""
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,9 @@ def setting(default: Any, help: str, **limits: float) -> Any:
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
+
+USUAL_EPOCHS = 8
+DURATION = re.compile(r"((?P<hours>\d+(\.\d*)?)h)?((?P<minutes>\d+(\.\d*)?)m)?((?P<seconds>\d+(\.\d*)?)s?)?")
 
 # First field of each section of --help and docs/settings.md.
 SECTIONS = {
@@ -227,7 +231,14 @@ class Config:
         at_least=0,
         at_most=1,
     )
-    epochs: int = setting(8, "Number of passes over the training split.", at_least=1)
+    epochs: int | None = setting(
+        None, "Number of passes over the training split. `null` is 8, or with `time_limit` as many as fit.", at_least=1
+    )
+    time_limit: float | str | None = setting(
+        None,
+        "Duration of the run, for example `90`, `90s`, `10m` or `1h30m`. The run measures its first steps, its validation and a "
+        "checkpoint, undoes them, and trains as many epochs as fit, at most `epochs`. `null` is no limit.",
+    )
     batch_size: int | None = setting(
         None,
         "Images per optimizer step, over all processes. `null` is 128, halved while an epoch has fewer than 32 steps, down to "
@@ -308,6 +319,23 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / str(self.run_name)
+
+    @property
+    def num_epochs(self) -> int:
+        """epochs as a number; USUAL_EPOCHS if it is null, also as long as time_limit has not determined it."""
+        return USUAL_EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """time_limit in seconds. Raises ValueError if it is not a duration above 0."""
+        if self.time_limit is None:
+            return None
+        match = DURATION.fullmatch(str(self.time_limit).replace(" ", ""))
+        units = zip(("hours", "minutes", "seconds"), (3600, 60, 1))
+        seconds = sum(float(match[name] or 0) * unit for name, unit in units) if match else 0.0
+        if seconds <= 0:
+            raise ValueError(f"Setting time_limit {self.time_limit!r} is not a duration above 0, such as 90, 90s, 10m or 1h30m.")
+        return seconds
 
     @property
     def uses_sam(self) -> bool:

@@ -4,10 +4,10 @@ A step is one optimizer update on one global batch. Processes and micro-batches 
 """
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
@@ -19,11 +19,11 @@ from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.loaders.workers import worker_failure
-from pipeline.optim.optimizers import classifier_names, lr_of_step, set_lr
+from pipeline.optim.optimizers import lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
 from pipeline.run_folder.dataset_record import check_own_dataset
 from pipeline.run_folder.paths import named_run
-from pipeline.run_folder.resume import ended_summary, is_moved
+from pipeline.run_folder.resume import ended_summary, is_moved, with_epochs
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
@@ -35,24 +35,29 @@ from pipeline.training.plan import architecture, plan_text
 from pipeline.training.run import Run
 from pipeline.training.samples import sample_writer, shown_first
 from pipeline.training.state import TrainState, begin_state
-from pipeline.training.step import Share, train_step
+from pipeline.training.step import Share, freeze_backbone, train_step
+from pipeline.training.time_limit import choose_epochs
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, started: float | None = None) -> dict[str, Any]:
     """Trains a model and returns the run's summary, which is also written to its summary.json.
+
+    started: time.perf_counter() where time_limit begins; None is now.
 
     Raises ValueError for an error before the first step, TrainingFailed for one after it, and Interrupted when a signal
     stopped the run. Saved checkpoints are complete in all three cases.
     """
+    started = perf_counter() if started is None else started
     check_settings(config)
     accelerator = make_accelerator(config)
     given, config = config.dataset, with_absolute_paths(with_precision(config, accelerator))
     with failing_together(), named_run(config, accelerator) as named:
-        return train_on(accelerator, named, given)
+        return train_on(accelerator, named, given, started)
 
 
-def train_on(accelerator: Accelerator, config: Config, given: str) -> dict[str, Any]:
+def train_on(accelerator: Accelerator, config: Config, given: str, started: float) -> dict[str, Any]:
     """train, as every process runs it. given: the dataset as the user passed it."""
+    config = with_epochs(config)
     if accelerator.is_main_process:
         for sentence in warnings_of(config):
             console.warn(sentence)
@@ -74,7 +79,7 @@ def train_on(accelerator: Accelerator, config: Config, given: str) -> dict[str, 
     facts = system_facts(accelerator) | {"bad_images": len(parts.dataset.bad_images)}
     run = Run(config, accelerator, facts, record)
     try:
-        summary = train_in(run, parts)
+        summary = train_in(run, parts, started)
     finally:
         run.release()
     console.say(closing_table(summary, config, architecture(parts.model)), accelerator.is_main_process)
@@ -87,13 +92,14 @@ def say_ended(summary: dict[str, Any], config: Config, accelerator: Accelerator)
     return summary
 
 
-def train_in(run: Run, parts: Parts) -> dict[str, Any]:
+def train_in(run: Run, parts: Parts, started: float) -> dict[str, Any]:
     """Trains from the run's newest checkpoint, or from the start, to its end and returns the summary."""
     accelerator = run.accelerator
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
-    run.begin(state)
     try:
         with failing_together():
+            choose_epochs(state, parts, run, started)
+            run.begin(state)
             return finish(state, parts, run, train_epochs(state, parts, run))
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
@@ -122,11 +128,11 @@ def train_in(run: Run, parts: Parts) -> dict[str, Any]:
 def train_epochs(state: TrainState, parts: Parts, run: Run) -> str:
     """Trains and evaluates epoch by epoch; returns the status: completed or early_stopped."""
     config, accelerator = run.config, run.accelerator
-    while state.epoch < config.epochs:
+    while state.epoch < config.num_epochs:
         if should_stop_early(state.history, config):
             text = (
-                f"Stopped early after epoch {state.epoch} of {config.epochs}: {config.early_stopping_patience} epochs without a "
-                f"better validation {config.monitor}."
+                f"Stopped early after epoch {state.epoch} of {config.num_epochs}: {config.early_stopping_patience} epochs "
+                f"without a better validation {config.monitor}."
             )
             console.say(text, accelerator.is_main_process)
             return "early_stopped"
@@ -187,7 +193,7 @@ def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
     is_best = best_epoch(state.history, run.config) == len(state.history) - 1
     batch_size = batch_size_at(state.epoch - 1, run.config)
     lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
-    line = console.epoch_line(state.epoch, run.config.epochs, entry, lr, batch_size, is_best)
+    line = console.epoch_line(state.epoch, run.config.num_epochs, entry, lr, batch_size, is_best)
     console.say(line, run.accelerator.is_main_process)
     run.save_figures(state)
     run.stop_if_asked(state, is_last=True)
@@ -195,14 +201,3 @@ def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
 
 def prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{key}": value for key, value in values.items()}
-
-
-def freeze_backbone(model: nn.Module, frozen: bool) -> None:
-    """Freezes everything but the classifier, BatchNorm's running statistics included, or unfreezes it."""
-    heads = classifier_names(model)
-    for name, module in model.named_modules():
-        if not name.startswith(heads):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(not frozen)
-            if frozen and getattr(module, "track_running_stats", False):
-                module.eval()

@@ -37,7 +37,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
         *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
         ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
-        ("batch", f"{batch_size}, {num_steps} steps per epoch, {config.epochs} epochs"),
+        ("batch", f"{batch_size}, {num_steps} steps per epoch, {epochs_in_words(config)}"),
         (
             "device",
             f"{facts['device']}, processes: {facts['num_processes']}, mixed precision {facts['mixed_precision']}",
@@ -51,6 +51,13 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         if config.dry_run
         else text
     )
+
+
+def epochs_in_words(config: Config) -> str:
+    if config.time_limit is None:
+        return f"{config.num_epochs} epochs"
+    most = "" if config.epochs is None else f", at most {config.epochs}"
+    return f"as many epochs as fit into {config.time_limit}{most}"
 
 
 def classes_text(data: ImageDataset) -> str:
@@ -90,6 +97,8 @@ def epochs_text(config: Config, num_samples: int, num_processes: int) -> str:
 
     The learning rates ignore plateaus, which are not known in advance. The micro-batches are those of the process with most.
     """
+    if config.epochs is None:
+        return "The number of epochs, and so the learning rates, are chosen after the first steps."
     lines = [f"{'epoch':>5} {'batch':>7} {'steps':>7} {'first lr':>16} {'last lr':>10} {'micro-batches':>14}"]
     for epoch in range(config.epochs):
         batch_size = batch_size_at(epoch, config)

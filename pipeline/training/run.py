@@ -154,7 +154,7 @@ class Run:
         self.last_read = now
 
     def progress_bar(self, state: TrainState, num_batches: int) -> Any:
-        description = f"epoch {state.epoch + 1}/{self.config.epochs}"
+        description = f"epoch {state.epoch + 1}/{self.config.num_epochs}"
         return console.progress_bar(num_batches, state.batch, description, shown=self.accelerator.is_main_process)
 
     def after_step(self, state: TrainState, lr: float, batch_size: int, norm: Tensor | None, is_last: bool) -> None:

@@ -12,7 +12,7 @@ from pipeline.common.randomness import address
 from pipeline.distributed.accelerator import synchronizes_in_layers
 from pipeline.distributed.fsdp import whole
 from pipeline.optim.ema import update_ema
-from pipeline.optim.optimizers import sam_rho
+from pipeline.optim.optimizers import classifier_names, sam_rho
 from pipeline.optim.sam import perturbed, sharpness_norm
 from pipeline.settings.batch_size import IGNORED, largest_share, num_micro_batches, share_of
 from pipeline.settings.config import Config
@@ -162,3 +162,14 @@ def seed_generators(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def freeze_backbone(model: nn.Module, frozen: bool) -> None:
+    """Freezes everything but the classifier, BatchNorm's running statistics included, or unfreezes it."""
+    heads = classifier_names(model)
+    for name, module in model.named_modules():
+        if not name.startswith(heads):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
+            if frozen and getattr(module, "track_running_stats", False):
+                module.eval()

@@ -54,7 +54,7 @@ CELLS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2, no worker": (2, "mlp", ONE_BY_ONE),
     "2, micro-batches, 2 workers": (2, "mlp", {"micro_batch_size": 7, "loader": "workers", "num_workers": 2}),
     "2, device, mixed, micro-batches": (2, "mlp, mixed", {"micro_batch_size": 5, **IN_MEMORY}),
-    "2, growing batch": (2, "mlp, growing batch", {"micro_batch_size": 9}),
+    "2, growing batch": (2, "mlp, growing batch", {"micro_batch_size": 9, "time_limit": "1h"}),
     "2, batchnorm": (2, "batchnorm", ONE_BY_ONE),
     "2, batchnorm of timm with sam": (2, "batchnorm of timm with sam", IN_MEMORY),
     "4, device, micro-batches": (4, "mlp", {"micro_batch_size": 3, **IN_MEMORY}),

@@ -55,8 +55,8 @@ def shard_facts(folder: Path) -> None:
     name, facts = "vit, adamw", {}
     train_in = loop.train_in
 
-    def watched(run: Any, parts: Any) -> Any:
-        summary = train_in(run, parts)
+    def watched(run: Any, parts: Any, started: float) -> Any:
+        summary = train_in(run, parts, started)
         kept = {"weights": parts.model.parameters(), "average": parts.ema.module.parameters()}
         moments = [state["exp_avg"] for state in parts.optimizer.state.values()]
         for what, tensors in {**kept, "moments": moments}.items():

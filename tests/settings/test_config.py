@@ -66,6 +66,7 @@ SETTINGS = {
     "plateau_patience": ("3", 3),
     "min_lr_scale": ("0.01", 0.01),
     "epochs": ("20", 20),
+    "time_limit": ("1h30m", "1h30m"),
     "batch_size": ("64", 64),
     "batch_size_schedule": ("{5: 256, 10: 512}", {5: 256, 10: 512}),
     "batch_lr_scaling": ("sqrt", "sqrt"),

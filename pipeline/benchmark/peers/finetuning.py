@@ -105,7 +105,7 @@ def fit(
     device = next(model.parameters()).device
     timeline = Timeline(model, task.began)
     timeline.mark()
-    for epoch in range(task.config.epochs):
+    for epoch in range(task.config.num_epochs):
         model.train()
         for images, labels in batches["train"]:
             loss(model(images.to(device)), labels.to(device)).backward()
@@ -175,7 +175,7 @@ def timm_recipe(folder: str, optimizer: dict[str, Any], **given: Any) -> dict[st
     task, device = Task(**given), find_device()
     model = model_with_drawn_head(task, device)
     made = create_optimizer_v2(model, **optimizer)
-    scheduler, _ = create_scheduler_v2(made, sched="cosine", num_epochs=task.config.epochs)
+    scheduler, _ = create_scheduler_v2(made, sched="cosine", num_epochs=task.config.num_epochs)
     return fit(
         model, made, timm_batches(task, model, device), task, LabelSmoothingCrossEntropy(TIMM_SMOOTHING), scheduler.step
     )
