@@ -245,10 +245,26 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
         model.to(memory_format=torch.channels_last)
     if config.compile:
         check_compiler(accelerator.device)
-        # In place, to keep the names in checkpoints. If batch sizes vary, compile one dynamic graph at the start, so that no
-        # size causes a recompilation later; otherwise compile for the one size, which is faster.
-        model.compile(dynamic=True if sizes_vary(config) else None, mode=config.compile_mode)
+        model.compile(dynamic=None, mode=config.compile_mode)  # in place, to keep the names in checkpoints
+        if sizes_vary(config):
+            compile_for_any_batch_size(model)
     return model
+
+
+def compile_for_any_batch_size(model: nn.Module) -> None:
+    """Makes the first graph of a compiled model serve all batch sizes, so that no size causes a recompilation later.
+
+    Only the batch dimension is dynamic. With dynamic=True the image size is too; then a backward pass failed on an H100 with
+    torch 2.11, because the compiler expected a convolution on maps of one pixel to return its gradient in channels_last.
+    """
+    compiled: Any = model._compiled_call_impl
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        output: torch.Tensor = compiled(images)
+        return output
+
+    model._compiled_call_impl = call
 
 
 def check_compiler(device: torch.device) -> None:
