@@ -98,7 +98,8 @@ def efficiency_arguments(parser: CommandParser) -> None:
 
 
 GPU_PARTS = (
-    *("tests", "target_94", "loop_resnet18", "loop_resnet50", "loop_vit_small", "half", "loaders", "steps", "target_95"),
+    *("tests", "target_94", "loop_resnet18", "loop_resnet50", "loop_vit_small"),
+    *("half_sgd", "half_adamw", "half_muon", "loaders", "steps", "target_95"),
 )
 
 

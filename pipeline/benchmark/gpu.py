@@ -4,6 +4,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipeline.benchmark import gpu_speed, gpu_training
@@ -18,7 +19,7 @@ PARTS: dict[str, Groups] = {
     "loop_resnet18": gpu_speed.loop_resnet18,
     "loop_resnet50": gpu_speed.loop_resnet50,
     "loop_vit_small": gpu_speed.loop_vit_small,
-    "half": gpu_training.half,
+    **{f"half_{optimizer}": partial(gpu_training.half, optimizer) for optimizer in ("sgd", "adamw", "muon")},
     "loaders": gpu_speed.loaders,
     "steps": gpu_speed.steps,
     "target_95": gpu_training.target_95,

@@ -16,12 +16,13 @@ import pipeline
 from pipeline.benchmark.children import PROJECT, run_child
 from pipeline.benchmark.gpu_groups import Group, has_gpu, precisions_of
 from pipeline.benchmark.measuring import Row
+from pipeline.common.system import usable_cores
 
 RECIPES = Path(pipeline.__path__[0]) / "recipes"
 TESTS = PROJECT / "tests" / "test_gpu.py"
 # a run of seconds, long enough for the loss to fall
 HALF_RUN = [
-    *("--dataset=cifar10", "--model_name=resnet18", "--stem=small", "--max_train_samples=12800", "--epochs=3"),
+    *("--dataset=cifar10", "--model_name=resnet18", "--stem=small", "--max_train_samples=12800", "--epochs=2"),
     *("--batch_size=256", "--log_every=5"),
 ]
 TOY_RUN = [
@@ -29,7 +30,6 @@ TOY_RUN = [
     *("--log_every=1", "--mixed_precision=no"),
 ]
 MICRO_BATCHES = 4
-OPTIMIZERS = ("sgd", "adamw", "muon")
 
 
 def tests(args: Namespace, settings: list[str]) -> Iterator[Group]:
@@ -45,7 +45,7 @@ def test_rows() -> list[Row]:
     with TemporaryDirectory(prefix="benchmark-") as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
-        command += ["-n", "4"] if importlib.util.find_spec("xdist") and has_gpu() else []
+        command += ["-n", str(min(usable_cores(), 8))] if importlib.util.find_spec("xdist") and has_gpu() else []
         run(command, cwd=PROJECT, check=False)
         (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     seconds = time.monotonic() - began
@@ -56,23 +56,22 @@ def test_rows() -> list[Row]:
     return [{**row, "samples": [seconds], "passed": passed, "failed": failed, "skipped": counts["skipped"]}]
 
 
-def half(args: Namespace, settings: list[str]) -> Iterator[Group]:
-    """fp16 and bf16 beside fp32, with and without SAM and gradient accumulation: a group for each optimizer."""
-    given = [*(TOY_RUN if args.rehearse else HALF_RUN), *settings]
+def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group]:
+    """fp16 and bf16 beside fp32, with and without SAM and gradient accumulation."""
+    given = [*(TOY_RUN if args.rehearse else HALF_RUN), f"--optimizer={optimizer}", *settings]
     precisions = sorted(precisions_of(args), key="no bf16 fp16".split().index)  # the others are compared with fp32
-    part = (16 if args.rehearse else 256) // MICRO_BATCHES
-    for optimizer in OPTIMIZERS:
-        variants = {
-            f"{optimizer}{sam}{accumulation}": [f"--optimizer={optimizer}", *sam_flags, *accumulation_flags]
-            for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items()
-            for accumulation, accumulation_flags in {
-                "": [],
-                f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={part}"],
-            }.items()
-        }
-        arguments = {"settings": given, "variants": variants, "precisions": precisions}
-        measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
-        yield Group("Half precision, SAM and gradient accumulation", optimizer, measure)
+    micro_batch = (16 if args.rehearse else 256) // MICRO_BATCHES
+    variants = {
+        f"{optimizer}{sam}{accumulation}": [*sam_flags, *accumulation_flags]
+        for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items()
+        for accumulation, accumulation_flags in {
+            "": [],
+            f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={micro_batch}"],
+        }.items()
+    }
+    arguments = {"settings": given, "variants": variants, "precisions": precisions}
+    measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
+    yield Group("Half precision, SAM and gradient accumulation", optimizer, measure)
 
 
 def rows_of_child(function: str, arguments: Row) -> list[Row]:
