@@ -11,7 +11,7 @@ from pipeline.inspect.examine import ImageFacts
 SPLIT_PAIRS = (("train", "test"), ("train", "val"), ("val", "test"), ("train", "train"), ("val", "val"), ("test", "test"))
 FARTHEST = 6  # bits of 64 in which the hashes of near-duplicates may differ
 LEAST_CORRELATION = 0.95  # of their thumbnails: equal hashes are frequent among plain images
-LEAST_COSINE = 0.97  # of the features of near-duplicates
+LEAST_COSINE = 0.9  # of the features of near-duplicates
 MOST_PAIRS = 100_000  # kept of near-duplicates, the first found
 BLOCK = 1024  # images that are compared with all others at once
 

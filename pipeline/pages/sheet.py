@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
     from PIL.ImageFont import FreeTypeFont
 
-SMALLEST_TILE, LARGEST_TILE = 96, 128  # bounds of a picture's longer side in pixels
+SMALLEST_TILE, LARGEST_TILE = 96, 112  # bounds of a picture's longer side in pixels
 GAP, CAPTION_SIZE, LINE_HEIGHT = 8, 11, 14  # pixels
 PAPER, INK = "#fffffe", "#1b1b1a"
 MISSING = "\U0010ffff"  # no font has this character

@@ -73,8 +73,8 @@ def batch_png(batch: Batch, preprocessing: Preprocessing, class_names: Sequence[
 
 def as_pictures(images: Tensor, preprocessing: Preprocessing) -> list[np.ndarray]:
     """Model input as uint8 arrays [S, S, C]. images: float [B, C, S, S]; the normalisation is undone."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    pixels = (images.float().cpu() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (preprocessing.mean, preprocessing.std))
+    pixels = (images.float().cpu() * std).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
     return list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.pages import sheet
 
 
-@pytest.mark.parametrize("size, expected", [((8, 8), (96, 96)), ((100, 40), (100, 40)), ((300, 150), (128, 64))])
+@pytest.mark.parametrize("size, expected", [((8, 8), (96, 96)), ((100, 40), (100, 40)), ((300, 150), (112, 56))])
 def test_a_sheet_enlarges_small_pictures_and_reduces_large_ones(size, expected):
     tile = sheet.as_tile(Image.new("RGB", size))
     assert tile.size == expected
