@@ -124,11 +124,18 @@ def run_fastai(python: Path, settings: list[str], task: dict[str, Any], seed: in
     """Runs the script with the given Python, with the weights under the name that timm needs there."""
     config = read_config(settings)
     given = {**task, "seed": seed, "workers": usable_cores(), "batch_size": config.batch_size, "epochs": config.num_epochs}
-    given["weights"] = config.model_name if config.pretrained else f"local-dir:{config.init_from}"
+    given["weights"] = config.model_name if config.init_from is None else f"local-dir:{timm_folder(Path(config.init_from))}"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         result_path = Path(folder) / "result.json"
         script = [str(python), "-P", str(FASTAI_SCRIPT), json.dumps({**given, "began": time.time()}), str(result_path)]
         return run_program(script, result_path)
+
+
+def timm_folder(source: Path) -> Path:
+    """The timm folder of init_from, which may name a run or the file of the weights."""
+    if source.is_file():
+        return source.parent
+    return source / "model" if (source / "model").is_dir() else source
 
 
 def summary_row(name: str, results: list[Row]) -> Row:

@@ -11,7 +11,7 @@ from PIL import Image
 from test_benchmark import FACTS, in_this_process  # noqa: F401, a fixture
 
 from pipeline.benchmark.__main__ import main
-from pipeline.benchmark.finetune import FASTAI, HERE, beside_peers, summary_row
+from pipeline.benchmark.finetune import FASTAI, HERE, beside_peers, summary_row, timm_folder
 from pipeline.benchmark.peers.finetuning import Task, Timeline, accuracy, model_with_drawn_head, timm_batches
 from pipeline.benchmark.reporting import COLUMNS
 from pipeline.benchmark.sets import class_folders
@@ -125,6 +125,13 @@ def test_peers_read_the_splits_of_ours_and_draw_the_head(task, settings):
     again = model_with_drawn_head(Task(**{**vars(task), "seed": 1}), torch.device("cpu"))
     same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, again.state_dict()[name])}
     assert model.state_dict().keys() - same == {"classifier.weight", "classifier.bias"} and len(same) > 20
+
+
+def test_the_timm_folder_of_init_from_is_that_of_a_run_a_folder_or_a_file(weights, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(weights)
+    assert timm_folder(tmp_path / "run") == tmp_path / "run" / "model"
+    assert timm_folder(weights) == timm_folder(weights / "model.safetensors") == weights
 
 
 def test_the_test_of_a_timeline_uses_the_weights_of_each_moment():
