@@ -77,6 +77,8 @@ def check(config: Config, args: Namespace) -> None:
             "val_fraction 0 selects the best epoch on the test images, so its test accuracy would be too high. Use a fraction "
             "above 0."
         )
+    if config.time_limit is not None:
+        raise ValueError("finetune compares equal numbers of epochs, and time_limit may lower ours. Set --epochs alone.")
     if config.num_epochs < 2 and "fastai" in args.peers:
         raise ValueError("fastai's fine_tune trains one epoch with a frozen model first. Use --epochs 2 or more.")
     if args.fastai_python is not None and not args.fastai_python.is_file():

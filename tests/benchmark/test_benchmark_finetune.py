@@ -166,6 +166,7 @@ def test_a_row_has_mean_and_deviation_over_the_seeds():
     [
         (["--pretrained=false"], "starts from given weights"),
         (["--val_fraction=0"], "selects the best epoch on the test images"),
+        (["--time_limit=1m"], "--epochs alone"),
         (["--epochs=1"], "--epochs 2 or more"),
         (["--fastai_python=missing"], "pip install fastai timm"),
     ],
