@@ -1,5 +1,6 @@
 """On a GPU: fp16 under its scaler, bf16, Muon's stacked matrices, resume. Skipped where there is none."""
 
+import json
 import math
 import shutil
 import warnings
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lines_of
+from conftest import ROOT, lines_of
 from torch import nn
 
 from pipeline.optim.muon import Muon
@@ -220,3 +221,28 @@ def test_stacked_matrices_step_as_each_alone(shape):
     for stacked, alone in zip(updates["stacked"], updates["alone"]):
         # bf16 keeps 8 bits, and five steps of Newton-Schulz let its rounding grow
         assert (stacked - alone).norm() <= 0.05 * alone.norm() > 0
+
+
+def test_forked_trials_of_a_sweep_use_the_gpu(tmp_path, monkeypatch):
+    """The fork server has imported torch. Each trial initialises CUDA itself."""
+    from pipeline.common.fork_server import ForkServer
+    from pipeline.sweep.__main__ import main
+
+    given = {"model_name": "simple_mlp", "max_train_samples": 100, "epochs": 1, "mixed_precision": "no"}
+    parameters = {name: {"value": value} for name, value in given.items()} | {"seed": {"values": [0, 1]}}
+    file, forked, start = tmp_path / "sweep.yaml", [], ForkServer.start
+    metric = {"name": "val/accuracy", "goal": "maximize"}
+    file.write_text(json.dumps({"method": "grid", "metric": metric, "parameters": parameters, "name": "forked"}))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ForkServer, "start", lambda self, *request: forked.append(start(self, *request)) or forked[-1])
+    assert main([str(file), "--output_dir", str(tmp_path), "--num_parallel", "2"]) == 0
+    assert [fork.returncode for fork in forked] == [0, 0]
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("forked/trial-*/summary.json")]
+    assert len(summaries) == 2 and all(summary["device"].startswith("cuda") for summary in summaries)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw", "mixed_precision": "fp16"}, {"compile": True, "ema_decay": 0.5}])
+def test_a_time_limit_changes_nothing_but_the_number_of_epochs(train_on_gpu, settings):
+    plain = losses_of(train_on_gpu("plain", **settings))
+    limited = losses_of(train_on_gpu("limited", **settings, time_limit="1m"))
+    assert limited == pytest.approx(plain, rel=1e-3)
