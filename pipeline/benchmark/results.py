@@ -45,14 +45,19 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def section_text(title: str, rows: list[Row]) -> str:
-    """The section in Markdown; if its rows are in groups, the name of a group precedes that of each of its rows."""
+    """The section in Markdown."""
     units = {row.get("unit", "") for row in rows}
-    named = [{**row, "row": f"{row['group']}: {row['row']}" if "group" in row else row["row"]} for row in rows]
+    named = [{**row, "row": name_of(row)} for row in rows]
     section = Section(title, named, next(iter(units)) if len(units) == 1 else "median")
     headings, *lines = cells_of(section)
     rule = ["---", *["---:"] * (len(headings) - 1)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
     return f"### {title}\n\n{conditions(rows)}\n\n{table}"
+
+
+def name_of(row: Row) -> str:
+    """The name of a row after that of its group, if it does not begin with it."""
+    return row["row"] if row["row"].startswith(row.get("group", "")) else f"{row['group']}: {row['row']}"
 
 
 def conditions(rows: Iterable[Row]) -> str:

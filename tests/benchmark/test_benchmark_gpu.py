@@ -66,7 +66,7 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
     written = document.read_text()
     assert written.startswith(f"# Results\n\n{results.BEGIN}\n\n### Tests marked gpu") and written.endswith("\n\nThe end.\n")
     for row in (row for row in rows if "median" in row):
-        lines = [line for line in written.splitlines() if line.startswith(f"| {row['group']}: {row['row']} |")]
+        lines = [line for line in written.splitlines() if line.startswith(f"| {results.name_of(row)} |")]
         assert any(f" {reporting.number(row['median'])} " in line for line in lines)
     assert rows[0]["cpu"] in written and rows[0]["versions"]["timm"] in written
 
@@ -133,6 +133,11 @@ def test_the_parts_of_the_command_line_are_those_that_exist():
 def test_a_curve_is_the_mean_of_equal_parts():
     assert gpu_child.parts_of([4.0, 2.0, 3.0, 3.0, 2.0, 0.0, 1.0, 1.0]) == [3.0, 3.0, 1.0, 1.0]
     assert gpu_child.parts_of([2.0, 1.0]) == [2.0, 1.0]
+
+
+def test_the_name_of_a_group_precedes_that_of_a_row_once():
+    assert results.name_of({"group": "bf16", "row": "ours"}) == "bf16: ours"
+    assert results.name_of({"group": "sgd", "row": "sgd, SAM"}) == "sgd, SAM" == results.name_of({"row": "sgd, SAM"})
 
 
 def write_rows(path, rows):
