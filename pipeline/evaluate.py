@@ -1,7 +1,8 @@
 """`python -m pipeline.evaluate RUN|MODEL`: evaluates a saved model on the test split of its run or on another dataset.
 
-Reports loss, top-1 and top-5 accuracy, accuracy by class, the confusion matrix, images per second, and the expected
-calibration error over 15 bins of equal width (arXiv 1706.04599). `--tta flip` averages the probabilities of each image and
+Reports loss, top-1, top-5 and balanced accuracy, macro F1, the area under the ROC curve of two classes, precision, recall and
+F1 by class, the confusion matrix, images per second, and the expected calibration error over 15 bins of equal width (arXiv
+1706.04599). `--tta flip` averages the probabilities of each image and
 its mirror image.
 """
 
@@ -45,6 +46,9 @@ def report(result: dict[str, Any]) -> str:
         ("data", f"{data_text(result)}, {result['num_samples']:,} images"),
         *classes_rows(result["classes"]),
         ("accuracy", f"{console.percent(result['accuracy'])} +- {100 * margin:.2f}"),
+        ("balanced accuracy", f"{console.percent(result['balanced_accuracy'])}, the mean recall of the classes"),
+        ("macro F1", console.percent(result["macro_f1"])),
+        *([("area under ROC", console.percent(result["roc_auc"]))] if math.isfinite(result.get("roc_auc", math.nan)) else []),
         ("top-5 accuracy", console.percent(result["top5_accuracy"])),
         ("loss", f"{result['loss']:.4f}"),
         ("calibration", f"{console.percent(result['expected_calibration_error'])} expected error, 15 bins"),
@@ -79,14 +83,15 @@ def listed(names: list[str]) -> str:
 
 
 def confusion_table(names: list[str], result: dict[str, Any]) -> str:
-    """A line per true class: its accuracy, then how often each class was predicted, by class number."""
+    """A line per true class: its recall, precision and F1, then how often each class was predicted, by class number."""
     label = max(len(f"{number} {name}") for number, name in enumerate(names))
     cell = max(len(str(count)) for row in result["confusion_matrix"] for count in (*row, len(names)))
-    lines = [f"{'true class':<{label}} {'accuracy':>9}  predicted class"]
-    lines.append(f"{'':<{label}} {'':>9}  {' '.join(f'{number:>{cell}}' for number in range(len(names)))}")
+    lines = [f"{'true class':<{label}} {'recall':>9} {'precision':>9} {'F1':>9}  predicted class"]
+    lines.append(f"{'':<{label}} {'':>29}  {' '.join(f'{number:>{cell}}' for number in range(len(names)))}")
     for number, (name, row) in enumerate(zip(names, result["confusion_matrix"])):
-        accuracy = console.percent(result["per_class_accuracy"][name])
-        lines.append(f"{f'{number} {name}':<{label}} {accuracy:>9}  {' '.join(f'{count:>{cell}}' for count in row)}")
+        own = result["per_class"][name]
+        shares = " ".join(f"{console.percent(own[key]):>9}" for key in ("recall", "precision", "f1"))
+        lines.append(f"{f'{number} {name}':<{label}} {shares}  {' '.join(f'{count:>{cell}}' for count in row)}")
     return "\n".join(lines)
 
 

@@ -87,12 +87,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def epoch_line(number: int, epochs: int, entry: dict[str, Any], lr: float, batch_size: int, is_best: bool) -> str:
+def epoch_line(
+    number: int, epochs: int, entry: dict[str, Any], lr: float, batch_size: int, is_best: bool, monitor: str = "accuracy"
+) -> str:
+    """The line of an epoch on the terminal. monitor: the metric that decides the best epoch."""
     train, val = entry["train"], entry["val"]
+    monitored = "" if monitor in ("accuracy", "loss") else f" {monitor} {percent(val[monitor]):>8}"
     width = len(str(epochs))
     return (
         f"epoch {number:>{width}}/{epochs}  train loss {train['loss']:.4f} accuracy {percent(train['accuracy']):>8}"
-        f"  val loss {val['loss']:.4f} accuracy {percent(val['accuracy']):>8}"
+        f"  val loss {val['loss']:.4f} accuracy {percent(val['accuracy']):>8}{monitored}"
         f"  lr {lr:<7.2g}  batch {batch_size}  {entry['images_per_second']:,.0f} images/s{'  best' if is_best else ''}"
     )
 

@@ -101,8 +101,9 @@ def make_loader(
         "eval_batch_size": config.images_at_once
         or EVAL_BATCH * math.ceil(first_batch_size(config) / accelerator.num_processes),
     }
+    sampler = config.sampler if training else "shuffle"
     images = FittedImages(split, preprocessing, augment, config.seed, shown=accelerator.is_main_process)
     if isinstance(split, StreamedSplit):
         buffer = config.shuffle_buffer
         return StreamLoader(split, images, transform, num_workers=num_workers, shuffle_buffer=buffer, **common)
-    return Loader(split, make_source(images, kind, num_workers, device), transform, **common)
+    return Loader(split, make_source(images, kind, num_workers, device), transform, sampler=sampler, **common)

@@ -15,6 +15,7 @@ from pipeline.common.randomness import permutation
 from pipeline.common.system import to_device
 from pipeline.data.splits import Split
 from pipeline.images.augment import BatchTransform
+from pipeline.loaders.balanced_order import balanced_order
 from pipeline.loaders.mixing import mix
 from pipeline.loaders.sources import DeviceImages, WorkerImages
 from pipeline.settings.batch_size import IGNORED, largest_share, share_of
@@ -27,8 +28,8 @@ Batch = tuple[Tensor, Tensor]
 class Loader:
     """Batches of one split for one rank.
 
-    mixup, cutmix: alphas of their Beta distributions. Training labels are int64 [B], or float [B, num_classes] with mixup or
-    cutmix. eval_batch_size: images per rank and batch in evaluation.
+    sampler: shuffle, or balanced for the order of balanced_order. mixup, cutmix: alphas of their Beta distributions. Training
+    labels are int64 [B], or float [B, num_classes] with mixup or cutmix. eval_batch_size: images per rank and evaluation batch.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Loader:
         rank: int = 0,
         num_processes: int = 1,
         seed: int = 0,
+        sampler: str = "shuffle",
         mixup: float = 0.0,
         cutmix: float = 0.0,
         num_classes: int,
@@ -50,6 +52,7 @@ class Loader:
         self.rank, self.num_processes, self.seed = rank, num_processes, seed
         self.mixup, self.cutmix, self.num_classes = mixup, cutmix, num_classes
         self.eval_batch_size = eval_batch_size
+        self.balanced_labels = np.asarray(split.labels) if sampler == "balanced" else None
         self.labels = torch.from_numpy(np.asarray(split.labels)).to(device)
 
     @property
@@ -76,7 +79,10 @@ class Loader:
 
     def train_epoch(self, epoch: int, batch_size: int, num_batches: int, first_batch: int = 0) -> Iterator[Batch]:
         """The shuffled, augmented batches of the epoch from first_batch on. An empty share is replaced by one IGNORED sample."""
-        order = permutation(len(self), self.seed, epoch, DATA_ORDER)
+        if self.balanced_labels is None:
+            order = permutation(len(self), self.seed, epoch, DATA_ORDER)
+        else:
+            order = balanced_order(self.balanced_labels, self.seed, epoch)
         batches = [order[batch * batch_size : (batch + 1) * batch_size] for batch in range(num_batches)]
         shares = [share_of(len(rows), self.rank, self.num_processes) for rows in batches]
         rows_of_batches = [
@@ -85,7 +91,7 @@ class Loader:
         images_of_batches = self.source.batches(epoch, rows_of_batches[first_batch:])
         for batch, images in enumerate(images_of_batches, first_batch):
             rows, (start, stop) = rows_of_batches[batch], shares[batch]
-            labels = self.labels[to_device(torch.from_numpy(rows), self.device)]
+            labels = self.labels[to_device(torch.from_numpy(rows % len(self)), self.device)]
             if stop == start:
                 labels = torch.full_like(labels, IGNORED)
             images = self.transform.train(images, rows, epoch)

@@ -36,11 +36,14 @@ class FittedImages(torch.utils.data.Dataset):
         return self.__getitems__((epoch, np.array([row])))[0]
 
     def __getitems__(self, addresses: tuple[int, np.ndarray]) -> Tensor:
-        """The images of these rows in an epoch; uint8 [B, C, S, S]. Raises BadImage."""
+        """The images of these rows in an epoch; uint8 [B, C, S, S]. Raises BadImage.
+
+        rows: those of the split, with its length added for each repetition, as in balanced_order.
+        """
         epoch, rows = addresses
         batch = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
         draws = uniforms(rows, NUM_FIT_DRAWS, self.seed, epoch, FIT)
-        for place, row in enumerate(rows.tolist()):
+        for place, row in enumerate((rows % len(self.split)).tolist()):
             batch[place] = self.fit(row, draws[place])
         return batch
 
@@ -128,7 +131,7 @@ class DeviceImages:
         self.load()
         assert self.images is not None
         for rows in rows_of_batches:
-            places = to_device(torch.from_numpy(self.places[rows]), self.device)
+            places = to_device(torch.from_numpy(self.places[rows % len(self.places)]), self.device)
             yield self.images.index_select(0, places)
 
 

@@ -99,7 +99,7 @@ def signed(value: float | None, config: Config) -> float:
     """The value, or its negative for a loss; -inf for NaN, infinity and what a checkpoint holds for them, None."""
     if value is None or not math.isfinite(value):
         return -math.inf
-    return value if config.monitor == "accuracy" else -value
+    return -value if config.monitor == "loss" else value
 
 
 def best_kind(entry: dict[str, Any], config: Config) -> str:

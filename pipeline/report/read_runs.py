@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import yaml
 from pipeline.common.system import is_alive
 from pipeline.run_folder import lock
 from pipeline.run_folder.paths import metrics_path
-from pipeline.settings.config import FIELDS, Config
+from pipeline.settings.config import DEFAULTS, FIELDS, TYPES, Config
 from pipeline.settings.parser import SettingsLoader
 
 ENDED = ("completed", "early_stopped")  # status in the summary of a run that was not stopped
+MONITORS = typing.get_args(TYPES["monitor"])
 PLACE = ("epoch", "step", "seconds")
 
 Line = dict[str, Any]
@@ -110,7 +112,7 @@ def read_run(path: Path) -> RunRecord:
     settings = effective_settings(read_mapping(path / "config.yaml", notes))
     best, test = summary.get("best"), summary.get("test")
     facts = {key: value for key, value in summary.items() if key not in ("best", "test", "status", "reason")}
-    monitor = "loss" if settings.get("monitor") == "loss" else "accuracy"
+    monitor = settings.get("monitor") if settings.get("monitor") in MONITORS else DEFAULTS.monitor
     return RunRecord(
         name=path.resolve().name,
         path=path,
@@ -199,7 +201,7 @@ def best_of(epochs: list[Line], monitor: str) -> Line | None:
     for entry in epochs:
         for prefix in ("", "ema_"):
             value = number(entry["val"], prefix + monitor)
-            signed = -math.inf if value is None else value if monitor == "accuracy" else -value
+            signed = -math.inf if value is None else -value if monitor == "loss" else value
             if signed > best_value:
                 figures = {key: entry["val"].get(prefix + key) for key in ("loss", "accuracy", "num_samples")}
                 best, best_value = {"epoch": entry["epoch"], **figures}, signed

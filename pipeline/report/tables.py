@@ -15,6 +15,9 @@ from pipeline.report.read_runs import RunRecord, Sweep, number
 ALWAYS_RANKED_BY = ("model_name", "optimizer", "lr", "batch_size")  # columns of the ranked table in any case
 MOST_CONFUSIONS = 10
 
+# the test figures beside accuracy and loss, by their names in a report
+BALANCE = {"Balanced accuracy": "balanced_accuracy", "macro F1": "macro_f1", "area under the ROC curve": "roc_auc"}
+
 
 def measured(figures: dict[str, Any] | None) -> Cell:
     """An accuracy with the half-width of its 95 % confidence interval, 1.96 sqrt(p (1 - p) / n)."""
@@ -195,18 +198,25 @@ def efficiency_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def class_table(run: RunRecord, class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table:
-    """A row per class: its test images, the correct ones, its accuracy, and the most frequent wrong prediction."""
+    """A row per class: its test images, the correct ones, recall, precision, F1, and the most frequent wrong prediction."""
     rows = []
+    predictions = [sum(column) for column in zip(*counts)]
     for place, name in enumerate(class_names):
         row = counts[place]
         total = sum(row)
         others = [(n, other) for other, n in enumerate(row) if other != place and n]
         most = max(others, key=lambda item: (item[0], -item[1]), default=None)
         wrong = "-" if most is None else f"{class_names[most[1]]} ({most[0]})"
-        accuracy = row[place] / total if total else None
-        rows.append(Row((words(name), count(total), count(row[place]), fraction(accuracy), words(wrong))))
-    columns = ("class", "test images", "correct", "accuracy", "most frequent wrong prediction")
-    return Table("classes", f"Accuracy by class of {run.name}", "", columns, tuple(rows))
+        correct, predicted = row[place], predictions[place]
+        shares = [
+            fraction(part / whole if whole else None)
+            for part, whole in ((correct, total), (correct, predicted), (2 * correct, total + predicted))
+        ]
+        rows.append(Row((words(name), count(total), count(correct), *shares, words(wrong))))
+    columns = ("class", "test images", "correct", "recall", "precision", "F1", "most frequent wrong prediction")
+    figures = {label: number(run.test, key) for label, key in BALANCE.items()}
+    note = ", ".join(f"{label} {percent(value)}" for label, value in figures.items() if value is not None)
+    return Table("classes", f"Recall, precision and F1 by class of {run.name}", note, columns, tuple(rows))
 
 
 def confusions_table(class_names: Sequence[str], counts: Sequence[Sequence[int]]) -> Table | None:
@@ -251,7 +261,8 @@ def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], swee
         "num_processes",
     )  # fmt: skip
     own = ("run", "folder", "sweep", "status", "reason", "rank", "strategy", "finished_epochs", "image_size_used", "best_epoch")
-    accuracies = ("best_val_accuracy", "best_val_loss", "test_accuracy", "test_top5_accuracy", "test_loss")
+    tested = ("accuracy", "top5_accuracy", "loss", *BALANCE.values())
+    accuracies = ("best_val_accuracy", "best_val_loss", *(f"test_{key}" for key in tested))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*own, *accuracies, *figures, *(f"setting_{name}" for name in names)])
@@ -260,7 +271,7 @@ def results_csv(runs: Sequence[RunRecord], best_first: Sequence[RunRecord], swee
         values = [run.name, run.path, sweep_name, run.status, run.reason, rank.get(run.name), strategy(run), len(run.epochs)]
         values += [run.facts.get("image_size"), number(run.best, "epoch")]
         values += [run.val_accuracy, number(run.best, "loss")]
-        values += [number(run.test, key) for key in ("accuracy", "top5_accuracy", "loss")]
+        values += [number(run.test, key) for key in tested]
         values += [run.facts.get(key) for key in figures]
         values += [csv_value(run.settings.get(name)) for name in names]
         writer.writerow(["" if value is None else value for value in values])

@@ -48,6 +48,13 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
         "loader stream does not support on_bad_image skip, which decodes every image before training. Repair or remove the bad "
         "images, or use loader workers."
     )
+    yield config.loader == "stream" and config.sampler == "balanced", (
+        "loader stream does not support sampler balanced: a stream reads each shard once per epoch and cannot repeat images. Use "
+        "class_weights balanced, or loader workers."
+    )
+    yield config.class_weights == "balanced" and config.sampler == "balanced", (
+        "class_weights balanced and sampler balanced together would correct twice. Set only one of them."
+    )
     yield config.compile_mode is not None and (config.micro_batch_size is not None or config.uses_sam), (
         "compile reduce-overhead needs one pass per step, but micro_batch_size and SAM make several. Use compile true."
     )

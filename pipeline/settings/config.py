@@ -89,6 +89,11 @@ class Config:
         "it. `null` uses all.",
         at_least=2,
     )
+    sampler: Literal["shuffle", "balanced"] = setting(
+        "shuffle",
+        "Which training images an epoch takes. `shuffle` takes each once. `balanced` takes as many of each class, so it repeats "
+        "images of rare classes and leaves out some of frequent ones.",
+    )
     drop_last: bool = setting(True, "Drop the last batch of an epoch if it is smaller than the others.")
 
     augment: Literal["none", "light", "randaugment", "trivialaugment"] = setting(
@@ -118,6 +123,11 @@ class Config:
         "cross_entropy",
         "Loss in training and evaluation. `bce` is binary cross-entropy of each class; every class of a mixed label "
         "is present (arXiv 2110.00476). `focal` lowers the loss of samples that are classified well (arXiv 1708.02002).",
+    )
+    class_weights: Literal["none", "balanced"] = setting(
+        "none",
+        "Factor on the training loss of each class. `balanced` is the mean number of training images of a class over the number "
+        "of this class.",
     )
 
     model_name: str = setting(
@@ -267,8 +277,9 @@ class Config:
         "never stops early.",
         at_least=1,
     )
-    monitor: Literal["accuracy", "loss"] = setting(
-        "accuracy", "Validation metric that decides the best epoch, `scheduler plateau` and early stopping."
+    monitor: Literal["accuracy", "loss", "balanced_accuracy", "macro_f1", "roc_auc"] = setting(
+        "accuracy",
+        "Validation metric that decides the best epoch, `scheduler plateau` and early stopping. `roc_auc` needs two classes.",
     )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(

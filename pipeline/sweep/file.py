@@ -31,10 +31,10 @@ FREE_KEYS = (
 )  # may change when a sweep is resumed
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-METRICS = [
-    f"{split}/{key}" for split in ("val", "train_epoch", "test") for key in ("accuracy", "loss", "top5_accuracy")
-]
-METRICS += ["val/ema_accuracy", "val/ema_loss", "val/ema_top5_accuracy", "train/loss"]
+FIGURES = ("accuracy", "loss", "top5_accuracy")
+METRICS = [f"{split}/{key}" for split in ("val", "train_epoch", "test") for key in FIGURES]
+METRICS += [f"{split}/{key}" for split in ("val", "test") for key in ("balanced_accuracy", "macro_f1", "roc_auc")]
+METRICS += [f"val/ema_{key}" for key in (*FIGURES, "balanced_accuracy", "macro_f1", "roc_auc")] + ["train/loss"]
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 OURS = ("run_name", "resume", "dry_run")  # settings that the sweep sets for each trial
 

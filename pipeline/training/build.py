@@ -139,6 +139,11 @@ class Parts:
 def assemble(config: Config, accelerator: Accelerator) -> Parts:
     """Loads the data and builds loaders, model and optimizer. Raises ValueError for parts that do not fit together."""
     dataset = load_data(config, accelerator)
+    if config.monitor == "roc_auc" and len(dataset.class_names) != 2:
+        raise ValueError(
+            f"monitor roc_auc needs two classes, and {config.dataset} has {len(dataset.class_names)}. Use balanced_accuracy or "
+            "macro_f1."
+        )
     if config.batch_size is None:
         config = dataclasses.replace(config, batch_size=fitting_batch_size(len(dataset.train)))
     with accelerator.local_main_process_first():  # pretrained weights are downloaded once per machine

@@ -14,7 +14,16 @@ from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.stream_loader import AnyLoader
 from pipeline.training.confident_mistakes import ConfidentMistakes
 from pipeline.training.losses import loss_sum
-from pipeline.training.metrics import add_batch, add_calibration, add_classes, figures, zero_sums
+from pipeline.training.metrics import (
+    add_batch,
+    add_calibration,
+    add_classes,
+    balance_figures,
+    figures,
+    roc_auc,
+    zero_class_counts,
+    zero_sums,
+)
 
 AGREE_EVERY_BATCHES = 10  # batches of a rank between two agreements of several processes on whether to stop
 
@@ -29,13 +38,16 @@ def evaluate(
     mistakes: ConfidentMistakes | None = None,
     loss: str = "cross_entropy",
 ) -> dict[str, float | int]:
-    """loss (a row of losses.LOSSES), accuracy, top5_accuracy and num_samples over all ranks.
+    """loss (a row of losses.LOSSES), accuracy, top5_accuracy, num_samples, balanced_accuracy, macro_f1 and, of two classes,
+    roc_auc, over all ranks.
 
     Every rank must call it, with the unwrapped model. classes: counts from metrics.zero_class_counts, calibration: bins from
     metrics.zero_calibration, mistakes: empty; this rank's samples are added to them in place. signals: if one of the ranks
     receives a signal, every rank raises Interrupted.
     """
     sums = zero_sums(accelerator.device)
+    counts = zero_class_counts(loader.num_classes, accelerator.device) if classes is None else classes
+    scores: list[Tensor] = []
     was_training = model.training
     model.eval()
     sharded = is_sharded(model)
@@ -48,14 +60,32 @@ def evaluate(
             if not len(labels):
                 continue
             add_batch(sums, logits, labels, loss_sum(logits, labels, loss))
-            if classes is not None:
-                add_classes(classes, logits, labels)
+            add_classes(counts, logits, labels)
+            if loader.num_classes == 2:
+                scores.append(torch.stack([class_1_score(logits, loss).to(sums.dtype), labels.to(sums.dtype)], dim=1))
             if calibration is not None:
                 add_calibration(calibration, logits, labels, loss)
             if mistakes is not None:
                 mistakes.add(images, logits, labels, loss)
     model.train(was_training)
-    return figures(accelerator.reduce(sums))
+    found = figures(accelerator.reduce(sums)) | balance_figures(accelerator.reduce(counts))
+    if loader.num_classes == 2:
+        everyones = from_all_ranks(torch.cat([sums.new_zeros(0, 2), *scores]), accelerator)
+        found["roc_auc"] = roc_auc(*everyones.unbind(dim=1))
+    return found
+
+
+def class_1_score(logits: Tensor, loss: str) -> Tensor:
+    """What the probability of class 1 of two classes grows with, without its rounding near 0 and 1; float [B]."""
+    return logits[:, 1] if loss == "bce" else logits[:, 1] - logits[:, 0]
+
+
+def from_all_ranks(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of all ranks on the CPU, [N, 2]; the second column is 0 or more. Every rank must call it."""
+    if accelerator.num_processes > 1:
+        rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1))
+    rows = rows.cpu()
+    return rows[rows[:, 1] >= 0]
 
 
 def padded_batches(loader: AnyLoader) -> Iterator[Batch]:

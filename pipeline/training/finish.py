@@ -20,7 +20,7 @@ from pipeline.settings.config import Config
 from pipeline.training.build import Parts
 from pipeline.training.confident_mistakes import ConfidentMistakes
 from pipeline.training.evaluation import evaluate
-from pipeline.training.metrics import class_figures, zero_class_counts
+from pipeline.training.metrics import class_figures, uneven_sizes, zero_class_counts
 from pipeline.training.model_card import model_card
 from pipeline.training.run import LOWER_RATE, Run
 from pipeline.training.state import TrainState
@@ -145,6 +145,7 @@ def closing_table(summary: dict[str, Any], config: Config, architecture: str) ->
     best, test, run_dir = summary["best"], summary["test"], config.run_dir
     is_ours = timm.model_entrypoint(architecture).__module__.startswith("pipeline.")
     imports = "import timm, pipeline" if is_ours else "import timm"
+    shown = "accuracy" if config.monitor == "loss" else config.monitor
     margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
     return "\n" + console.table(
         [
@@ -152,10 +153,11 @@ def closing_table(summary: dict[str, Any], config: Config, architecture: str) ->
                 "test accuracy",
                 f"{console.percent(test['accuracy'])} +- {100 * margin:.2f} of {test['num_samples']:,} images",
             ),
+            *balance_rows(test),
             ("test top-5, loss", f"{console.percent(test['top5_accuracy'])}, {test['loss']:.4f}"),
             (
                 "best epoch",
-                f"{best['epoch']} of {summary['epochs']} (validation accuracy {console.percent(best['accuracy'])})",
+                f"{best['epoch']} of {summary['epochs']} (validation {shown.replace('_', ' ')} {console.percent(best[shown])})",
             ),
             (
                 "time",
@@ -165,3 +167,12 @@ def closing_table(summary: dict[str, Any], config: Config, architecture: str) ->
             ("figures", f"{run_dir}/metrics.jsonl, summary.json"),
         ]
     )
+
+
+def balance_rows(test: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row of the balanced accuracy, if the classes of the test split are uneven."""
+    sizes = uneven_sizes(test.get("per_class", {}))
+    if sizes is None:
+        return []
+    text = f"{console.percent(test['balanced_accuracy'])} (classes of {sizes[0]:,} to {sizes[1]:,} test images)"
+    return [("balanced", text)]

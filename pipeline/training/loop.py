@@ -7,7 +7,9 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
@@ -29,6 +31,7 @@ from pipeline.settings.config import Config
 from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
 from pipeline.training.evaluation import evaluate
 from pipeline.training.finish import closing_table, finish, stop
+from pipeline.training.losses import balanced_weights
 from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
 from pipeline.training.plan import architecture, plan_text
@@ -158,6 +161,7 @@ def train_epoch(
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
     state.model.train()
     freeze_backbone(state.bare_model, state.epoch < config.freeze_epochs)
+    weights = weights_of_classes(loader, config, run.accelerator.device)
     run.read_clock(state)
     batches = loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch)
     with run.progress_bar(state, num_batches) as bar:
@@ -165,11 +169,18 @@ def train_epoch(
             lr = lr_of_step(state.epoch, state.batch, num_batches, state.history, config)
             set_lr(state.optimizer, lr)
             count = min(batch_size, len(loader) - state.batch * batch_size)
-            share = Share(images, labels, count, epochs=count / len(loader))
+            share = Share(images, labels, count, epochs=count / len(loader), class_weights=weights)
             norm = train_step(state, share, config, run.accelerator)
             bar.update()
             run.after_step(state, lr, batch_size, norm, is_last=state.batch == num_batches)
     return figures(run.accelerator.reduce(state.sums))
+
+
+def weights_of_classes(loader: AnyLoader, config: Config, device: torch.device) -> Tensor | None:
+    """The factors on the loss for class_weights, float32 [num_classes]; None without them."""
+    if config.class_weights == "none":
+        return None
+    return balanced_weights(torch.as_tensor(loader.labels), loader.num_classes).to(device)
 
 
 def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
@@ -193,7 +204,7 @@ def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:
     is_best = best_epoch(state.history, run.config) == len(state.history) - 1
     batch_size = batch_size_at(state.epoch - 1, run.config)
     lr = state.optimizer.param_groups[0]["lr"] / state.optimizer.param_groups[0]["lr_scale"]
-    line = console.epoch_line(state.epoch, run.config.num_epochs, entry, lr, batch_size, is_best)
+    line = console.epoch_line(state.epoch, run.config.num_epochs, entry, lr, batch_size, is_best, run.config.monitor)
     console.say(line, run.accelerator.is_main_process)
     run.save_figures(state)
     run.stop_if_asked(state, is_last=True)

@@ -1,6 +1,7 @@
 """Metrics: sums and counts added up on the device and divided once at the end."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from pipeline.training.losses import probabilities
 
 LOSS, CORRECT, TOP5, COUNT = range(4)
 
-LARGEST_CONFUSION = 2000  # classes up to which a test counts the confusion matrix
+LARGEST_CONFUSION = 2000  # classes up to which the confusion matrix is counted
+
+UNEVEN = 2  # classes whose samples differ by more than this factor are uneven
 
 NUM_BINS = 15  # of calibration, as in arXiv 1706.04599
 
@@ -63,9 +66,10 @@ def figures(sums: Tensor) -> dict[str, float | int]:
 
 def zero_class_counts(num_classes: int, device: torch.device) -> Tensor:
     """Zeros for add_classes: a confusion matrix, int64 [num_classes, num_classes], or with more than LARGEST_CONFUSION classes
-    the samples and the correct ones of each class, int64 [num_classes, 2], because a matrix of 10,000 classes takes 0.8 GB.
+    the samples, the predictions and the correct ones of each class, int64 [num_classes, 3], because a matrix of 10,000 classes
+    takes 0.8 GB.
     """
-    columns = num_classes if num_classes <= LARGEST_CONFUSION else 2
+    columns = num_classes if num_classes <= LARGEST_CONFUSION else 3
     return torch.zeros(num_classes, columns, dtype=torch.int64, device=device)
 
 
@@ -80,23 +84,89 @@ def add_classes(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
 
     A confusion matrix has true classes as rows.
     """
-    predicted = logits.argmax(dim=1)
+    predicted, ones = predicted_classes(logits), torch.ones_like(labels)
     if is_confusion(counts):
-        cells = labels * len(counts) + predicted
-        counts.view(-1).index_add_(0, cells, torch.ones_like(cells))  # bincount would read the largest cell from the GPU
+        counts.view(-1).index_add_(0, labels * len(counts) + predicted, ones)
     else:
-        counts.index_add_(0, labels, torch.stack([torch.ones_like(labels), (predicted == labels).to(labels)], dim=1))
+        samples, predictions, correct = counts.T
+        samples.index_add_(0, labels, ones)
+        predictions.index_add_(0, predicted, ones)
+        correct.index_add_(0, labels, (predicted == labels).to(labels))
+
+
+def counts_by_class(counts: Tensor) -> list[tuple[int, int, int]]:
+    """The samples, the predictions and the correct ones of each class."""
+    columns = [counts.sum(dim=1), counts.sum(dim=0), counts.diagonal()] if is_confusion(counts) else list(counts.T)
+    return [(samples, predictions, correct) for samples, predictions, correct in torch.stack(columns, dim=1).tolist()]
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def f1(samples: int, predictions: int, correct: int) -> float | None:
+    """The harmonic mean of precision and recall; None for a class without samples and predictions."""
+    return ratio(2 * correct, samples + predictions)
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """The mean of the values that are not None; 0 of none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def balance_figures(counts: Tensor) -> dict[str, float]:
+    """balanced_accuracy, the mean recall of the classes with samples, and macro_f1, the mean F1 of those with samples or
+    predictions; as scikit-learn's balanced_accuracy_score and f1_score(average="macro").
+    """
+    classes = counts_by_class(counts)
+    return {
+        "balanced_accuracy": mean(ratio(correct, samples) for samples, _, correct in classes),
+        "macro_f1": mean(f1(*each) for each in classes),
+    }
 
 
 def class_figures(counts: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """per_class_accuracy by name, None for a class without samples, and confusion_matrix where it was counted."""
-    if is_confusion(counts):
-        totals, right = counts.sum(dim=1).tolist(), counts.diagonal().tolist()
-    else:
-        totals, right = counts.T.tolist()
-    accuracies = [correct / total if total else None for correct, total in zip(right, totals)]
+    """per_class_accuracy by name, None for a class without samples; per_class with precision, recall, F1 and samples; and
+    confusion_matrix where it was counted.
+    """
+    classes = counts_by_class(counts)
+    per_class = {
+        name: {
+            "precision": ratio(correct, predictions),
+            "recall": ratio(correct, samples),
+            "f1": f1(samples, predictions, correct),
+            "num_samples": samples,
+        }
+        for name, (samples, predictions, correct) in zip(class_names, classes)
+    }
     matrix = {"confusion_matrix": counts.tolist()} if is_confusion(counts) else {}
-    return {"per_class_accuracy": dict(zip(class_names, accuracies)), **matrix}
+    return {
+        "per_class_accuracy": {name: values["recall"] for name, values in per_class.items()},
+        "per_class": per_class,
+        **matrix,
+    }
+
+
+def uneven_sizes(per_class: Mapping[str, Mapping[str, Any]]) -> tuple[int, int] | None:
+    """The samples of the smallest and of the largest class, if they differ by more than UNEVEN times; else None.
+
+    per_class: of class_figures. Classes without samples are not counted.
+    """
+    sizes = [values["num_samples"] for values in per_class.values() if values["num_samples"]]
+    return (min(sizes), max(sizes)) if sizes and max(sizes) > UNEVEN * min(sizes) else None
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """The area under the ROC curve: how often a sample of class 1 has a larger score than one of class 0; ties count half.
+
+    scores: float [N]; labels: 0 or 1, [N]. NaN without samples of both classes.
+    """
+    values, places = scores.unique(return_inverse=True)
+    zeros, ones = (places[labels == number].bincount(minlength=len(values)) for number in (0, 1))
+    twice = (ones * (2 * (zeros.cumsum(0) - zeros) + zeros)).sum().item()  # in whole numbers, hence exact
+    pairs = zeros.sum().item() * ones.sum().item()
+    return twice / (2 * pairs) if pairs else math.nan
 
 
 def zero_calibration(device: torch.device) -> Tensor:

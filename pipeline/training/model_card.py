@@ -58,8 +58,8 @@ An image classifier with {len(data.class_names)} classes and {summary["num_param
 
 ## Figures
 
-| split | images | accuracy | top-5 accuracy | loss |
-| --- | ---: | ---: | ---: | ---: |
+| split | images | accuracy | balanced accuracy | macro F1 | top-5 accuracy | loss |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {figures_row("validation", summary["best"])}
 {figures_row("test", test)}
 
@@ -84,7 +84,7 @@ Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summa
 def figures_row(name: str, values: dict[str, Any]) -> str:
     cells = (
         f"{values['num_samples']:,}",
-        console.percent(values["accuracy"]),
-        console.percent(values["top5_accuracy"]),
+        # an epoch before a resume by this version may lack the balanced figures
+        *(console.percent(values.get(key)) for key in ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy")),
     )
     return f"| {name} | {' | '.join(cells)} | {values['loss']:.4f} |"

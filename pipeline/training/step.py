@@ -28,13 +28,14 @@ class Share:
     """A rank's share of a global batch.
 
     images: float [B, C, S, S]; labels: int64 [B] or float [B, num_classes]; count: samples in the global batch; epochs: count
-    over the samples of an epoch.
+    over the samples of an epoch; class_weights: float [num_classes] or None.
     """
 
     images: Tensor
     labels: Tensor
     count: int
     epochs: float
+    class_weights: Tensor | None = None
 
 
 def train_step(state: TrainState, share: Share, config: Config, accelerator: Accelerator) -> Tensor | None:
@@ -83,7 +84,7 @@ def accumulate_gradient(
     for number, (images, labels) in enumerate(parts, 1):
         with contextlib.nullcontext() if sync and number == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
-            batch_loss = loss_sum(logits, labels, config.loss, config.label_smoothing)
+            batch_loss = loss_sum(logits, labels, config.loss, config.label_smoothing, share.class_weights)
             # checkpointed layers run again in the backward pass and would update BatchNorm's statistics twice
             with kept_buffers(state.model) if config.gradient_checkpointing else contextlib.nullcontext():
                 accelerator.backward(batch_loss * weight)

@@ -43,7 +43,10 @@ def evaluated(capsys, *arguments):
 
 
 def figures(printed):
-    keys = ("loss", "accuracy", "top5_accuracy", "num_samples", "per_class_accuracy", "confusion_matrix")
+    keys = (
+        "loss", "accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "num_samples", "per_class_accuracy", "per_class",
+        "confusion_matrix",
+    )  # fmt: skip
     return {key: printed[key] for key in keys}
 
 
@@ -169,6 +172,9 @@ def test_the_report_shows_the_figures(finished_run, capsys):
     out = capsys.readouterr().out
     assert f"{100 * summary['test']['accuracy']:.2f} %" in out and f"{summary['test']['loss']:.4f}" in out
     assert " ".join(map(str, summary["test"]["confusion_matrix"][3])) in " ".join(out.split())
+    own = summary["test"]["per_class"]["3"]
+    shown = " ".join(f"{100 * own[key]:.2f} %" for key in ("recall", "precision", "f1"))
+    assert f"3 3 {shown}" in " ".join(out.split()) and f"{100 * summary['test']['macro_f1']:.2f} %" in out
 
 
 def test_of_many_classes_the_report_shows_the_most_confused():

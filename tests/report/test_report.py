@@ -560,7 +560,8 @@ def test_tables_of_classes_agree_with_the_matrix():
     matrix = [[8, 2, 0], [0, 5, 0], [3, 1, 6]]
     table = class_table(read_run(ROOT), ["ant", "bee", "cat"], matrix)
     assert [[cell.text for cell in row.cells] for row in table.rows] == [
-        ["ant", "10", "8", "80.00 %", "bee (2)"], ["bee", "5", "5", "100.00 %", "-"], ["cat", "10", "6", "60.00 %", "ant (3)"],
+        ["ant", "10", "8", "80.00 %", "72.73 %", "76.19 %", "bee (2)"], ["bee", "5", "5", "100.00 %", "62.50 %", "76.92 %", "-"],
+        ["cat", "10", "6", "60.00 %", "100.00 %", "75.00 %", "ant (3)"],
     ]  # fmt: skip
     pairs = confusions_table(["ant", "bee", "cat"], matrix)
     assert pairs is not None

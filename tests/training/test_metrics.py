@@ -2,6 +2,8 @@
 
 import math
 
+import pytest
+import sklearn.metrics
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,9 +13,12 @@ from pipeline.training.metrics import (
     add_batch,
     add_calibration,
     add_classes,
+    balance_figures,
     calibration_error,
     class_figures,
     figures,
+    roc_auc,
+    uneven_sizes,
     zero_calibration,
     zero_class_counts,
     zero_sums,
@@ -72,7 +77,44 @@ def test_confusion_has_true_classes_in_rows_and_gives_accuracy_per_class():
     add_classes(confusion, logits, torch.tensor([0, 0, 1, 1]))
     assert confusion.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     found = class_figures(confusion, ["a", "b", "c"])
+    per_class = found.pop("per_class")
     assert found == {"per_class_accuracy": {"a": 0.5, "b": 0.5, "c": None}, "confusion_matrix": confusion.tolist()}
+    assert per_class["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "num_samples": 2}
+    assert per_class["c"] == {"precision": None, "recall": None, "f1": None, "num_samples": 0}
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_balanced_figures_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(200, 6, generator=generator), torch.randint(4, (200,), generator=generator)
+    logits[:, 5] = -9.0  # class 5 has neither samples nor predictions, class 4 only predictions
+    counts = zero_class_counts(6, torch.device("cpu"))
+    for part in torch.arange(200).split(33):
+        add_classes(counts, logits[part], labels[part])
+    predicted = logits.argmax(1)
+    assert balance_figures(counts) == {
+        "balanced_accuracy": pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, predicted), rel=1e-12),
+        "macro_f1": pytest.approx(sklearn.metrics.f1_score(labels, predicted, average="macro"), rel=1e-12),
+    }
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, predicted, labels=range(6), zero_division=0)
+    found = class_figures(counts, list("abcdef"))["per_class"].values()
+    for own, values in zip(("precision", "recall", "f1", "num_samples"), expected):
+        assert [each[own] or 0 for each in found] == pytest.approx(values.tolist(), rel=1e-12)
+
+
+def test_the_area_under_the_roc_curve_is_that_of_scikit_learn_also_with_ties():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(300, generator=generator), torch.randint(2, (300,), generator=generator)
+    for each in (scores, (3 * scores).round(), torch.zeros(300)):
+        assert roc_auc(each, labels) == pytest.approx(sklearn.metrics.roc_auc_score(labels, each), rel=1e-12)
+    assert roc_auc(labels.float(), labels) == 1.0 and math.isnan(roc_auc(scores, torch.zeros(300)))
+
+
+def test_classes_are_uneven_if_one_has_more_than_twice_the_samples_of_another():
+    def sizes(*counts):
+        return {str(number): {"num_samples": count} for number, count in enumerate(counts)}
+
+    assert uneven_sizes(sizes(5, 10, 0)) is None and uneven_sizes(sizes(5, 11, 7)) == (5, 11) and uneven_sizes({}) is None
 
 
 def test_many_classes_are_counted_each_without_a_matrix(monkeypatch):
@@ -85,8 +127,8 @@ def test_many_classes_are_counted_each_without_a_matrix(monkeypatch):
     add_classes(counts, logits, labels)
     names = [str(number) for number in range(num_classes)]
     found = class_figures(counts, names)
-    assert found["per_class_accuracy"] == class_figures(matrix, names)["per_class_accuracy"]
-    assert "confusion_matrix" not in found and counts.shape == (5, 2)
+    assert found == {key: value for key, value in class_figures(matrix, names).items() if key != "confusion_matrix"}
+    assert balance_figures(counts) == balance_figures(matrix) and counts.shape == (5, 3)
 
 
 def test_the_calibration_error_is_that_of_the_paper_bin_by_bin():

@@ -64,7 +64,9 @@ def test_every_line_has_its_place_and_its_figures(run_training):
     assert [line["epoch"] for line in ends] == [1, 2] and all(figures <= line.keys() for line in ends)
     assert all(line["num_samples"] == 80 for line in ends)
     assert [line["split"] for line in lines if line["split"] != "train"] == ["val", "val", "test"]
-    assert all(figures <= line.keys() for line in lines if line["split"] != "train")
+    evaluations = [line for line in lines if line["split"] != "train"]
+    assert all(figures | {"balanced_accuracy", "macro_f1"} <= line.keys() for line in evaluations)
+    assert not any("roc_auc" in line for line in lines)
 
 
 def test_a_step_searches_no_package_and_formats_no_stack(run_training, monkeypatch):
