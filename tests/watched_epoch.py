@@ -21,6 +21,7 @@ from pipeline.loaders import build as loaders_build
 from pipeline.loaders import sources
 from pipeline.settings.config import Config
 from pipeline.training import build
+from pipeline.training.confident_mistakes import ConfidentMistakes
 from pipeline.training.evaluation import evaluate
 from pipeline.training.loop import train_epoch
 from pipeline.training.metrics import zero_calibration, zero_class_counts
@@ -71,7 +72,8 @@ def watched_epoch(device: str = "cpu", **settings: Any) -> Watch:
             train_epoch(state, parts.loaders["train"], run)
             assert state.batch == state.step == 2
             for model in [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]:
-                evaluate(model, parts.loaders["val"], accelerator, classes, calibration, run.signals)
+                more: dict[str, Any] = {"mistakes": ConfidentMistakes(), "loss": parts.config.loss}
+                evaluate(model, parts.loaders["val"], accelerator, classes, calibration, run.signals, **more)
     return watch
 
 

@@ -2,17 +2,20 @@
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT
-from device_watch import MixesDevices, WaitsForDevice, device_watch
+from device_watch import OTHER, MixesDevices, WaitsForDevice, device_watch
 from PIL import Image
 from steps import batch, cpu_scaler, make_state
+from timm.optim import list_optimizers
 from watched_epoch import fake_gpu, given_gradients, watched_epoch
 
 from pipeline.distributed.accelerator import make_accelerator
@@ -24,8 +27,9 @@ from pipeline.loaders.mixing import mix
 from pipeline.models.create import create_model
 from pipeline.optim.ema import create_ema, update_ema
 from pipeline.optim.muon import Muon
-from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer
+from pipeline.optim.optimizers import OPTIMIZERS, check_optimizer_name, create_optimizer
 from pipeline.optim.sam import perturbed, sharpness_norm
+from pipeline.optim.timm_optimizers import constructor
 from pipeline.settings.config import Config
 from pipeline.training.metrics import LARGEST_CONFUSION, add_classes, zero_class_counts
 from pipeline.training.run import Run
@@ -37,8 +41,13 @@ EVERYTHING: dict[str, Any] = {
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
-    "workers": {"loader": "workers", "num_workers": 0, "augment": "trivialaugment", "sam_rho": 0.05, "sam_adaptive": True},
-    "stream": {"loader": "stream", "num_workers": 0, "cutmix": 1.0, "freeze_epochs": 1, "max_train_samples": None},
+    "workers": {
+        "loader": "workers", "num_workers": 0, "augment": "trivialaugment", "sam_rho": 0.05, "sam_adaptive": True,
+        "loss": "focal",
+    },
+    "stream": {
+        "loader": "stream", "num_workers": 0, "cutmix": 1.0, "freeze_epochs": 1, "max_train_samples": None, "loss": "bce",
+    },
 }
 
 FETCH, FIGURES = ("pipeline/training/run.py", "fetch"), ("pipeline/training/metrics.py", "figures")
@@ -128,6 +137,35 @@ def test_optimizer_sam_and_moving_average_stay_on_a_fake_gpu(fake_gpus_model, op
     assert watch.reads == {}
 
 
+def test_of_timms_optimizers_those_that_wait_in_each_step_are_named_in_the_documents():
+    names = sorted((name for name in list_optimizers() if name not in OPTIMIZERS and is_supported(name)), key=len)
+    named = {constructor(name): name for name in reversed(names)}  # the shortest name of each
+    waiting = set()
+    for name in named.values():
+        config = Config(optimizer=name)
+        model = timm.create_model("simple_mlp", num_classes=3, in_chans=1, img_size=8, hidden_sizes=(8,))
+        with fake_gpu(make_accelerator(config, device="cpu")):
+            given_gradients(model.to("cuda"))(None)
+            optimizer = create_optimizer(model, config, "no")
+            with device_watch("cuda", only_counts=True) as watch:
+                optimizer.step()  # makes the state; some copy it from the CPU
+                before = watch.reads[OTHER]
+                optimizer.step()
+        if watch.reads[OTHER] > before:
+            waiting.add(name)
+    documents = (ROOT / "docs" / "optimizers.md").read_text()
+    (line,) = re.findall(r"\*\*Waiting for the GPU\*\* in each step: ([^.]*)\.", documents)
+    assert len(named) > 20 and waiting == set(re.findall(r"`(\w+)`", line))
+
+
+def is_supported(name: str) -> bool:
+    try:
+        check_optimizer_name(name)
+    except ValueError:
+        return False
+    return True
+
+
 PHOTO = Preprocessing(image_size=6, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, kept_size=8)
 GREY = Preprocessing(image_size=20, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3, source_size=16, crop_pct=0.9)
 
@@ -193,7 +231,7 @@ def all_code(code: Any) -> list[Any]:
 
 # (device, function, a part of one of its lines, the part with a fault, the error)
 PLANTS = [
-    ("cpu", accumulate_gradient, "total += loss_sum.detach()", "total += loss_sum.item()", WaitsForDevice),
+    ("cpu", accumulate_gradient, "total += batch_loss.detach()", "total += batch_loss.item()", WaitsForDevice),
     ("cpu", update_ema, "ema.update(model)", "ema.update(model), next(model.buffers()).tolist()", WaitsForDevice),
     ("cpu", operate, "sizes = group_sizes.tolist()", "sizes = group_sizes.tolist() if values.sum() else []", WaitsForDevice),
     ("cpu", mix, "ignored = labels == IGNORED", "ignored = labels == labels[labels >= 0].new_tensor(IGNORED)", WaitsForDevice),
