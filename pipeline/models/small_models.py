@@ -156,12 +156,14 @@ def conv_and_norm(width: int) -> list[nn.Module]:
 
 def conv_stage(inputs: int, outputs: int, shortcut: bool) -> nn.Sequential:
     """A stage of SmallConvNet; it halves the side of its input."""
+    # first the first layer: initial weights are drawn in the order in which layers are built
+    first = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     if shortcut:
         later: list[nn.Module] = [Shortcut(*conv_and_norm(outputs), nn.ReLU(inplace=True), *conv_and_norm(outputs))]
     else:
         later = conv_and_norm(outputs)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        first,
         Pool(),  # before norm and activation, which then process a quarter of the values
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
