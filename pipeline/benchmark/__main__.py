@@ -99,7 +99,7 @@ def efficiency_arguments(parser: CommandParser) -> None:
 
 GPU_PARTS = (
     *("tests", "target_94", "loop_resnet18", "loop_resnet50", "loop_vit_small"),
-    *("half_sgd", "half_adamw", "half_muon", "loaders", "steps", "target_95"),
+    *("half_sgd", "half_adamw", "half_muon", "loaders", "steps", "finetune", "target_95"),
 )
 
 

@@ -22,6 +22,7 @@ PARTS: dict[str, Groups] = {
     **{f"half_{optimizer}": partial(gpu_training.half, optimizer) for optimizer in ("sgd", "adamw", "muon")},
     "loaders": gpu_speed.loaders,
     "steps": gpu_speed.steps,
+    "finetune": gpu_training.finetune,
     "target_95": gpu_training.target_95,
 }
 

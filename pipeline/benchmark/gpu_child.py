@@ -133,3 +133,15 @@ def train_and_test(settings: list[str], folder: str) -> Row:
         "device": device_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def save_tiny_model(target: str, model_name: str, side: int, folder: str) -> Row:
+    """Writes the timm folder of a tiny model with random weights, to rehearse fine-tuning."""
+    import timm
+
+    from pipeline.models.timm_folder import save_model
+
+    kept: Row = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0, "readme": ""}
+    model = timm.create_model(model_name, num_classes=2)
+    save_model(model, Path(target), label_names=["a", "b"], image_size=side, in_chans=3, **kept)
+    return {}

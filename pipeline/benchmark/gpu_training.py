@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
 import pipeline
+from pipeline.benchmark import finetune as finetuning
 from pipeline.benchmark.children import PROJECT, run_child
 from pipeline.benchmark.gpu_groups import Group, has_gpu, precisions_of
 from pipeline.benchmark.measuring import Row
@@ -30,6 +31,7 @@ TOY_RUN = [
     *("--log_every=1", "--mixed_precision=no"),
 ]
 MICRO_BATCHES = 4
+TINY_MODEL, TOY_SIDE = "test_efficientnet", 32
 
 
 def tests(args: Namespace, settings: list[str]) -> Iterator[Group]:
@@ -53,7 +55,7 @@ def test_rows() -> list[Row]:
     failed = counts["failures"] + counts["errors"]
     passed = counts["tests"] - failed - counts["skipped"]
     row = {"row": TESTS.name, "unit": "seconds", "median": seconds, "least": seconds, "most": seconds, "n": 1}
-    return [{**row, "samples": [seconds], "passed": passed, "failed": failed, "skipped": counts["skipped"]}]
+    return [{**row, "samples": [seconds], "passed": passed, "failed": failed, "skipped_tests": counts["skipped"]}]
 
 
 def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group]:
@@ -77,6 +79,31 @@ def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group
 def rows_of_child(function: str, arguments: Row) -> list[Row]:
     rows: list[Row] = run_child(function, arguments)["rows"]
     return rows
+
+
+def finetune(args: Namespace, settings: list[str]) -> Iterator[Group]:
+    """The table of `benchmark finetune`; in a rehearsal a tiny model on synthetic images."""
+    optimizers, peers = ["sgd", "adam", "adamw", "muon"], ["fastai", "timm", "plain"]
+    own = Namespace(optimizers=optimizers, peers=peers, fastai_python=None, rounds=args.rounds)
+    if args.rehearse:
+        own.optimizers, own.peers = ["adamw"], ["plain"]
+
+    def measure() -> list[Row]:
+        with TemporaryDirectory(prefix="benchmark-") as folder:
+            (section,) = finetuning.sections(own, [*(toy_task(Path(folder)) if args.rehearse else []), *settings])
+        return section.rows
+
+    yield Group("Fine-tuning from given weights", "finetune", measure)
+
+
+def toy_task(folder: Path) -> list[str]:
+    """Settings for a synthetic set and the weights of a tiny model, both written below the folder."""
+    photos, weights = folder / "photos", folder / "weights"
+    photos.mkdir()
+    run_child("sets.make_set", {"set_folder": str(photos), "num_images": 40, "side": TOY_SIDE})
+    run_child("gpu_child.save_tiny_model", {"target": str(weights), "model_name": TINY_MODEL, "side": TOY_SIDE})
+    sizes = [f"--image_size={TOY_SIDE}", "--batch_size=8", "--epochs=2", "--val_fraction=0.25", "--num_workers=0"]
+    return [f"--dataset={photos}", f"--init_from={weights}", f"--model_name={TINY_MODEL}", *sizes]
 
 
 def target_94(args: Namespace, settings: list[str]) -> Iterator[Group]:

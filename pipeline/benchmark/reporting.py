@@ -77,7 +77,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", str),
     "passed": ("passed", str),
     "failed": ("failed", str),
-    "skipped": ("skipped", str),
+    "skipped_tests": ("skipped", str),
 }
 
 

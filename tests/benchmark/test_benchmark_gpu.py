@@ -42,9 +42,10 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
         "Half precision, SAM and gradient accumulation",
         "Loaders alone",
         "Training steps by optimizer",
+        "Fine-tuning from given weights",
         "Time to 95% test accuracy with mirror images",
     ]
-    assert by_section["Tests marked gpu"][0]["passed"] == 2 and by_section["Tests marked gpu"][0]["skipped"] == 1
+    assert by_section["Tests marked gpu"][0]["passed"] == 2 and by_section["Tests marked gpu"][0]["skipped_tests"] == 1
     for section, of_section in by_section.items():
         names = [row["row"] for row in of_section]
         if "Training speed" in section:
@@ -57,6 +58,8 @@ def test_a_rehearsal_runs_every_part_and_its_tables_are_made_by_the_command(
             assert all(row["skipped_steps"] == 0 and len(row["loss_curve"]) == 4 for row in of_section)
             curves = [row["loss_curve"] for row in of_section]
             assert curves[0] == pytest.approx(curves[1]) != curves[2] == pytest.approx(curves[3])
+        if "Fine" in section:
+            assert names == ["ours, adamw", "plain loop, AdamW"] and all(len(row["points"]) >= 2 for row in of_section)
         if "Time to" in section:
             assert len(of_section[0]["samples"]) == 1 and of_section[0]["reached"] == [0, 1]
     capsys.readouterr()
