@@ -248,6 +248,8 @@ def restored(state: TrainState, accelerator: Accelerator) -> Iterator[None]:
         optimizer.state.clear()
         optimizer.state.update(moments)
         for group, own in zip(optimizer.param_groups, options):
+            for name in group.keys() - own.keys() - {"params"}:  # of optimizers that count their steps in the group
+                del group[name]
             group.update(own)
         for name, value in facts.items():
             setattr(state, name, value)
