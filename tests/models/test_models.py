@@ -155,6 +155,15 @@ def test_shortcuts_of_small_convnet_skip_the_last_two_convolutions_of_a_stage():
     assert sum(isinstance(module, nn.Conv2d) for module in deep.stages.modules()) == 9 and deep.num_features == 384
 
 
+def test_the_initial_weights_of_small_convnet_are_drawn_layer_by_layer():
+    torch.manual_seed(0)
+    drawn = [nn.Conv2d(*sizes, 3, bias=False).weight for sizes in ((24, 8), (8, 8), (8, 12), (12, 12))]
+    torch.manual_seed(0)
+    model = timm.create_model("small_convnet", widths=(8, 12))
+    layers = [module.weight for module in model.stages.modules() if isinstance(module, nn.Conv2d)]
+    assert len(layers) == 4 and all(torch.equal(*pair) for pair in zip(layers, drawn))
+
+
 def test_the_patch_transform_is_orthonormal_fixed_and_sees_luma_and_opponent_colours():
     model = timm.create_model("small_convnet")
     filters, negatives = model.stem[0].weight.chunk(2)
