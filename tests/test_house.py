@@ -31,7 +31,7 @@ FLOORS = {
     "inspect": 7,
     "report": 7,
 }
-COMMANDS = {"evaluate", "predict", "export"}  # modules beside the rooms, on the highest floor
+COMMANDS = {"evaluate", "predict", "export", "demo"}  # modules beside the rooms, on the highest floor
 
 
 def modules() -> dict[str, Path]:
