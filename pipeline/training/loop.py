@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.common import console
 from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.common.system import to_device
 from pipeline.data.fingerprint import fingerprint, with_absolute_paths
 from pipeline.data.shards import LostShard
 from pipeline.distributed.accelerator import make_accelerator, system_facts, with_precision
@@ -180,7 +181,7 @@ def weights_of_classes(loader: AnyLoader, config: Config, device: torch.device) 
     """The factors on the loss for class_weights, float32 [num_classes]; None without them."""
     if config.class_weights == "none":
         return None
-    return balanced_weights(torch.as_tensor(loader.labels), loader.num_classes).to(device)
+    return to_device(balanced_weights(torch.as_tensor(loader.labels), loader.num_classes), device)
 
 
 def end_epoch(state: TrainState, run: Run, figures_of: dict[str, Any]) -> None:

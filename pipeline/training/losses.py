@@ -83,5 +83,6 @@ def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
 
     labels: int64 [N], of the training split. Classes without samples get 0 and are not counted. As scikit-learn's "balanced".
     """
-    counts = torch.bincount(labels, minlength=num_classes)
+    # bincount would wait for a GPU, to read the largest label
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=labels.device).index_add_(0, labels, torch.ones_like(labels))
     return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clamp(min=1)), 0.0)

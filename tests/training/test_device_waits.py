@@ -43,33 +43,40 @@ ROWS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "workers": {
         "loader": "workers", "num_workers": 0, "augment": "trivialaugment", "sam_rho": 0.05, "sam_adaptive": True,
-        "loss": "focal",
+        "loss": "focal", "class_weights": "balanced", "sampler": "balanced",
     },
     "stream": {
         "loader": "stream", "num_workers": 0, "cutmix": 1.0, "freeze_epochs": 1, "max_train_samples": None, "loss": "bce",
+        "class_weights": "balanced",
     },
 }
 
 FETCH, FIGURES = ("pipeline/training/run.py", "fetch"), ("pipeline/training/metrics.py", "figures")
+CLASSES = ("pipeline/training/metrics.py", "counts_by_class")
+ALL_RANKS, ROC_AUC = ("pipeline/training/evaluation.py", "from_all_ranks"), ("pipeline/training/metrics.py", "roc_auc")
 SCALER, ADAMS_COUNT = ("torch/amp/grad_scaler.py", "_maybe_opt_step"), ("torch/optim/optimizer.py", "_get_value")
 LOADERS_SEED = ("torch/utils/data/dataloader.py", "__init__")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 16 training and 4 test images, 8x8 pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(20):
-        path = folder / ("train" if number < 16 else "test") / f"class {number % 2}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
-    return folder
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Number of classes -> a folder of 16 training and 4 test images, 8x8 pixels."""
+
+    def write(num_classes: int) -> Path:
+        folder = tmp_path_factory.mktemp("pictures")
+        for number in range(20):
+            path = folder / ("train" if number < 16 else "test") / f"class {number % num_classes}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
+        return folder
+
+    return write
 
 
 @pytest.fixture
-def settings_of(pictures: Path) -> Callable[[str], dict[str, Any]]:
+def settings_of(pictures: Callable[[int], Path]) -> Callable[[str], dict[str, Any]]:
     def settings(row: str) -> dict[str, Any]:
-        return ROWS[row] | ({"dataset": str(pictures), "val_fraction": 0.0} if row == "stream" else {})
+        return ROWS[row] | ({"dataset": str(pictures(3)), "val_fraction": 0.0} if row == "stream" else {})
 
     return settings
 
@@ -82,17 +89,20 @@ def test_an_epoch_reads_a_tensor_only_for_its_log_line_and_its_figures(settings_
         assert reads.pop(ADAMS_COUNT) > 0
     if "loader" in settings:
         assert reads.pop(LOADERS_SEED) <= 2  # training and evaluation; with the workers' processes kept, at the first epoch
-    assert reads == {FETCH: 1, FIGURES: 3 if "ema_decay" in settings else 2}
+    evaluations = 2 if "ema_decay" in settings else 1
+    assert reads == {FETCH: 1, FIGURES: 1 + evaluations, CLASSES: evaluations}
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_an_epoch_on_a_fake_gpu_waits_for_no_copy_and_mixes_no_devices(settings_of, row):
-    assert watched_epoch("cuda", **settings_of(row)).reads.keys() == {FETCH, FIGURES}
+    assert watched_epoch("cuda", **settings_of(row)).reads.keys() == {FETCH, FIGURES, CLASSES}
 
 
-def test_decoding_in_worker_processes_reads_nothing_in_this_one(pictures):
-    settings = {"loader": "workers", "num_workers": 1, "dataset": str(pictures), "val_fraction": 0.0}
-    assert watched_epoch("cpu", **settings).reads == {FETCH: 1, FIGURES: 2, LOADERS_SEED: 2}
+def test_decoding_in_worker_processes_and_two_classes_read_nothing_more(pictures):
+    settings = {"loader": "workers", "num_workers": 1, "dataset": str(pictures(2)), "val_fraction": 0.0}
+    reads = dict(watched_epoch("cpu", **settings).reads)
+    assert reads.pop(ALL_RANKS) == 2 and reads.pop(ROC_AUC) < 10
+    assert reads == {FETCH: 1, FIGURES: 2, CLASSES: 1, LOADERS_SEED: 2}
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -240,7 +250,7 @@ PLANTS = [
     ("cuda", sharpness_norm, "precision = ", "gradients[0].cpu(); precision = ", WaitsForDevice),
     ("cuda", Loader.eval_epoch, "own = to_device(", "own = torch.Tensor.to(", WaitsForDevice),
     ("cuda", mix, "weights = weights.to(images.dtype)", "weights = weights * torch.ones(1, 8, 8)", MixesDevices),
-    ("cuda", add_classes, "cells = ", "labels = labels + torch.arange(len(labels)); cells = ", MixesDevices),
+    ("cuda", add_classes, "predicted, ones =", "labels = labels + torch.arange(len(labels)); predicted, ones =", MixesDevices),
 ]
 
 
@@ -253,7 +263,7 @@ def test_a_planted_fault_is_found_with_its_line(monkeypatch, device, function, o
 
 def test_a_log_line_in_every_step_is_found(monkeypatch):
     planted(monkeypatch, Run.after_step, "if is_last or state.step % self.config.log_every == 0:", "if True:")
-    assert watched_epoch("cpu").reads == {FETCH: 2, FIGURES: 2}
+    assert watched_epoch("cpu").reads == {FETCH: 2, FIGURES: 2, CLASSES: 1}
 
 
 def test_a_fault_that_is_caught_is_still_reported():
