@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import flags, torchrun
 from PIL import Image
 
 from pipeline.images.preprocessing import Preprocessing
@@ -60,6 +61,24 @@ def test_tensorboard_receives_the_pictures(run_training):
     samples = Image.open(io.BytesIO(received["samples"].encoded_image_string))
     assert np.array_equal(np.asarray(samples), np.asarray(Image.open(samples_path(run_dir))))
     assert received["test/confusion_matrix"].width > 300 and received["test/mistakes"].width == 4 * (96 + 8) + 8
+
+
+@pytest.mark.slow
+def test_two_processes_send_the_mistakes_and_the_matrix_of_one(finished_run, tmp_path):
+    """samples.png is the share of the first process: the first half of the batch."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, one = finished_run(log_with="tensorboard")
+    done = torchrun(2, *flags(output_dir=tmp_path / "two", log_with="tensorboard"))
+    assert done.returncode == 0, done.stderr
+    pictures = []
+    for run_dir in (one, tmp_path / "two" / "run"):
+        events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0}).Reload()
+        tags = ("test/mistakes", "test/confusion_matrix")
+        pictures.append([event.encoded_image_string for tag in tags for event in events.Images(tag)])
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 2
+    alone, shared = (np.asarray(Image.open(samples_path(each))) for each in (one, tmp_path / "two" / "run"))
+    assert alone.shape[0] > shared.shape[0] and np.array_equal(alone[: shared.shape[0]], shared)
 
 
 class StandIn:
