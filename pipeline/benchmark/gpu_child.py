@@ -66,34 +66,32 @@ def train(settings: list[str], run_name: str, folder: str) -> tuple[Config, dict
     return config, summary
 
 
-def compare_precisions(settings: list[str], variants: dict[str, list[str]], precisions: list[str], folder: str) -> Row:
-    """A row for each variant and precision: loss curve, validation accuracy, skipped steps, distance from the first precision.
+def compare_precisions(settings: list[str], name: str, precisions: list[str], folder: str) -> Row:
+    """A row for each precision: loss curve, validation accuracy, skipped steps, distance from the first precision.
 
     The loss curve has the mean losses of CURVE_POINTS equal parts of the run. distance: the largest difference of two
     points, relative to the first precision's.
     """
     rows: list[Row] = []
-    for variant, flags in variants.items():
-        reference: list[float] = []
-        for precision in precisions:
-            run_name = f"run-{len(rows)}"
-            config, summary = train([*settings, *flags, f"--mixed_precision={precision}"], run_name, folder)
-            losses = logged_losses(config)
-            reference = reference or losses
-            rows.append(
-                {
-                    "row": f"{variant}, {'fp32' if precision == 'no' else precision}",
-                    "losses": losses,
-                    "loss_curve": parts_of(losses),
-                    "distance": max(abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))),
-                    "val_accuracy": summary["best"]["accuracy"],
-                    "skipped_steps": summary["skipped_steps"],
-                    "steps": summary["steps"],
-                    "gpu_memory_bytes": summary["peak_memory_bytes"] if torch.cuda.is_available() else None,
-                    "device": device_name(),
-                    "threads": torch.get_num_threads(),
-                }
-            )
+    reference: list[float] = []
+    for precision in precisions:
+        config, summary = train([*settings, f"--mixed_precision={precision}"], precision, folder)
+        losses = logged_losses(config)
+        reference = reference or losses
+        rows.append(
+            {
+                "row": f"{name}, {'fp32' if precision == 'no' else precision}",
+                "losses": losses,
+                "loss_curve": parts_of(losses),
+                "distance": max(abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))),
+                "val_accuracy": summary["best"]["accuracy"],
+                "skipped_steps": summary["skipped_steps"],
+                "steps": summary["steps"],
+                "gpu_memory_bytes": summary["peak_memory_bytes"] if torch.cuda.is_available() else None,
+                "device": device_name(),
+                "threads": torch.get_num_threads(),
+            }
+        )
     return {"rows": rows}
 
 
@@ -114,8 +112,8 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def train_and_test(settings: list[str], folder: str) -> Row:
-    """One run: seconds of training and of the whole run, test accuracy, and that with mirror images (`evaluate --tta flip`)."""
+def train_and_test(settings: list[str], name: str, target: float, folder: str) -> Row:
+    """A row for one run: seconds of training, seconds of the whole run, test accuracy without and with mirror images."""
     from pipeline.inference.saved_evaluation import evaluate_saved
 
     config, summary = train(settings, "run", folder)
@@ -123,16 +121,17 @@ def train_and_test(settings: list[str], folder: str) -> Row:
     options = dict.fromkeys(("dataset", "split", "label_column", "hub_config", "batch_size", "num_workers", "mixed_precision"))
     flipped = evaluate_saved(Namespace(model=str(config.run_dir), tta="flip", device="auto", **options))
     assert flipped is not None
-    return {
-        "seconds": summary["samples"] / summary["images_per_second"],
-        "run_seconds": summary["seconds"],
-        "accuracy": summary["test"]["accuracy"],
-        "flip_accuracy": flipped["accuracy"],
-        "epochs": summary["epochs"],
-        "images_per_second": summary["images_per_second"],
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
+    seconds = summary["samples"] / summary["images_per_second"]
+    row = {
+        **{"row": name, "unit": "seconds of training", "median": seconds},
+        "whole_seconds": summary["seconds"],
+        "test_accuracies": [summary["test"]["accuracy"]],
+        "flip_accuracies": [flipped["accuracy"]],
+        "reached": "yes" if flipped["accuracy"] >= target else "no",
+        **{"epochs": summary["epochs"], "images_per_second": summary["images_per_second"]},
+        **{"device": device_name(), "threads": torch.get_num_threads()},
     }
+    return {"rows": [row]}
 
 
 def save_tiny_model(target: str, model_name: str, side: int, folder: str) -> Row:

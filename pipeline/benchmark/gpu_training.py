@@ -7,7 +7,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from subprocess import run
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
@@ -63,17 +62,12 @@ def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group
     given = [*(TOY_RUN if args.rehearse else HALF_RUN), f"--optimizer={optimizer}", *settings]
     precisions = sorted(precisions_of(args), key="no bf16 fp16".split().index)  # the others are compared with fp32
     micro_batch = (16 if args.rehearse else 256) // MICRO_BATCHES
-    variants = {
-        f"{optimizer}{sam}{accumulation}": [*sam_flags, *accumulation_flags]
-        for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items()
-        for accumulation, accumulation_flags in {
-            "": [],
-            f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={micro_batch}"],
-        }.items()
-    }
-    arguments = {"settings": given, "variants": variants, "precisions": precisions}
-    measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
-    yield Group("Half precision, SAM and gradient accumulation", optimizer, measure)
+    for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items():
+        for accumulation, flags in {"": [], f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={micro_batch}"]}.items():
+            name = f"{optimizer}{sam}{accumulation}"
+            arguments = {"settings": [*given, *sam_flags, *flags], "name": name, "precisions": precisions}
+            measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
+            yield Group("Half precision, SAM and gradient accumulation", name, measure)
 
 
 def rows_of_child(function: str, arguments: Row) -> list[Row]:
@@ -115,31 +109,10 @@ def target_95(args: Namespace, settings: list[str]) -> Iterator[Group]:
 
 
 def target(recipe: str, accuracy: float, args: Namespace, settings: list[str]) -> Iterator[Group]:
-    """A recipe, once for each seed: the seconds of training, and whether the test accuracy is reached."""
+    """A recipe, a group for each seed: the seconds of training, and whether the test accuracy is reached."""
     given = [f"--config={RECIPES / recipe}", *(TOY_RUN if args.rehearse else []), *settings]
 
-    def measure() -> list[Row]:
-        results = [
-            run_child("gpu_child.train_and_test", {"settings": [*given, f"--seed={seed}"]}) for seed in range(args.seeds)
-        ]
-        seconds = [result["seconds"] for result in results]
-        flipped = [result["flip_accuracy"] for result in results]
-        return [
-            {
-                "row": recipe,
-                "unit": "seconds of training",
-                "median": median(seconds),
-                "least": min(seconds),
-                "most": max(seconds),
-                "n": len(results),
-                "samples": seconds,
-                "whole_seconds": median(result["run_seconds"] for result in results),
-                "test_accuracies": [result["accuracy"] for result in results],
-                "flip_accuracies": flipped,
-                "reached": [sum(one >= accuracy for one in flipped), len(flipped)],
-                **{key: results[-1][key] for key in ("epochs", "images_per_second", "device", "threads")},
-            }
-        ]
-
-    section = f"Time to {accuracy:.0%} test accuracy with mirror images"
-    yield Group(section, recipe, measure)
+    for seed in range(args.seeds):
+        arguments = {"settings": [*given, f"--seed={seed}"], "name": f"{recipe}, seed {seed}", "target": accuracy}
+        measure = functools.partial(rows_of_child, "gpu_child.train_and_test", arguments)
+        yield Group(f"Time to {accuracy:.0%} test accuracy with mirror images", f"{recipe}, seed {seed}", measure)

@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "run_seconds": ("seconds", spread_text),
     "points": ("epoch: test accuracy (%)", points_text),
     "flip_accuracies": ("with mirror images", lambda values: mean_and_spread(values)),
-    "reached": ("reached", "{0[0]} of {0[1]}".format),
+    "reached": ("reached", str),
     "loss_curve": ("loss by quarter of the run", lambda values: " ".join(f"{value:.3f}" for value in values)),
     "distance": ("largest distance to fp32", lambda value: f"{value:.1%}"),
     "val_accuracy": ("validation accuracy", lambda value: f"{value:.1%}"),

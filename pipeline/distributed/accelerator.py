@@ -23,6 +23,7 @@ from pipeline.settings.config import Config
 
 PRECISIONS = ("no", "fp16", "bf16")
 FEWEST_SAFE_CHANNELS = 16  # of the input of a strided 1x1 convolution in channels_last on a CPU
+MOST_GRAPHS = 64  # of a compiled model, one for each batch size in training and evaluation
 TIMEOUT = timedelta(hours=1)  # of collective operations: one process of a machine may be downloading the dataset
 
 
@@ -244,19 +245,30 @@ def fit_to_machine(model: nn.Module, config: Config, accelerator: Accelerator) -
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.compile:
-        check_compiler(accelerator.device)
-        model.compile(dynamic=None, mode=config.compile_mode)  # in place, to keep the names in checkpoints
-        if sizes_vary(config):
-            compile_for_any_batch_size(model)
+        compile_in_place(model, config, accelerator.device)
     return model
 
 
-def compile_for_any_batch_size(model: nn.Module) -> None:
-    """Makes the first graph of a compiled model serve all batch sizes, so that no size causes a recompilation later.
+def compile_in_place(model: nn.Module, config: Config, device: torch.device) -> None:
+    """Compiles the forward pass. The names of the model's tensors stay, as checkpoints need them.
 
-    Only the batch dimension is dynamic. With dynamic=True the image size is too; then a backward pass failed on an H100 with
-    torch 2.11, because the compiler expected a convolution on maps of one pixel to return its gradient in channels_last.
+    If batch sizes vary, one graph serves all of them on a CPU. On a GPU each size has a graph of its own: on an H100 and an H200
+    with torch 2.11, a backward pass with a dynamic batch size failed in channels_last, because the compiler expected a
+    convolution on maps of one pixel to return its gradient in that order.
     """
+    check_compiler(device)
+    if not sizes_vary(config):
+        model.compile(dynamic=None, mode=config.compile_mode)
+    elif device.type == "cpu":
+        model.compile(dynamic=None, mode=config.compile_mode)
+        compile_for_any_batch_size(model)
+    else:
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS  # with more sizes than its default of 8, torch would give up
+        model.compile(dynamic=False, mode=config.compile_mode)
+
+
+def compile_for_any_batch_size(model: nn.Module) -> None:
+    """Makes the first graph of a compiled model serve all batch sizes. Only the batch dimension is dynamic."""
     compiled: Any = model._compiled_call_impl
 
     def call(images: torch.Tensor) -> torch.Tensor:

@@ -88,3 +88,18 @@ def test_a_graph_break_is_found(compiled_for, monkeypatch):
     forward = SimpleMLP.forward
     monkeypatch.setattr(SimpleMLP, "forward", lambda model, images: forward(model, images * images.sum().item()))
     assert compiled_for(model_name="simple_mlp").total() > 2 and counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "device, varying, dynamic", [("cpu", True, None), ("cpu", False, None), ("cuda", True, False), ("cuda", False, None)]
+)
+def test_a_gpu_compiles_each_batch_size_by_itself(monkeypatch, device, varying, dynamic):
+    """Torch fails there with a dynamic batch size, in channels_last on maps of one pixel."""
+    compiled = []
+    monkeypatch.setattr(machine, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: compiled.append(options))
+    config = Config(compile="reduce-overhead", drop_last=not varying)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        machine.compile_in_place(torch.nn.Linear(2, 2), config, torch.device(device))
+        assert torch._dynamo.config.recompile_limit == (8 if dynamic is None else machine.MOST_GRAPHS)
+    assert compiled == [{"dynamic": dynamic, "mode": "reduce-overhead"}]
