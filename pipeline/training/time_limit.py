@@ -134,19 +134,29 @@ def measured(state: TrainState, parts: Parts, run: Run, limit: float) -> Rates:
 
 
 def step_seconds(state: TrainState, kind: Kind, loader: AnyLoader, run: Run, budget: float) -> tuple[float, float]:
-    """The seconds of a step, and those of the start of an epoch. budget: the seconds for the timed steps, at least 2 of them."""
+    """The seconds of a step, and those of the start of an epoch besides. budget: the seconds for the timed steps, at least 2.
+
+    Of short epochs whole ones are timed, so that the seconds of a step include its part of their starts.
+    """
     accelerator, sam_every = run.accelerator, run.config.sam_every
+    num_batches = steps_per_epoch(len(loader), kind[1], run.config.drop_last)
+
+    def timed_steps(steps: Iterator[None], number: int) -> float:
+        return timed(lambda: [next(steps) for _ in range(number)], accelerator)
+
     steps = training_steps(state, kind, loader, run)
-    timed(lambda: next(steps), accelerator)  # compiles the model and starts the workers
-    pilot = timed(lambda: next(steps), accelerator)
-    number = max(min(int(budget / pilot), MOST_STEPS), 2)
-    for _ in range(min(loader.batches_ahead, number)):  # the workers have prepared them meanwhile
-        next(steps)
-    number = math.ceil(number / sam_every) * sam_every
-    seconds = timed(lambda: [next(steps) for _ in range(number)], accelerator) / number
-    again = training_steps(state, kind, loader, run)
-    start = timed(lambda: [next(again) for _ in range(2)], accelerator) - 2 * seconds
-    return seconds, max(start, 0.0)
+    timed_steps(steps, 1)  # compiles the model and starts the workers
+    pilot = timed_steps(steps, 1)
+    number = math.ceil(max(min(int(budget / pilot), MOST_STEPS), 2) / sam_every) * sam_every
+    ahead = min(loader.batches_ahead, number)
+    if 2 + ahead + number > num_batches:
+        number = math.ceil(number / num_batches) * num_batches
+        return timed_steps(steps, number) / number, 0.0
+    steps = training_steps(state, kind, loader, run)
+    opening = timed_steps(steps, 2)
+    timed_steps(steps, ahead)  # the workers have prepared these meanwhile
+    seconds = timed_steps(steps, number) / number
+    return seconds, max(opening - 2 * seconds, 0.0)
 
 
 def training_steps(state: TrainState, kind: Kind, loader: AnyLoader, run: Run) -> Iterator[None]:
@@ -170,7 +180,7 @@ def epoch_end_seconds(state: TrainState, parts: Parts, run: Run, limit: float) -
 
     def validate() -> None:
         for model in [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]:
-            evaluate(model, parts.loaders["val"], accelerator, signals=run.signals)
+            evaluate(model, parts.loaders["val"], accelerator, signals=run.signals, loss=run.config.loss)
 
     def submit() -> None:
         average_buffers(state, accelerator)
