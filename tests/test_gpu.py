@@ -243,6 +243,7 @@ def test_forked_trials_of_a_sweep_use_the_gpu(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw", "mixed_precision": "fp16"}, {"compile": True, "ema_decay": 0.5}])
 def test_a_time_limit_changes_nothing_but_the_number_of_epochs(train_on_gpu, settings):
+    settings = {"model_name": "simple_mlp", "lr": 0.005, **settings}  # no convolutions: cuDNN's differ from run to run
     plain = losses_of(train_on_gpu("plain", **settings))
     limited = losses_of(train_on_gpu("limited", **settings, time_limit="1m"))
     assert limited == pytest.approx(plain, rel=1e-3)

@@ -88,8 +88,7 @@ def compare_precisions(settings: list[str], name: str, precisions: list[str], fo
                 "skipped_steps": summary["skipped_steps"],
                 "steps": summary["steps"],
                 "gpu_memory_bytes": summary["peak_memory_bytes"] if torch.cuda.is_available() else None,
-                "device": device_name(),
-                "threads": torch.get_num_threads(),
+                **device_facts(),
             }
         )
     return {"rows": rows}
@@ -108,8 +107,10 @@ def parts_of(losses: list[float]) -> list[float]:
     return [fmean(losses[start:stop]) for start, stop in zip(bounds, bounds[1:])]
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def device_facts(folder: str | None = None) -> Row:
+    """The name of the device and the number of CPU threads."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "threads": torch.get_num_threads()}
 
 
 def train_and_test(settings: list[str], name: str, target: float, folder: str) -> Row:
@@ -129,7 +130,7 @@ def train_and_test(settings: list[str], name: str, target: float, folder: str) -
         "flip_accuracies": [flipped["accuracy"]],
         "reached": "yes" if flipped["accuracy"] >= target else "no",
         **{"epochs": summary["epochs"], "images_per_second": summary["images_per_second"]},
-        **{"device": device_name(), "threads": torch.get_num_threads()},
+        **device_facts(),
     }
     return {"rows": [row]}
 
