@@ -25,7 +25,7 @@ aten = torch.ops.aten
 # Tags of torch: the result is a Python number, or the number of its elements depends on values.
 READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 MASKABLE = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-CONVERSIONS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.cpu)
+CONVERSIONS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "__array__", "cpu", "__repr__")}
 
 # The places that may read a tensor, by the end of the file's path and the function, with the reason.
 ALLOWED = {

@@ -125,7 +125,7 @@ def fake_gpu(accelerator: Accelerator) -> Iterator[None]:
         patch.setattr(FakeTensor, "__deepcopy__", copied, raising=False)
         patch.setattr(sources, "resident_images", undecoded)
         patch.setattr(loaders_build, "device_memory", lambda device: 2**30)
-        patch.setattr(torch, "Generator", lambda device: generator)
+        patch.setattr(torch, "Generator", lambda device="cpu": generator)
         patch.setattr(torch.cuda, "Stream", lambda device: stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: stream)
