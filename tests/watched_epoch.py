@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from pipeline.distributed.accelerator import make_accelerator
-from pipeline.images.augment import AUGMENTS
+from pipeline.images.augment import AUGMENTS, line_starts
 from pipeline.images.randaugment import magnitude_bins
 from pipeline.loaders import build as loaders_build
 from pipeline.loaders import sources
@@ -89,6 +89,22 @@ def given_gradients(model: nn.Module) -> Any:
     return backward
 
 
+def copy_of(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """For deepcopy: torch's own copy of a fake tensor reads memory that the tensor does not have."""
+    copy = tensor.detach().clone()
+    memo[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return memo[id(tensor)]
+
+
+def undecoded(split: Any, shape: tuple[int, ...], *others: Any) -> tuple[torch.Tensor, np.ndarray]:
+    """Black images instead of resident_images, whose threads are outside FakeTensorMode."""
+    return torch.zeros(len(split), *shape, dtype=torch.uint8), np.arange(len(split))
+
+
+def wait(*arguments: Any) -> None:
+    raise WaitsForDevice(f"{our_line()}: synchronize waits for the device.")
+
+
 @contextlib.contextmanager
 def fake_gpu(accelerator: Accelerator) -> Iterator[None]:
     """Makes `cuda` the accelerator's device; its tensors are fake. Replaces what needs a driver, or values."""
@@ -104,31 +120,24 @@ def fake_gpu(accelerator: Accelerator) -> Iterator[None]:
         with unset_fake_temporarily():
             return make_model(*arguments)
 
-    def copied(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
-        """torch's deepcopy of a fake tensor reads memory that it does not have."""
-        copy = tensor.detach().clone()
-        memo[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
-        return memo[id(tensor)]
-
-    def undecoded(split: Any, shape: tuple[int, ...], *others: Any) -> tuple[torch.Tensor, np.ndarray]:
-        return torch.zeros(len(split), *shape, dtype=torch.uint8), np.arange(len(split))
-
-    def waits(*arguments: Any) -> None:
-        raise WaitsForDevice(f"{our_line()}: synchronize waits for the device.")
-
     generator, stream = torch.Generator(), SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True):
         for shared in (PartialState._shared_state, AcceleratorState._shared_state):
             patch.setitem(shared, "device", torch.device("cuda"))
         patch.setattr(nn.Module, "to", to)
         patch.setattr(build, "make_fitting_model", make_real_model)
-        patch.setattr(FakeTensor, "__deepcopy__", copied, raising=False)
+        patch.setattr(FakeTensor, "__deepcopy__", copy_of, raising=False)
         patch.setattr(sources, "resident_images", undecoded)
         patch.setattr(loaders_build, "device_memory", lambda device: 2**30)
         patch.setattr(torch, "Generator", lambda device="cpu": generator)
         patch.setattr(torch.cuda, "Stream", lambda device: stream)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: stream)
-        patch.setattr(torch.cuda, "synchronize", waits)
+        patch.setattr(torch.cuda, "synchronize", wait)
+        patch.setattr(torch.accelerator, "synchronize", wait)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-        yield
+        line_starts.cache_clear()  # it keeps tensors of the device
+        try:
+            yield
+        finally:
+            line_starts.cache_clear()
