@@ -1,6 +1,5 @@
 """On a GPU: fp16 under its scaler, bf16, Muon's stacked matrices, resume. Skipped where there is none."""
 
-import json
 import math
 import shutil
 import warnings
@@ -10,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, lines_of
+from conftest import ROOT, lines_of, wait_for
 from torch import nn
 
+from pipeline.common.fork_server import Fork
 from pipeline.optim.muon import Muon
+from pipeline.sweep.file import sweep_of
+from pipeline.sweep.trials import read_summary, start_trial, trial_server
 
 pytestmark = [
     pytest.mark.gpu,
@@ -225,20 +227,17 @@ def test_stacked_matrices_step_as_each_alone(shape):
 
 def test_forked_trials_of_a_sweep_use_the_gpu(tmp_path, monkeypatch):
     """The fork server has imported torch. Each trial initialises CUDA itself."""
-    from pipeline.common.fork_server import ForkServer
-    from pipeline.sweep.__main__ import main
-
     given = {"model_name": "simple_mlp", "max_train_samples": 100, "epochs": 1, "mixed_precision": "no"}
     parameters = {name: {"value": value} for name, value in given.items()} | {"seed": {"values": [0, 1]}}
-    file, forked, start = tmp_path / "sweep.yaml", [], ForkServer.start
     metric = {"name": "val/accuracy", "goal": "maximize"}
-    file.write_text(json.dumps({"method": "grid", "metric": metric, "parameters": parameters, "name": "forked"}))
+    sweep = sweep_of({"method": "grid", "metric": metric, "parameters": parameters}, "forked")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ForkServer, "start", lambda self, *request: forked.append(start(self, *request)) or forked[-1])
-    assert main([str(file), "--output_dir", str(tmp_path), "--num_parallel", "2"]) == 0
-    assert [fork.returncode for fork in forked] == [0, 0]
-    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("forked/trial-*/summary.json")]
-    assert len(summaries) == 2 and all(summary["device"].startswith("cuda") for summary in summaries)
+    with trial_server(sweep, 2) as server:
+        trials = [start_trial(sweep, sweep.space.grid_point(place), tmp_path / str(place), {}, place, server) for place in (0, 1)]
+        assert all(isinstance(trial.process, Fork) for trial in trials)
+        wait_for(lambda: all(trial.process.poll() is not None for trial in trials), timeout=200)
+    assert [trial.process.returncode for trial in trials] == [0, 0]
+    assert all(read_summary(trial.run_dir)["device"].startswith("cuda") for trial in trials)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw", "mixed_precision": "fp16"}, {"compile": True, "ema_decay": 0.5}])
