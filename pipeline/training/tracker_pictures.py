@@ -53,7 +53,7 @@ def to_tensorboard(
         tracker.writer.add_image("test/mistakes", np.asarray(sheet), step, dataformats="HWC")
     samples = samples_of(run)
     if samples is not None:
-        tracker.writer.add_image("samples", samples, step, dataformats="HWC")
+        tracker.writer.add_image("first_batch", samples, step, dataformats="HWC")
 
 
 def to_wandb(
@@ -74,7 +74,7 @@ def to_wandb(
         ]
     samples = samples_of(run)
     if samples is not None:
-        values["samples"] = wandb.Image(samples, caption="first training batch")
+        values["first_batch"] = wandb.Image(samples, caption="first training batch")
     tracker.run.log(values, step=step)
     if run.config.log_model:
         model = wandb.Artifact(f"model-{tracker.run.id}", type="model", metadata={"run_name": run.config.run_name})

@@ -55,10 +55,10 @@ def test_tensorboard_receives_the_pictures(run_training):
 
     summary, run_dir = run_training(log_with="tensorboard")
     events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0}).Reload()
-    assert set(events.Tags()["images"]) == {"samples", "test/confusion_matrix", "test/mistakes"}
+    assert set(events.Tags()["images"]) == {"first_batch", "test/confusion_matrix", "test/mistakes"}
     received = {tag: events.Images(tag)[0] for tag in events.Tags()["images"]}
     assert {event.step for event in received.values()} == {summary["steps"]}
-    samples = Image.open(io.BytesIO(received["samples"].encoded_image_string))
+    samples = Image.open(io.BytesIO(received["first_batch"].encoded_image_string))
     assert np.array_equal(np.asarray(samples), np.asarray(Image.open(samples_path(run_dir))))
     assert received["test/confusion_matrix"].width > 300 and received["test/mistakes"].width == 4 * (96 + 8) + 8
 
@@ -121,7 +121,7 @@ def test_wandb_receives_pictures_tables_the_model_and_a_summary_to_rank_by(run_t
     wrong = sum(map(sum, summary["test"]["confusion_matrix"])) - np.trace(summary["test"]["confusion_matrix"])
     assert len(last["test/mistakes"]) == min(NUM_MISTAKES, wrong) > 0
     assert all(picture.image.size == (8, 8) and "true: " in picture._caption for picture in last["test/mistakes"])
-    assert np.array_equal(np.asarray(last["samples"].image), np.asarray(Image.open(samples_path(run_dir))))
+    assert np.array_equal(np.asarray(last["first_batch"].image), np.asarray(Image.open(samples_path(run_dir))))
     assert [artifact.name for artifact in wandb_run.artifacts] == ["model-abc123"] * log_model
     for artifact in wandb_run.artifacts:
         assert artifact.type == "model"

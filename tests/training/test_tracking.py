@@ -82,7 +82,7 @@ def test_the_server_of_wandb_receives_settings_history_and_summary(tmp_path):
     (name,) = server.runs
     kinds = {key: value["_type"] for key, value in run["rows"][-1].items() if isinstance(value, dict)}
     assert kinds == {
-        "samples": "image-file", "test/mistakes": "images/separated", "test/per_class_accuracy": "table-file",
+        "first_batch": "image-file", "test/mistakes": "images/separated", "test/per_class_accuracy": "table-file",
         "test/confusion_matrix_table": "table-file",
     }  # fmt: skip
     tables = [f"run-{name}-test{key}" for key in ("per_class_accuracy", "confusion_matrix_table")]
@@ -240,5 +240,5 @@ def test_wandb_is_not_sent_again_what_it_has(run_training, monkeypatch, capsys):
     run_killed_at_lines(run_training, monkeypatch, [11], log_with="wandb", **EVERY_STEP)  # at step 9, resumed at 6
     assert "W&B has this run's figures up to step 8" in capsys.readouterr().err
     steps = [step for step, _ in logged]
-    assert steps == [1, 2, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 10, 10, 10]
+    assert steps == [1, 2, 3, 4, 5, 5, 5, 6, 7, 8, 9, 10, 10, 10, 10, 10]
     assert [step for step, names in logged if "samples" in names] == list(range(1, 11))
