@@ -108,8 +108,9 @@ def test_decoding_in_worker_processes_and_two_classes_read_nothing_more(pictures
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_of_every_optimizer_read_a_tensor_only_for_the_fp16_scaler(optimizer, scaled):
-    config = Config(optimizer=optimizer, sam_rho=0.05, ema_decay=0.5, clip_grad_norm=1.0, micro_batch_size=4)
-    state, accelerator = make_state(config, cpu_scaler() if scaled else None, "simple_mlp", torch.float32)
+    settings: dict[str, Any] = {"ema_decay": 0.5, "clip_grad_norm": 1.0, "micro_batch_size": 4, "gradient_checkpointing": True}
+    config = Config(optimizer=optimizer, sam_rho=0.05, **settings)
+    state, accelerator = make_state(config, cpu_scaler() if scaled else None, dtype=torch.float32)
     share = batch(size=8, dtype=torch.float32)
     with device_watch() as watch:
         for _ in range(2):
