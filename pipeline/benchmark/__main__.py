@@ -104,7 +104,7 @@ GPU_PARTS = (
 
 
 def gpu_arguments(parser: CommandParser) -> None:
-    text = f"parts to run, in this order: {', '.join(GPU_PARTS)}; each takes at most nine minutes on an H100"
+    text = f"parts to run, in this order: {', '.join(GPU_PARTS)}; each is made to fit into nine minutes on an H100"
     parser.add_argument("--parts", type=one_of(*GPU_PARTS), nargs="+", default=list(GPU_PARTS), metavar="PART", help=text)
     text = "begin no further measurements after so many minutes; the same command with --output continues"
     parser.add_argument("--minutes", type=above_zero, default=60.0, metavar="M", help=text)
