@@ -88,7 +88,8 @@ def timm_optimizer(
     given = {**(info.defaults or {}), **({"momentum": momentum} if info.has_momentum else {}), **arguments}
     if constructor(name) is ReproducibleKron:
         given["deterministic"] = True  # its own generator, not torch's, which dropout also uses
-    optimizer = constructor(name)(groups, lr=lr, **given)
+    build: Any = constructor(name)
+    optimizer: torch.optim.Optimizer = build(groups, lr=lr, **given)
     for group in optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = lr * group["lr_scale"]

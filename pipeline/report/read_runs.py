@@ -112,7 +112,7 @@ def read_run(path: Path) -> RunRecord:
     settings = effective_settings(read_mapping(path / "config.yaml", notes))
     best, test = summary.get("best"), summary.get("test")
     facts = {key: value for key, value in summary.items() if key not in ("best", "test", "status", "reason")}
-    monitor = settings.get("monitor") if settings.get("monitor") in MONITORS else DEFAULTS.monitor
+    monitor = str(settings["monitor"] if settings.get("monitor") in MONITORS else DEFAULTS.monitor)
     return RunRecord(
         name=path.resolve().name,
         path=path,

@@ -29,10 +29,11 @@ def smoothed(shares: Tensor, label_smoothing: float) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor | None) -> Tensor:
     """-sum over classes of weight * share * log softmax(logits)."""
-    more = {"weight": weights, "reduction": "sum"}
-    if labels.ndim == 1:
-        return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=IGNORED, **more)
-    return functional.cross_entropy(logits, smoothed(labels, label_smoothing), **more)
+    if labels.ndim == 2:
+        return functional.cross_entropy(logits, smoothed(labels, label_smoothing), weights, reduction="sum")
+    return functional.cross_entropy(
+        logits, labels, weights, reduction="sum", label_smoothing=label_smoothing, ignore_index=IGNORED
+    )
 
 
 def bce(logits: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor | None) -> Tensor:
