@@ -393,6 +393,7 @@ def test_the_bar_has_the_best_value_so_far(tmp_path, monkeypatch, capsys):
     assert list(dict.fromkeys(states)) == [("-", 0), ("30.00", 1), ("60.00", 2), ("60.00", 3)]
 
 
+@pytest.mark.slow
 def test_optuna_dashboard_opens_the_journal(tmp_path):
     pytest.importorskip("optuna_dashboard")
     values = {"optimizer": ["sgd", "adamw"], "momentum": [0.5, 0.9]}
