@@ -60,17 +60,16 @@ def train_on(lrs: Sequence[float], parts: "Parts", accelerator: Any) -> list[tup
     from pipeline.settings.batch_size import steps_per_epoch
     from pipeline.training.metrics import COUNT, LOSS
     from pipeline.training.state import begin_state
-    from pipeline.training.step import Share, freeze_backbone, train_step
+    from pipeline.training.step import Share, to_training_mode, train_step
 
     config, loader = parts.config, parts.loaders["train"]
     batch_size = config.batch_size or 1
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
-    state.model.train()
     batches = itertools.chain.from_iterable(
         loader.train_epoch(epoch, batch_size, num_batches) for epoch in itertools.count()
     )
-    freeze_backbone(state.bare_model, config.freeze_epochs > 0)
+    to_training_mode(state, config, config.freeze_epochs > 0)
     points: list[tuple[float, float]] = []
     with progress_bar(len(lrs), 0, "range test", shown=True) as bar:
         for step, (lr, (images, labels)) in enumerate(zip(lrs, batches)):

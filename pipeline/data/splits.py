@@ -222,12 +222,15 @@ def file_state(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-def stratified_rows(labels: np.ndarray, size: int, *place: int, keep: int = 0) -> np.ndarray:
+def stratified_rows(
+    labels: np.ndarray, size: int, *place: int, keep: int = 0, shuffled: np.ndarray | None = None
+) -> np.ndarray:
     """Selects `size` rows, each class in proportion; sorted int64 [size]. `place` (seed, ...) is the address of the draw.
 
     The counts are apportioned by largest remainder (https://en.wikipedia.org/wiki/Quota_method), so the total is exact. The
     remaining rows go first to classes of two or more samples that would otherwise get none, and last to classes of one sample.
-    keep: rows of each class that are not selected; where too few others are left, less than `size` rows are.
+    keep: rows of each class that are not selected; where too few others are left, less than `size` rows are. shuffled: int64
+    [N], the rows in the order in which they are selected; None draws it.
     """
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     most = np.maximum(counts - keep, 0)
@@ -237,7 +240,8 @@ def stratified_rows(labels: np.ndarray, size: int, *place: int, keep: int = 0) -
     while take.sum() < min(size, most.sum()):
         order = order[take[order] < most[order]]
         take[order[: size - take.sum()]] += 1
-    shuffled = permutation(len(labels), *place)
+    if shuffled is None:
+        shuffled = permutation(len(labels), *place)
     by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(by_class[rank < np.repeat(take, counts)])

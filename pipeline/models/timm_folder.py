@@ -25,7 +25,8 @@ class LoadReport:
     """The origin of each tensor of a model.
 
     loaded: unchanged from the source. adapted: from the source, cropped or resampled to the shape in the model. reinitialised:
-    only in the model, or of another shape in the classifier. unused: only in the source.
+    only in the model, or of another shape in the classifier. unused: only in the source. label_names: of the source's classifier,
+    empty if it does not name them.
     """
 
     source: str
@@ -33,6 +34,7 @@ class LoadReport:
     adapted: tuple[str, ...] = ()
     reinitialised: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         found = len(self.loaded) + len(self.adapted)
@@ -50,6 +52,14 @@ def classifier_names(model: nn.Module) -> set[str]:
     classifiers = vars(model)["pretrained_cfg"].get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     return {f"{classifier}.{kind}" for classifier in classifiers for kind in ("weight", "bias")}
+
+
+def starts_anew(model: nn.Module, report: LoadReport | None, class_names: Sequence[str]) -> bool:
+    """Whether the given weights have no classifier for these classes: it has another shape, or other label names."""
+    if report is None:
+        return False
+    is_drawn = not classifier_names(model).isdisjoint(report.reinitialised)
+    return is_drawn or bool(report.label_names) and list(report.label_names) != list(class_names)
 
 
 def weights_file(source: str | Path) -> Path:
@@ -137,7 +147,14 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
         adapted=adapted,
         reinitialised=tuple(name for name in target if name not in taken),
         unused=tuple(name for name in found if name not in target),
+        label_names=saved_label_names(file),
     )
+
+
+def saved_label_names(file: Path) -> tuple[str, ...]:
+    """The label names in the config.json beside a weights file; none without it. Raises ValueError if it is invalid."""
+    config = read_config(file.with_name(CONFIG_FILE)) if file.with_name(CONFIG_FILE).is_file() else {}
+    return tuple(map(str, config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or ()))
 
 
 def _adapt_first_convolutions(model: nn.Module, found: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[str, ...]:

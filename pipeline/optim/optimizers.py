@@ -34,12 +34,15 @@ class OptimizerRow:
     """An optimizer: its constructor, its defaults, the settings that only it reads, and its groups of parameters.
 
     build: called with the groups, the settings and whether to use fused kernels (None: torch chooses). route: returns the
-    options of the group for a parameter's role, including `name`. sam_rho: the default, 0 for optimizers without SAM.
+    options of the group for a parameter's role, including `name`. lr, given_lr: the default learning rates for a batch size of
+    128, from scratch and from given weights, which a large one destroys (docs/results.md). sam_rho: the default, 0 for
+    optimizers without SAM.
     """
 
     build: Callable[[list[Group], Config, bool | None], torch.optim.Optimizer]
     route: Callable[[str, Config], Group]
     lr: float
+    given_lr: float
     weight_decay: float
     settings: tuple[str, ...] = ()
     sam_rho: float = 0.0
@@ -99,11 +102,11 @@ SGD_SETTINGS = ("momentum", "nesterov")
 MUON_SETTINGS = ("muon_momentum", "nesterov", "ns_steps", "muon_lr_scaling", "adamw_lr_scale", "adamw_weight_decay")
 
 OPTIMIZERS = {
-    "sgd": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, weight_decay=5e-4, settings=SGD_SETTINGS),
-    "adam": OptimizerRow(build_adam, decayed_or_not, lr=1e-3, weight_decay=0.0),
-    "adamw": OptimizerRow(build_adamw, decayed_or_not, lr=1e-3, weight_decay=0.05),
-    "sam": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, weight_decay=5e-4, settings=SGD_SETTINGS, sam_rho=0.05),
-    "muon": OptimizerRow(build_muon, muon_or_adamw, lr=1e-2, weight_decay=0.1, settings=MUON_SETTINGS),
+    "sgd": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, given_lr=1e-3, weight_decay=5e-4, settings=SGD_SETTINGS),
+    "adam": OptimizerRow(build_adam, decayed_or_not, lr=1e-3, given_lr=1e-4, weight_decay=0.0),
+    "adamw": OptimizerRow(build_adamw, decayed_or_not, lr=1e-3, given_lr=1e-4, weight_decay=0.05),
+    "sam": OptimizerRow(build_sgd, decayed_or_not, lr=0.1, given_lr=1e-3, weight_decay=5e-4, settings=SGD_SETTINGS, sam_rho=0.05),
+    "muon": OptimizerRow(build_muon, muon_or_adamw, lr=1e-2, given_lr=3e-4, weight_decay=0.1, settings=MUON_SETTINGS),
 }
 
 
@@ -113,7 +116,7 @@ def optimizer_row(name: str) -> OptimizerRow:
         return OPTIMIZERS[name]
     lr, weight_decay, settings = timm_defaults(name)
     route = muon_or_adamw if is_muon(name) else decayed_or_not
-    return OptimizerRow(build_timm, route, lr=lr, weight_decay=weight_decay, settings=settings)
+    return OptimizerRow(build_timm, route, lr=lr, given_lr=lr / 10, weight_decay=weight_decay, settings=settings)
 
 
 def check_optimizer_name(name: str) -> None:
@@ -135,17 +138,15 @@ def optimizer_arguments(config: Config) -> dict[str, Any]:
 
 
 def peak_lr(config: Config) -> float:
-    """lr; if null, the optimizer's default for a batch size of 128 times sqrt(batch size / 128).
+    """lr; if null, the optimizer's default, from scratch or from given weights, times sqrt(batch size / 128).
 
-    The square-root rule is that of https://arxiv.org/abs/1404.5997. A run that starts from given weights uses a tenth, because a
-    large learning rate would destroy them.
+    The square-root rule is that of https://arxiv.org/abs/1404.5997.
     """
     if config.lr is not None:
         return config.lr
-    given = config.pretrained or config.init_from is not None
-    return (
-        optimizer_row(config.optimizer).lr * (first_batch_size(config) / USUAL_BATCH_SIZE) ** 0.5 * (0.1 if given else 1.0)
-    )
+    row = optimizer_row(config.optimizer)
+    base = row.given_lr if config.has_given_weights else row.lr
+    return base * (first_batch_size(config) / USUAL_BATCH_SIZE) ** 0.5
 
 
 def weight_decay(config: Config) -> float:

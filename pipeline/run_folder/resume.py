@@ -55,7 +55,7 @@ def changed_settings(recorded: Mapping[str, Any], config: Config) -> str:
     its default.
     """
     now, defaults = fixed_settings(config), fixed_settings(DEFAULTS)
-    for name in ("batch_size", "mixed_precision"):  # null resolves to the same value again
+    for name in ("batch_size", "freeze_batchnorm", "mixed_precision"):  # null resolves to the same value again
         if now[name] is None:
             now.pop(name)
     if recorded.get("mixed_precision") is None:  # an earlier version wrote null, whatever the launcher chose

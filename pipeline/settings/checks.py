@@ -34,14 +34,17 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     yield config.pretrained and config.init_from is not None, (
         "pretrained and init_from both select the initial weights. Set only one of them."
     )
-    yield config.warmup_epochs >= epochs and config.warmup_epochs > 0 and config.warmup_epochs != DEFAULTS.warmup_epochs, (
+    yield config.epochs == 0 and not config.has_given_weights, (
+        "epochs 0 trains nothing. It needs weights to start from: --pretrained true or --init_from."
+    )
+    yield 0 < epochs <= config.warmup_epochs and config.warmup_epochs != DEFAULTS.warmup_epochs, (
         f"warmup_epochs {config.warmup_epochs} must be below epochs {epochs}."
     )
     yield any(epoch < 1 or size < 1 for epoch, size in schedule.items()), (
         f"batch_size_schedule {schedule} must map epochs of at least 1 to batch sizes of at least 1. "
         "Set the batch size of epoch 0 with batch_size."
     )
-    yield any(epoch >= epochs for epoch in schedule), (
+    yield epochs > 0 and any(epoch >= epochs for epoch in schedule), (
         f"batch_size_schedule {schedule} has an entry after the end of the run. Its epochs must be below epochs {epochs}."
     )
     yield config.loader == "stream" and config.on_bad_image == "skip", (
@@ -77,6 +80,11 @@ def ignored_settings(config: Config) -> list[str]:
         "shuffle_buffer": ("loader stream", config.loader == "stream"),
         "num_workers": ("loader workers", config.loader != "device"),
         "log_model": ("log_with wandb", "wandb" in (config.log_with or []) or "WANDB_SWEEP_ID" in os.environ),
+        "head_init": ("pretrained or init_from", config.has_given_weights),
+        "head_init_samples": (
+            "a classifier to fit: pretrained or init_from, and head_init auto or fitted",
+            config.has_given_weights and config.head_init in ("auto", "fitted"),
+        ),
         "flip": ("an augment other than none", config.augment != "none"),
     }
     sentences = [

@@ -145,9 +145,23 @@ class Config:
     init_from: str | None = setting(
         None, "Start from the weights of this run, checkpoint, timm folder or safetensors file."
     )
+    head_init: Literal["auto", "fitted", "zero", "random"] = setting(
+        "auto",
+        "Classifier of a run with `pretrained` or `init_from`. `fitted` replaces it before the first step by a logistic "
+        "regression on the features of the training images (arXiv 2202.10054). `zero` sets it to zero, `random` leaves it as it "
+        "was drawn or loaded. `auto` fits it unless the weights contain it, and sets it to zero where it cannot be fitted.",
+    )
+    head_init_samples: int = setting(
+        50_000, "Most training images that the classifier is fitted to, stratified by class.", at_least=2
+    )
     drop_rate: float = setting(0.0, "Probability of dropout before the classifier.", at_least=0, below=1)
     drop_path_rate: float = setting(0.0, "Probability of stochastic depth (arXiv 1603.09382).", at_least=0, below=1)
     freeze_epochs: int = setting(0, "Train only the classifier in this many first epochs.", at_least=0)
+    freeze_batchnorm: bool | None = setting(
+        None,
+        "Keep the running statistics of BatchNorm and normalize with them in training. `null` does so with given weights whose "
+        "classifier starts anew.",
+    )
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass. This saves memory and costs time."
     )
@@ -163,8 +177,8 @@ class Config:
     )
     lr: float | None = setting(
         None,
-        "Peak learning rate. `null` uses the optimizer's default times sqrt(`batch_size` / 128), and a tenth of that with "
-        "`pretrained` or `init_from`.",
+        "Peak learning rate. `null` uses the optimizer's default times sqrt(`batch_size` / 128); `pretrained` and `init_from` "
+        "have smaller defaults.",
         above=0,
     )
     weight_decay: float | None = setting(
@@ -242,7 +256,10 @@ class Config:
         at_most=1,
     )
     epochs: int | None = setting(
-        None, "Number of passes over the training split. `null` is 8, or with `time_limit` as many as fit.", at_least=1
+        None,
+        "Number of passes over the training split. `null` is 8, or with `time_limit` as many as fit. `0`, with `pretrained` or "
+        "`init_from`, only fits the classifier.",
+        at_least=0,
     )
     time_limit: float | str | None = setting(
         None,
@@ -330,6 +347,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / str(self.run_name)
+
+    @property
+    def has_given_weights(self) -> bool:
+        """Whether the run starts from published or saved weights."""
+        return self.pretrained or self.init_from is not None
 
     @property
     def num_epochs(self) -> int:

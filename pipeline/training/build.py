@@ -23,7 +23,7 @@ from pipeline.models.create import (
     input_settings,
     unseen_rows,
 )
-from pipeline.models.timm_folder import LoadReport
+from pipeline.models.timm_folder import LoadReport, starts_anew
 from pipeline.optim.ema import create_ema
 from pipeline.optim.optimizers import check_optimizer_name, create_optimizer, ignored_optimizer_settings
 from pipeline.optim.schedule import check_scheduler_name
@@ -99,6 +99,16 @@ def make_fitting_model(config: Config, dataset: ImageDataset) -> tuple[int, nn.M
     return fitting[-1], model, report, [f"{text}: they are enlarged to {fitting[-1]} x {fitting[-1]}."]
 
 
+def with_batchnorm(config: Config, model: nn.Module, report: LoadReport | None, dataset: ImageDataset) -> Config:
+    """The settings with freeze_batchnorm filled in: true for given weights whose classifier starts anew.
+
+    The new images would replace the statistics that the weights were trained with after a few batches of a few images.
+    """
+    if config.freeze_batchnorm is not None:
+        return config
+    return dataclasses.replace(config, freeze_batchnorm=starts_anew(model, report, dataset.class_names))
+
+
 def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:
     """The preprocessing: normalised as the published weights require if pretrained, else by the dataset's mean and std."""
     theirs: InputSettings = input_settings(model)
@@ -149,7 +159,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Parts:
     with accelerator.local_main_process_first():  # pretrained weights are downloaded once per machine
         image_size, model, load_report, note = make_fitting_model(config, dataset)
     dataset = dataclasses.replace(dataset, notes=[*dataset.notes, *note])
-    config = with_channels_last(config, model, accelerator)
+    config = with_batchnorm(with_channels_last(config, model, accelerator), model, load_report, dataset)
     model = fit_to_machine(model, config, accelerator)
     preprocessing = make_preprocessing(config, dataset, image_size, model)
     loaders = {

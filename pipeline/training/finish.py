@@ -121,6 +121,7 @@ def make_summary(state: TrainState, run: Run, status: str) -> dict[str, Any]:
         "skipped_steps": state.skipped_steps,
         "best": None if entry is None else {"epoch": entry["epoch"], "weights": WEIGHTS[kind], **entry[kind]},
         "test": None,
+        "head": next((entry["head"] for entry in state.history if "head" in entry), None),
         "seconds": round(state.seconds, 3),
         "images_per_second": round(state.samples / state.train_seconds, 1) if state.train_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator),
@@ -147,6 +148,7 @@ def closing_table(summary: dict[str, Any], config: Config, architecture: str) ->
     imports = "import timm, pipeline" if is_ours else "import timm"
     shown = "accuracy" if config.monitor == "loss" else config.monitor
     margin = 1.96 * math.sqrt(test["accuracy"] * (1 - test["accuracy"]) / test["num_samples"])
+    rate = f", {summary['images_per_second']:,.0f} images/s in training" if summary["images_per_second"] else ""
     return "\n" + console.table(
         [
             (
@@ -159,10 +161,7 @@ def closing_table(summary: dict[str, Any], config: Config, architecture: str) ->
                 "best epoch",
                 f"{best['epoch']} of {summary['epochs']} (validation {shown.replace('_', ' ')} {console.percent(best[shown])})",
             ),
-            (
-                "time",
-                f"{console.duration(summary['seconds'])}, {summary['images_per_second']:,.0f} images/s in training",
-            ),
+            ("time", f"{console.duration(summary['seconds'])}{rate}"),
             ("model", f'{run_dir}/model  ({imports}; timm.create_model("local-dir:{run_dir}/model", pretrained=True))'),
             ("figures", f"{run_dir}/metrics.jsonl, summary.json"),
         ]

@@ -26,12 +26,13 @@ from pipeline.optim.optimizers import lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
 from pipeline.run_folder.dataset_record import check_own_dataset
 from pipeline.run_folder.paths import named_run
-from pipeline.run_folder.resume import ended_summary, is_moved, with_epochs
+from pipeline.run_folder.resume import ended_summary, has_begun, is_moved, with_epochs
 from pipeline.settings.batch_size import batch_size_at, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts, assemble, check_settings, load_images, warnings_of
 from pipeline.training.evaluation import evaluate
 from pipeline.training.finish import closing_table, finish, stop
+from pipeline.training.given_weights import initialise_classifier, start_from_given_weights
 from pipeline.training.losses import balanced_weights
 from pipeline.training.metrics import figures
 from pipeline.training.micro_batch import is_out_of_memory, out_of_memory_advice
@@ -39,7 +40,7 @@ from pipeline.training.plan import architecture, plan_text
 from pipeline.training.run import Run
 from pipeline.training.samples import sample_writer, shown_first
 from pipeline.training.state import TrainState, begin_state
-from pipeline.training.step import Share, freeze_backbone, train_step
+from pipeline.training.step import Share, to_training_mode, train_step
 from pipeline.training.time_limit import choose_epochs
 
 
@@ -102,8 +103,10 @@ def train_in(run: Run, parts: Parts, started: float) -> dict[str, Any]:
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     try:
         with failing_together():
+            head = None if has_begun(run.config) else initialise_classifier(state, parts, run)
             choose_epochs(state, parts, run, started)
             run.begin(state)
+            start_from_given_weights(state, parts, run, head)
             return finish(state, parts, run, train_epochs(state, parts, run))
     except Interrupted as interruption:
         stop(state, run, "interrupted", str(interruption))
@@ -160,8 +163,7 @@ def train_epoch(
     config = run.config
     batch_size = batch_size_at(state.epoch, config)
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
-    state.model.train()
-    freeze_backbone(state.bare_model, state.epoch < config.freeze_epochs)
+    to_training_mode(state, config, state.epoch < config.freeze_epochs)
     weights = weights_of_classes(loader, config, run.accelerator.device)
     run.read_clock(state)
     batches = loader.train_epoch(state.epoch, batch_size, num_batches, first_batch=state.batch)

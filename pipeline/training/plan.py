@@ -10,6 +10,7 @@ from pipeline.common import console
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.distributed.accelerator import system_facts
 from pipeline.distributed.fsdp import blocks_of
+from pipeline.models.timm_folder import starts_anew
 from pipeline.optim.optimizers import lr_of_step, peak_lr
 from pipeline.settings.batch_size import batch_size_at, largest_share, num_micro_batches, steps_per_epoch
 from pipeline.settings.config import Config
@@ -36,6 +37,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         ("input", f"{size}, loader {loader_text(parts)}, augment {config.augment}"),
         ("model", f"{architecture(parts.model)}, {num_parameters:,} parameters"),
         *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
+        *([("classifier", classifier_text(config, parts))] if config.has_given_weights else []),
         ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
         ("batch", f"{batch_size}, {num_steps} steps per epoch, {epochs_in_words(config)}"),
         (
@@ -58,6 +60,19 @@ def epochs_in_words(config: Config) -> str:
         return f"{config.num_epochs} epochs"
     most = "" if config.epochs is None else f", at most {config.epochs}"
     return f"as many epochs as fit into {config.time_limit}{most}"
+
+
+def classifier_text(config: Config, parts: Parts) -> str:
+    """What head_init does with the classifier of given weights, and whether BatchNorm keeps its statistics."""
+    is_new = starts_anew(parts.model, parts.load_report, parts.dataset.class_names)
+    most = min(config.head_init_samples, len(parts.dataset.train))
+    texts = {
+        "fitted": f"fitted to {most:,} images before the first step",
+        "zero": "set to zero",
+        "random": "as it was drawn" if is_new else "that of the weights",
+    }
+    chosen = ("fitted" if is_new else "random") if config.head_init == "auto" else config.head_init
+    return texts[chosen] + ("; BatchNorm keeps its statistics" if config.freeze_batchnorm else "")
 
 
 def classes_text(data: ImageDataset) -> str:

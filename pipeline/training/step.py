@@ -165,12 +165,20 @@ def seed_generators(device: torch.device, seed: int) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
+def to_training_mode(state: TrainState, config: Config, is_backbone_frozen: bool) -> None:
+    """Prepares the model for training steps: with or without its backbone and BatchNorm's running statistics."""
+    state.model.train()
+    freeze_backbone(state.bare_model, is_backbone_frozen)
+    if is_backbone_frozen or config.freeze_batchnorm:
+        for module in state.bare_model.modules():
+            if getattr(module, "track_running_stats", False):
+                module.eval()
+
+
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
-    """Freezes everything but the classifier, BatchNorm's running statistics included, or unfreezes it."""
+    """Freezes the parameters of everything but the classifier, or unfreezes them."""
     heads = classifier_names(model)
     for name, module in model.named_modules():
         if not name.startswith(heads):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(not frozen)
-            if frozen and getattr(module, "track_running_stats", False):
-                module.eval()

@@ -30,7 +30,7 @@ from pipeline.training.build import Parts
 from pipeline.training.evaluation import evaluate
 from pipeline.training.run import Run
 from pipeline.training.state import COUNTED, RECORDED, TrainState, average_buffers, to_facts, to_tensors
-from pipeline.training.step import Share, freeze_backbone, train_step
+from pipeline.training.step import Share, to_training_mode, train_step
 
 STEPS_SHARE = 0.02  # of time_limit, for the steps that are timed
 REPEATED_SHARE = 0.01  # of time_limit; a shorter validation is measured a second time, without what only the first one does
@@ -60,7 +60,7 @@ def choose_epochs(state: TrainState, parts: Parts, run: Run, started: float) -> 
     started: time.perf_counter() at the start of the time limit. The state is unchanged, also after an exception.
     """
     config, accelerator, limit = run.config, run.accelerator, run.config.time_limit_seconds
-    if limit is None or has_begun(config):
+    if limit is None or config.epochs == 0 or has_begun(config):
         return
     with restored(state, accelerator):
         rates = measured(state, parts, run, limit)
@@ -92,7 +92,7 @@ def report(config: Config, rates: Rates, end: float) -> None:
 
 def epochs_that_fit(seconds: float, rates: Rates, config: Config, num_samples: int) -> tuple[int, float]:
     """The number of epochs that fit into these seconds, at least 1 and at most config.epochs, and the seconds that they need."""
-    total, epochs = rates.finish, 0
+    total, epochs = rates.finish + (rates.epoch_end if config.has_given_weights else 0.0), 0
     while config.epochs is None or epochs < config.epochs:
         longer = total + epoch_seconds(epochs, rates, config, num_samples)
         if epochs > 0 and longer > seconds:
@@ -163,8 +163,7 @@ def training_steps(state: TrainState, kind: Kind, loader: AnyLoader, run: Run) -
     """Makes a training step at each `next`, without end. Raises Interrupted after a signal."""
     config, (is_frozen, batch_size) = run.config, kind
     num_batches = steps_per_epoch(len(loader), batch_size, config.drop_last)
-    state.model.train()
-    freeze_backbone(state.bare_model, is_frozen)
+    to_training_mode(state, config, is_frozen)
     for epoch in itertools.count():
         for batch, (images, labels) in enumerate(loader.train_epoch(epoch, batch_size, num_batches)):
             set_lr(state.optimizer, lr_of_step(0, batch, num_batches, [], config))
