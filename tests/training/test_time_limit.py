@@ -207,6 +207,18 @@ def test_the_plan_names_the_limit(run_training, capsys):
     assert "as many epochs as fit into 10m, at most 3" in printed and printed.splitlines()[-1].split()[0] == "3"
 
 
+def test_the_limit_of_a_run_from_given_weights_includes_its_classifier_and_epoch_0(run_training, finished_run):
+    assert epochs_that_fit(37.9, RATES, Config(time_limit="1h", batch_size=10, pretrained=True), 100) == (1, 23.0)
+    assert epochs_that_fit(38.0, RATES, Config(time_limit="1h", batch_size=10, pretrained=True), 100) == (2, 38.0)
+    _, source = finished_run(epochs=1)
+    settings = {"init_from": str(source / "model"), "head_init": "fitted", "lr": 0.01}
+    _, plain = run_training(run_name="plain", **settings)
+    _, limited = run_training(run_name="limited", **settings, time_limit="1h")
+    assert_identical(limited, plain)
+    summary, _ = run_training(run_name="only-the-head", **settings, time_limit="1h", epochs=0)
+    assert summary["epochs"] == 0
+
+
 def test_without_a_limit_nothing_is_measured(limited):
     summary, run_dir = limited(time_limit=None)
     assert summary["epochs"] == 8 == from_yaml(run_dir / "config.yaml").epochs and not limited.measured
