@@ -1,7 +1,7 @@
 """`python -m pipeline.inspect DATASET`: shows a dataset before training, on one page that needs no other file and no network.
 
 Splits and classes, samples, the first training batches as a run with the same settings makes them, duplicates within and
-across splits, sizes and brightness. `--features MODEL` adds near-duplicates by features.
+across splits, sizes and brightness. `--features MODEL` adds near-duplicates by features and labels that look wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def make_parser() -> CommandParser:
     settings = "Every setting of train.py is accepted after DATASET: the training batches are made with it."
     parser = CommandParser(prog="python -m pipeline.inspect", description=__doc__, epilog=settings)
     parser.add_argument("dataset", metavar="DATASET", help="as --dataset of train.py; the first argument")
-    text = "find near-duplicates by the features of this model: a run, a folder, a Hub id or a timm name"
+    text = "find near-duplicates and doubtful labels by the features of this model: a run, a folder, a Hub id or a timm name"
     parser.add_argument("--features", metavar="MODEL", help=text)
     text = "examine at most N images, each split and class in proportion"
     parser.add_argument("--max_images", type=at_least(2), default=MOST_IMAGES, metavar="N", help=text)

@@ -6,10 +6,10 @@ from pipeline.images.decode import BadImage
 from pipeline.inspect.batches import first_batches, parts_of_run
 from pipeline.inspect.charts import class_counts
 from pipeline.inspect.duplicates import exact_copies, near_duplicates, num_second, similar_features
-from pipeline.inspect.duplicates_shown import duplicates_section
+from pipeline.inspect.duplicates_shown import duplicates_section, labels_section
 from pipeline.inspect.examine import Examined, examine, splits_of
 from pipeline.inspect.facts import facts_of
-from pipeline.inspect.features import features_of, load_features
+from pipeline.inspect.features import Contradiction, contradictions, features_of, load_features
 from pipeline.inspect.images_shown import images_section
 from pipeline.inspect.inspection import MOST_LISTED, Inspection
 from pipeline.inspect.pictures import class_samples
@@ -30,10 +30,15 @@ def inspect(config: Config, most: int, features_model: str | None) -> tuple[str,
     if not examined.images:
         raise ValueError(f"No image of {config.dataset} can be read. The first: {examined.bad[0]}")
     duplicates = [exact_copies(examined.images), near_duplicates(examined.images)]
+    doubtful: tuple[list[Contradiction], float] | str | None = None
     if saved is not None:
         features = features_of(saved, splits_of(parts.dataset), examined.images)
         duplicates.append(similar_features(examined.images, features))
-    found = Inspection(parts, examined, duplicates)
+        try:
+            doubtful = contradictions(examined.images, features, len(parts.dataset.class_names))
+        except ValueError as error:
+            doubtful = f"No classifier could be fitted to the features of {features_model}: {error}."
+    found = Inspection(parts, examined, duplicates, doubtful)
     return html_page(make_page(found), {}), facts_of(found)
 
 
@@ -45,6 +50,7 @@ def make_page(found: Inspection) -> Page:
         batches_section(found.parts),
         Section("samples", "Training images by class", (class_samples(dataset),)),
         duplicates_section(found),
+        labels_section(found),
         images_section(found, drawing),
         bad_section(found.examined),
     )

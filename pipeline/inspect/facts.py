@@ -30,6 +30,14 @@ def facts_of(found: Inspection) -> dict[str, Any]:
         "duplicates": [duplicate_facts(found, kind) for kind in found.duplicates],
         "unreadable": found.examined.bad[:MOST_LISTED],
     }
+    if isinstance(found.doubtful, tuple):
+        wrong, accuracy = found.doubtful
+        facts["leave_one_out_accuracy"] = accuracy
+        facts["contradicted_labels"] = [
+            image_facts(found, images[each.place])
+            | {"predicted": found.class_name(each.predicted), "confidence": each.confidence, "own": each.own}
+            for each in wrong[:MOST_LISTED]
+        ]
     return facts
 
 

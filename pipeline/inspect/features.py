@@ -1,18 +1,34 @@
-"""Features of the examined images by a given model."""
+"""Features of the examined images by a given model, and the labels that a classifier fitted to them contradicts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pipeline.common.console import progress_bar
+from pipeline.common.randomness import permutation
 from pipeline.common.system import decoding_threads, usable_cores
+from pipeline.data.image_dataset import BEFORE_TRAINING
 from pipeline.data.splits import Split
 from pipeline.inference.prediction import choose_device, read_image, to_input
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.inspect.examine import ImageFacts
+from pipeline.models.linear_probe import NUM_FOLDS, fit_linear_probe
 
 BATCH = 64
+FOLDS = 4  # the purpose in the address of the draw of the folds
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """An image whose label the classifier contradicts. place: among the examined images; predicted: the class that it predicts;
+    confidence, own: its probabilities of that class and of the label."""
+
+    place: int
+    predicted: int
+    confidence: float
+    own: float
 
 
 def load_features(source: str) -> SavedModel:
@@ -45,3 +61,20 @@ def features_of(saved: SavedModel, splits: Mapping[str, Split], images: Sequence
             found.append(model(to_input(pixels, saved.preprocessing, device)).flatten(1).float().cpu())
             bar.update(len(batch))
     return torch.cat(found).numpy()
+
+
+def contradictions(images: Sequence[ImageFacts], features: np.ndarray, num_classes: int) -> tuple[list[Contradiction], float]:
+    """The labels that contradict the leave-one-out prediction, most confident first, and the leave-one-out accuracy.
+
+    A classifier is fitted to the features of all examined images; the prediction of an image is that of the classifier fitted
+    without it. Raises ValueError if it cannot be fitted.
+    """
+    labels = torch.tensor([image.label for image in images])
+    folds = torch.from_numpy(permutation(len(images), 0, BEFORE_TRAINING, FOLDS) % NUM_FOLDS)
+    probe = fit_linear_probe(torch.from_numpy(features), labels, folds, num_classes)
+    confidences, predicted = probe.loo_probabilities.max(dim=1)
+    own = probe.loo_probabilities.gather(1, labels[:, None])[:, 0]
+    wrong = (predicted != labels).nonzero().flatten()
+    order = wrong[confidences[wrong].argsort(descending=True, stable=True)]
+    rows = zip(*(part[order].tolist() for part in (torch.arange(len(images)), predicted, confidences, own)))
+    return [Contradiction(*row) for row in rows], probe.loo_accuracy

@@ -1,4 +1,4 @@
-"""What an inspection has found: the parts of the run, the examined images, duplicates."""
+"""What an inspection has found: the parts of the run, the examined images, duplicates and doubtful labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.splits import Split
 from pipeline.inspect.duplicates import Found, Pair, disagrees
 from pipeline.inspect.examine import Examined, ImageFacts, splits_of
+from pipeline.inspect.features import Contradiction
 from pipeline.training.build import Parts
 
 MOST_LISTED = 1000  # entries of a list of the JSON object, and unreadable images on the page
@@ -17,11 +18,12 @@ MOST_LISTED = 1000  # entries of a list of the JSON object, and unreadable image
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that the page shows."""
+    """Everything that the page shows. doubtful: contradicted labels and leave-one-out accuracy, or why there are none."""
 
     parts: Parts
     examined: Examined
     duplicates: list[Found]
+    doubtful: tuple[list[Contradiction], float] | str | None
 
     @property
     def dataset(self) -> ImageDataset:

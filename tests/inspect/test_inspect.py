@@ -1,4 +1,4 @@
-"""Inspection: duplicates, samples, training batches as a run makes them, unreadable images."""
+"""Inspection: duplicates, samples, training batches as a run makes them, unreadable images, labels that look wrong."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_RUN
 from PIL import Image
 
@@ -17,7 +18,7 @@ from pipeline.inspect.__main__ import main
 from pipeline.inspect.batches import first_batches, parts_of_run
 from pipeline.inspect.duplicates import LEAST_COSINE, SPLIT_PAIRS, exact_copies, near_duplicates, similar_features
 from pipeline.inspect.examine import ImageFacts, examine, examine_image, reduction, sampled_rows, splits_of
-from pipeline.inspect.features import features_of, load_features
+from pipeline.inspect.features import contradictions, features_of, load_features
 from pipeline.settings.config import Config
 from pipeline.training.samples import samples_path
 
@@ -194,8 +195,22 @@ def test_a_large_jpeg_is_decoded_smaller():
     assert [reduction(*size) for size in ((1000, 800), (500, 375), (200, 130), (96, 64), (5000, 127))] == [8, 4, 2, 1, 1]
 
 
+def test_wrong_labels_are_the_most_confident_contradictions():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(120) % 3
+    features = torch.eye(3)[truth] * 4 + torch.randn(120, 3, generator=generator) * 0.3
+    labels = truth.clone()
+    labels[[5, 50, 100]] = (labels[[5, 50, 100]] + 1) % 3
+    level = np.zeros((8, 8), np.uint8)
+    images = [ImageFacts("train", row, int(label), 8, 8, "L", "PNG", 1, 0, 0, b"", 0, level) for row, label in enumerate(labels)]
+    found, accuracy = contradictions(images, features.numpy(), 3)
+    assert {each.place for each in found} == {5, 50, 100} and accuracy == 117 / 120
+    assert [each.confidence for each in found] == sorted((each.confidence for each in found), reverse=True)
+    assert all(each.predicted == truth[each.place] and each.own < 0.5 < each.confidence for each in found)
+
+
 def test_features_are_those_of_the_model_without_its_classifier(finished_run, monkeypatch, capsys, tmp_path):
-    """In batches of any size."""
+    """In batches of any size; and the page names the model's contradictions."""
     _, run_dir = finished_run()
     dataset = load_image_dataset("digits")
     saved = load_features(str(run_dir))
@@ -208,6 +223,9 @@ def test_features_are_those_of_the_model_without_its_classifier(finished_run, mo
     capsys.readouterr()
     assert main([*arguments, "--output", str(tmp_path / "page.html")]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert 0.5 < facts["leave_one_out_accuracy"] < 1
+    assert len(facts["contradicted_labels"]) == round((1 - facts["leave_one_out_accuracy"]) * facts["examined"])
+    assert "Labels that look wrong" in (tmp_path / "page.html").read_text()
     assert [kind["kind"] for kind in facts["duplicates"]][2] == "near-duplicates by features"
 
 
