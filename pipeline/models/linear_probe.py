@@ -1,4 +1,4 @@
-"""A linear classifier fitted to features: ridge regression in closed form, then multinomial logistic regression.
+"""A linear classifier fitted to features: ridge regression in closed form, then logistic regression.
 
 Everything is computed in float64 on standardised features, from sums over the samples. Each process passes its own samples and
 `reduce`, which adds up a tensor over the processes; all of them then get the same classifier.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax, one_hot, softplus
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -58,6 +58,7 @@ class Rotated:
     count: int
     num_classes: int
     has_bias: bool
+    per_class: bool
     reduce: Reduce
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -71,14 +72,16 @@ def fit_linear_probe(
     folds: Tensor,
     num_classes: int,
     has_bias: bool = True,
+    per_class: bool = False,
     reduce: Reduce = lambda tensor: tensor,
 ) -> LinearProbe:
     """Fits multinomial logistic regression with an L2 penalty, which is chosen by cross-validated log loss.
 
     features: float [N, D], of this process's samples; labels: int64 [N]; folds: int64 [N], the held-out part that a sample
-    belongs to, 0 to NUM_FOLDS - 1. A class without samples gets no weight and the smallest bias. Raises ValueError if features
-    are not finite or fewer than two classes have samples. Sources: linear probing before fine-tuning,
-    https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge regression, https://en.wikipedia.org/wiki/PRESS_statistic.
+    belongs to, 0 to NUM_FOLDS - 1. per_class: fits a binary logistic regression for each class instead, for sigmoids. A class
+    without samples gets no weight and the smallest bias. Raises ValueError if features are not finite or fewer than two classes
+    have samples. Sources: linear probing before fine-tuning, https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge
+    regression, https://en.wikipedia.org/wiki/PRESS_statistic.
     """
     counts = reduce(torch.bincount(labels, minlength=num_classes))
     present = counts > 0
@@ -93,7 +96,15 @@ def fit_linear_probe(
     axes = axes[:, eigenvalues > NUMERICAL_RANK * eigenvalues[-1]]
     eigenvalues = eigenvalues[-axes.shape[1] :]
     rotated = Rotated(
-        standardised @ axes, number[labels], folds, eigenvalues, int(counts.sum()), int(present.sum()), has_bias, reduce
+        values=standardised @ axes,
+        labels=number[labels],
+        folds=folds,
+        eigenvalues=eigenvalues,
+        count=int(counts.sum()),
+        num_classes=int(present.sum()),
+        has_bias=has_bias,
+        per_class=per_class,
+        reduce=reduce,
     )
     ridge, scores = fit_ridge(rotated)
     fitted, offset, penalty = fit_logistic(rotated, ridge)
@@ -187,9 +198,18 @@ class Logistic:
     rotated: Rotated
     left_out: tuple[int, ...]
 
-    def log_probabilities(self, values: Tensor, solutions: Tensor) -> Tensor:
-        """values: float64 [B, R]; float64 [F, B, num_classes]."""
-        return log_softmax(values @ solutions[:, :-1] + solutions[:, -1:], dim=2)
+    def losses(self, values: Tensor, labels: Tensor, solutions: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each sample, float64 [F, B], and its gradient by the logits, float64 [F, B, num_classes].
+
+        values: float64 [B, R]; labels: int64 [B].
+        """
+        logits = values @ solutions[:, :-1] + solutions[:, -1:]
+        own = logits[:, torch.arange(len(labels)), labels]
+        if self.rotated.per_class:
+            losses, probabilities = softplus(logits).sum(dim=2) - own, logits.sigmoid()
+        else:
+            losses, probabilities = logits.logsumexp(dim=2) - own, logits.softmax(dim=2)
+        return losses, probabilities - one_hot(labels, self.rotated.num_classes)
 
     def is_left_out(self, folds: Tensor) -> Tensor:
         """Whether each regression leaves out each sample; bool [F, B]."""
@@ -200,9 +220,9 @@ class Logistic:
         gradient, loss = torch.zeros_like(solutions), solutions.new_zeros(())
         for values, labels, folds in self.rotated.parts():
             used = ~self.is_left_out(folds)
-            logs = self.log_probabilities(values, solutions)
-            loss -= logs[:, torch.arange(len(labels)), labels][used].sum()
-            excess = (logs.exp() - one_hot(labels, self.rotated.num_classes)) * used[:, :, None]
+            losses, excess = self.losses(values, labels, solutions)
+            loss += losses[used].sum()
+            excess = excess * used[:, :, None]
             gradient[:, :-1] += values.T @ excess
             gradient[:, -1] += excess.sum(dim=1)
         sums = self.rotated.reduce(torch.cat([gradient.flatten(), loss[None]]))
@@ -249,6 +269,6 @@ class Logistic:
         """The log losses of the left-out samples, summed."""
         loss = solutions.new_zeros(())
         for values, labels, folds in self.rotated.parts():
-            logs = self.log_probabilities(values, solutions)
-            loss -= logs[:, torch.arange(len(labels)), labels][self.is_left_out(folds)].sum()
+            losses, _ = self.losses(values, labels, solutions)
+            loss += losses[self.is_left_out(folds)].sum()
         return float(self.rotated.reduce(loss))

@@ -130,6 +130,7 @@ def fit_heads(state: TrainState, parts: Parts, run: Run) -> tuple[list[LinearPro
             folds,
             len(parts.dataset.class_names),
             has_bias=model.get_submodule(name).bias is not None,
+            per_class=config.loss == "bce",
             reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
         )
         probes.append(probe)

@@ -38,6 +38,16 @@ def test_it_is_the_logistic_regression_of_scikit_learn(number, dimension, has_bi
     assert has_bias or not probe.bias.any()
 
 
+def test_for_sigmoids_it_is_the_binary_logistic_regression_of_each_class():
+    features, labels, folds = samples()
+    probe = fit_linear_probe(features, labels, folds, CLASSES, per_class=True)
+    inputs = standardised(features)
+    ours = (features.double() @ probe.weight.T + probe.bias).sigmoid().numpy()
+    for number in range(CLASSES):
+        theirs = LogisticRegression(C=1 / probe.penalty, tol=1e-10, max_iter=10_000).fit(inputs, (labels == number).numpy())
+        assert np.abs(ours[:, number] - theirs.predict_proba(inputs)[:, 1]).max() < 1e-5
+
+
 def test_the_penalty_is_that_of_the_smallest_cross_validated_log_loss():
     features, labels, folds = samples()
     probe = fit_linear_probe(features, labels, folds, CLASSES)
@@ -62,7 +72,7 @@ def test_leave_one_out_predictions_are_those_of_a_fit_without_the_sample(has_bia
     monkeypatch.setattr(linear_probe, "RIDGE_PENALTIES", [0.1])
     inputs = torch.from_numpy(standardised(features, has_bias))
     values, axes = torch.linalg.eigh(inputs.T @ inputs)
-    _, predicted = fit_ridge(Rotated(inputs @ axes, labels, folds, values, 24, CLASSES, has_bias, lambda tensor: tensor))
+    _, predicted = fit_ridge(Rotated(inputs @ axes, labels, folds, values, 24, CLASSES, has_bias, False, lambda tensor: tensor))
     columns = torch.cat([inputs, torch.ones(24, 1, dtype=torch.float64)], dim=1) if has_bias else inputs
     penalty = torch.diag(torch.tensor([0.1 * 24] * 10 + [0.0] * has_bias, dtype=torch.float64))
     targets = torch.nn.functional.one_hot(labels, CLASSES).double()
