@@ -277,8 +277,8 @@ def test_resuming_names_the_settings_that_may_change():
 def test_the_table_of_optimizers_has_their_defaults():
     from pipeline.optim.optimizers import OPTIMIZERS
 
-    rows = {name.strip("`"): (float(lr), float(decay)) for name, _, lr, decay in table("docs/optimizers.md", "## Optimizers")}
-    assert rows == {name: (row.lr, row.weight_decay) for name, row in OPTIMIZERS.items()}
+    rows = {name.strip("`"): [float(cell) for cell in cells] for name, _, *cells in table("docs/optimizers.md", "## Optimizers")}
+    assert rows == {name: [row.lr, row.given_lr, row.weight_decay] for name, row in OPTIMIZERS.items()}
     schedules = [row[0].split("`")[1] for row in table("docs/optimizers.md", "## Learning-rate schedules")]
     assert schedules == list(SCHEDULES)
 
