@@ -81,8 +81,9 @@ def test_muon_gets_the_matrices_only_and_adamw_its_own_rate_and_decay(models):
 def test_the_learning_rate_fits_the_batch_size_and_given_weights_when_none_is_set():
     assert peak_lr(Config()) == 0.1 and peak_lr(Config(lr=0.3, batch_size=32)) == 0.3
     assert peak_lr(Config(batch_size=32)) == pytest.approx(0.05)
-    assert peak_lr(Config(batch_size=32, pretrained=True)) == pytest.approx(0.005)
+    assert peak_lr(Config(batch_size=32, pretrained=True)) == pytest.approx(0.0005)
     assert peak_lr(Config(init_from="runs/x", optimizer="adamw")) == pytest.approx(1e-4)
+    assert peak_lr(Config(init_from="runs/x", optimizer="lion")) == pytest.approx(peak_lr(Config(optimizer="lion")) / 10)
 
 
 def test_layer_decay_falls_from_the_head_to_the_stem(models):
