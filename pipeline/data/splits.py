@@ -245,3 +245,12 @@ def stratified_rows(
     by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(by_class[rank < np.repeat(take, counts)])
+
+
+def stratified_folds(labels: np.ndarray, number: int, *place: int) -> np.ndarray:
+    """Divides the rows into `number` folds with about equal shares of each class; int64 [N]. `place` (seed, ...) as above."""
+    shuffled = permutation(len(labels), *place)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    folds = np.empty(len(labels), np.int64)
+    folds[by_class] = np.arange(len(labels)) % number
+    return folds

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from pipeline.common.console import progress_bar
-from pipeline.common.randomness import permutation
 from pipeline.common.system import decoding_threads, usable_cores
 from pipeline.data.image_dataset import BEFORE_TRAINING
-from pipeline.data.splits import Split
+from pipeline.data.splits import Split, stratified_folds
 from pipeline.inference.prediction import choose_device, read_image, to_input
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.inspect.examine import ImageFacts
@@ -70,7 +69,7 @@ def contradictions(images: Sequence[ImageFacts], features: np.ndarray, num_class
     without it. Raises ValueError if it cannot be fitted.
     """
     labels = torch.tensor([image.label for image in images])
-    folds = torch.from_numpy(permutation(len(images), 0, BEFORE_TRAINING, FOLDS) % NUM_FOLDS)
+    folds = torch.from_numpy(stratified_folds(labels.numpy(), NUM_FOLDS, 0, BEFORE_TRAINING, FOLDS))
     probe = fit_linear_probe(torch.from_numpy(features), labels, folds, num_classes)
     confidences, predicted = probe.loo_probabilities.max(dim=1)
     own = probe.loo_probabilities.gather(1, labels[:, None])[:, 0]

@@ -14,7 +14,7 @@ from pipeline.common import console
 from pipeline.common.randomness import permutation
 from pipeline.data.image_dataset import BEFORE_TRAINING
 from pipeline.data.shards import StreamedSplit
-from pipeline.data.splits import Split, stratified_rows
+from pipeline.data.splits import Split, stratified_folds, stratified_rows
 from pipeline.distributed.accelerator import largest
 from pipeline.distributed.fsdp import fitted, is_sharded
 from pipeline.loaders.build import EVAL_BATCH, make_loader
@@ -105,7 +105,8 @@ def unfittable(model: nn.Module, report: LoadReport | None) -> str | None:
         head = model.get_submodule(name)
         if not isinstance(head, (nn.Linear, nn.Conv2d)) or isinstance(head, nn.Conv2d) and head.kernel_size != (1, 1):
             return f"{name} is not one linear layer but {type(head).__name__}"
-    drawn = [] if report is None else [name for name in report.reinitialised if not name.startswith(tuple(names))]
+    anew = () if report is None else report.reinitialised
+    drawn = [name for name, _ in model.named_parameters() if name in anew and not name.startswith(names)]
     return f"{drawn[0]}, which is below it, starts anew as well" if drawn else None
 
 
@@ -121,13 +122,13 @@ def fit_heads(state: TrainState, parts: Parts, run: Run) -> tuple[list[LinearPro
     device = torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device  # which has no float64
     rows = rows.to(device)
     labels = torch.from_numpy(split.labels).to(device)[rows]
-    folds = torch.from_numpy(stratified_folds(split.labels, config.seed)).to(device)[rows]
+    folds = stratified_folds(split.labels, NUM_FOLDS, config.seed, BEFORE_TRAINING, HEAD_FOLDS)
     probes = []
     for name, values in zip(classifier_names(model), features):
         probe = fit_linear_probe(
             values.to(device),
             labels,
-            folds,
+            torch.from_numpy(folds).to(device)[rows],
             len(parts.dataset.class_names),
             has_bias=model.get_submodule(name).bias is not None,
             per_class=config.loss == "bce",
@@ -148,15 +149,6 @@ def sampled(split: Split, config: Config) -> Split:
         chunks = permutation(len(starts) - 1, config.seed, BEFORE_TRAINING, HEAD_SAMPLES)
         shuffled = np.concatenate([np.arange(starts[chunk], starts[chunk + 1]) for chunk in chunks])
     return split.select(stratified_rows(split.labels, size, config.seed, BEFORE_TRAINING, HEAD_SAMPLES, shuffled=shuffled))
-
-
-def stratified_folds(labels: np.ndarray, seed: int) -> np.ndarray:
-    """The fold of each row, 0 to NUM_FOLDS - 1, with equal shares of each class; int64 [N]."""
-    shuffled = permutation(len(labels), seed, BEFORE_TRAINING, HEAD_FOLDS)
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    folds = np.empty(len(labels), np.int64)
-    folds[by_class] = np.arange(len(labels)) % NUM_FOLDS
-    return folds
 
 
 def classifier_inputs(model: nn.Module, loader: AnyLoader, run: Run, count: int) -> tuple[list[Tensor], Tensor]:

@@ -26,6 +26,7 @@ from pipeline.data.image_dataset import (
     load_image_dataset,
     stratified_rows,
 )
+from pipeline.data.splits import stratified_folds
 
 
 def png(array: np.ndarray, **options: object) -> bytes:
@@ -137,6 +138,13 @@ def test_a_setting_that_would_be_ignored_is_refused(tmp_path):
 
 
 # Stratified selections of rows
+
+
+def test_stratified_folds_have_equal_shares_of_each_class():
+    labels = np.arange(600) % 3
+    folds = stratified_folds(labels, 5, 0)
+    assert np.array_equal(np.bincount(folds * 3 + labels), np.full(15, 40))
+    assert not np.array_equal(folds, stratified_folds(labels, 5, 1))
 
 
 def test_stratified_rows_follow_largest_remainder_by_hand():

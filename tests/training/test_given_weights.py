@@ -22,7 +22,6 @@ from conftest import (
 from PIL import Image
 
 from pipeline.models.timm_folder import save_model
-from pipeline.training.given_weights import stratified_folds
 
 NAMES = ("head.weight", "head.bias")
 GIVEN = {"head_init_samples": 60, "lr": 0.01}
@@ -301,8 +300,6 @@ def test_the_sample_is_stratified_and_of_a_stream_from_few_chunks():
     split = sampled(StreamedSplit("train", shards, labels, None, "train"), Config(head_init_samples=60))
     assert np.bincount(split.labels).tolist() == [20, 20, 20]
     assert len(split.chunk_starts()[0]) == 2
-    folds = stratified_folds(labels, seed=0)
-    assert np.array_equal(np.bincount(folds * 3 + labels), np.full(15, 40))
 
 
 def fit_in_processes(folder: Path, weights: str, name: str, settings: dict) -> None:
