@@ -112,15 +112,26 @@ def best_kind(entry: dict[str, Any], config: Config) -> str:
 
 
 def best_epoch(history: History, config: Config) -> int | None:
-    """The index of the epoch with the best monitored value, the first of equals; None before the first finite value."""
+    """The index of the epoch with the best monitored value; None before the first finite value.
+
+    Of equal values, which are frequent with few validation images, it is the one with the lowest loss, the first of equals.
+    """
     values = monitored(history, config)
     best = max(values, default=-math.inf)
-    return values.index(best) if best > -math.inf else None
+    equal = [number for number, value in enumerate(values) if value == best > -math.inf]
+    return min(equal, key=lambda number: loss_of(history[number], config), default=None)
+
+
+def loss_of(entry: dict[str, Any], config: Config) -> float:
+    """The validation loss of the better weights of an epoch; infinity if it is not finite."""
+    loss = entry[best_kind(entry, config)].get("loss")
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def should_stop_early(history: History, config: Config) -> bool:
     """Whether early_stopping_patience epochs have passed since the best one, or since the start while none had a finite value."""
     if config.early_stopping_patience is None:
         return False
-    best = best_epoch(history, config)
-    return len(history) - (0 if best is None else best + 1) >= config.early_stopping_patience
+    values = monitored(history, config)
+    best = max(values, default=-math.inf)
+    return len(history) - (values.index(best) + 1 if best > -math.inf else 0) >= config.early_stopping_patience

@@ -197,14 +197,16 @@ def log_of(lines: list[Line], epochs: list[Line]) -> list[Line]:
 
 def best_of(epochs: list[Line], monitor: str) -> Line | None:
     """The validation figures of the best epoch so far, of the trained weights or of their moving average."""
-    best, best_value = None, -math.inf
+    best, best_rank = None, (-math.inf, -math.inf)
     for entry in epochs:
         for prefix in ("", "ema_"):
             value = number(entry["val"], prefix + monitor)
             signed = -math.inf if value is None else -value if monitor == "loss" else value
-            if signed > best_value:
+            loss = number(entry["val"], f"{prefix}loss")
+            rank = signed, -math.inf if loss is None else -loss  # of equal values the one with the lowest loss
+            if signed > -math.inf and rank > best_rank:
                 figures = {key: entry["val"].get(prefix + key) for key in ("loss", "accuracy", "num_samples")}
-                best, best_value = {"epoch": entry["epoch"], **figures}, signed
+                best, best_rank = {"epoch": entry["epoch"], **figures}, rank
     return best
 
 

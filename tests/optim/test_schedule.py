@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_ranks_last(nothing):
     config = Config(monitor="loss", early_stopping_patience=2, scheduler="plateau", plateau_patience=2, warmup_epochs=0)
     for values, best in (([nothing, 2.0, 1.0], 2), ([1.0, nothing, 2.0], 0), ([nothing], None)):
         assert best_epoch(losses(*values), config) == best
-    assert best_epoch(losses(nothing, 2.0), Config()) == 0
+    assert best_epoch(losses(nothing, 2.0), Config()) == 1 and best_epoch(losses(nothing, nothing), Config()) == 0
     assert should_stop_early(losses(1.0, nothing, nothing), config) and lr_scale(3, losses(1.0, nothing, nothing), config) < 1
     assert should_stop_early(losses(nothing, nothing), config) and not should_stop_early(losses(nothing, 1.0, 2.0), config)
     assert best_epoch([{"val": {"loss": nothing}, "val_ema": {"loss": 3.0}}, {"val": {"loss": 4.0}}], config) == 0
@@ -133,6 +133,15 @@ def test_the_first_of_equal_epochs_is_the_best():
     assert best_epoch([], Config()) is None
     assert best_epoch(history_of(0.1, 0.7, 0.7, 0.2), Config()) == 1
     assert best_epoch(history_of(0.1, 0.7, 0.7, 0.2), Config(monitor="loss")) == 1
+
+
+def test_of_equal_accuracies_the_one_with_the_lowest_loss_is_the_best():
+    figures = ((0.7, 0.5), (0.9, 0.4), (0.9, 0.3), (0.9, 0.3))
+    history = [{"val": {"accuracy": accuracy, "loss": loss}} for accuracy, loss in figures]
+    assert best_epoch(history, Config()) == 2
+    history[1]["val_ema"] = {"accuracy": 0.95, "loss": 0.6}
+    assert best_epoch(history, Config()) == 1
+    assert should_stop_early(history[2:], Config(early_stopping_patience=1))  # a lower loss alone is no better epoch
 
 
 def test_early_stopping_counts_epochs_since_the_best():
