@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -45,6 +46,9 @@ def begun(tmp_path, run_training, monkeypatch):
         patch.setattr(Tracker, "log", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run_training(dataset="photos", output_dir="runs", **PHOTOS)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint writer":  # a killed process would not go on to delete the checkpoint before
+            thread.join()
     return photos
 
 
