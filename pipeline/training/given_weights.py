@@ -208,7 +208,7 @@ def recorded(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 def write_head(state: TrainState, name: str, weight: Tensor, bias: Tensor) -> None:
     """Sets a classifier of the model, and of its moving average, to rank 0's values; float64 [num_classes, D], [num_classes]."""
     values = broadcast([weight, bias])
-    for model in [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]:
+    for model in state.models:
         head = model.get_submodule(name)
         for value, parameter in zip(values, (head.weight, head.bias)):
             if isinstance(parameter, nn.Parameter):
@@ -225,7 +225,7 @@ def zero_heads(state: TrainState) -> None:
 
     A classifier without a linear layer stays as it was drawn: the gradient of a cosine classifier is not defined at zero.
     """
-    for model in [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]:
+    for model in state.models:
         for name in classifier_names(model):
             layers = [layer for layer in model.get_submodule(name).modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
             for parameter in layers[-1].parameters() if layers else ():

@@ -53,6 +53,11 @@ class TrainState:
         """The model without its DDP wrapper. Accelerate's unwrap_model looks for other packages on the disk at each call."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The bare model and, if there is one, its moving average."""
+        return [self.bare_model] if self.ema is None else [self.bare_model, self.ema.module]
+
     def place(self, epoch: int) -> dict[str, Any]:
         """The keys that every line of metrics.jsonl has besides its split. epoch: the epoch of the line, counted from 1."""
         return {"epoch": epoch, "step": self.step, "samples": self.samples, "seconds": round(self.seconds, 3)}
@@ -70,8 +75,7 @@ def begin_state(
 def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
     """Averages BatchNorm's running statistics over all ranks. Every rank must call it, before evaluating and saving."""
     if accelerator.num_processes > 1:
-        averaged = [] if state.ema is None else list(state.ema.module.buffers())
-        for buffer in [*state.bare_model.buffers(), *averaged]:
+        for buffer in (buffer for model in state.models for buffer in model.buffers()):
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 

@@ -178,7 +178,7 @@ def epoch_end_seconds(state: TrainState, parts: Parts, run: Run, limit: float) -
     accelerator, scratch = run.accelerator, run.config.run_dir / ".time_limit"
 
     def validate() -> None:
-        for model in [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]:
+        for model in state.models:
             evaluate(model, parts.loaders["val"], accelerator, signals=run.signals, loss=run.config.loss)
 
     def submit() -> None:
@@ -237,8 +237,7 @@ def slowest(accelerator: Accelerator, seconds: float) -> float:
 @contextlib.contextmanager
 def restored(state: TrainState, accelerator: Accelerator) -> Iterator[None]:
     """Restores the state of a run before its first step on exit, bit for bit, also after an exception."""
-    models = [state.bare_model] if state.ema is None else [state.bare_model, state.ema.module]
-    tensors = [local(tensor) for model in models for tensor in (*model.parameters(), *model.buffers())] + [state.sums]
+    tensors = [local(tensor) for model in state.models for tensor in (*model.parameters(), *model.buffers())] + [state.sums]
     values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     optimizer, scaler = state.optimizer.optimizer, accelerator.scaler
     options = [

@@ -47,7 +47,7 @@ def begun(tmp_path, run_training, monkeypatch):
         with pytest.raises(RuntimeError, match="killed"):
             run_training(dataset="photos", output_dir="runs", **PHOTOS)
     for thread in threading.enumerate():
-        if thread.name == "checkpoint writer":  # a killed process would not go on to delete the checkpoint before
+        if thread.name == "checkpoint writer":  # a killed process would not delete the earlier checkpoint
             thread.join()
     return photos
 

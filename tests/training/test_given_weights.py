@@ -28,7 +28,7 @@ GIVEN = {"head_init_samples": 60, "lr": 0.01}
 
 
 def save_weights(folder, model_name="simple_mlp", num_classes=7, image_size=8, names=None, **arguments):
-    """A timm folder with weights of other classes, on which the digits can be told apart."""
+    """A timm folder with weights of other classes, whose features separate the digits."""
     import timm
 
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""Uneven classes: what a run shows of them, what it can be told to monitor, and what corrects them, exactly."""
+"""Uneven classes: what a run shows of them, what it can monitor, and what corrects them, exactly."""
 
 import json
 
