@@ -13,6 +13,7 @@ from pipeline.inspect.features import Contradiction, contradictions, features_of
 from pipeline.inspect.images_shown import images_section
 from pipeline.inspect.inspection import MOST_LISTED, Inspection
 from pipeline.inspect.pictures import class_samples
+from pipeline.models.linear_probe import Unfittable
 from pipeline.pages.blocks import Gallery, Page, Picture, Row, Section, Table, count, fraction, words
 from pipeline.pages.drawing import Drawing
 from pipeline.pages.render import html_page
@@ -36,7 +37,7 @@ def inspect(config: Config, most: int, features_model: str | None) -> tuple[str,
         duplicates.append(similar_features(examined.images, features))
         try:
             doubtful = contradictions(examined.images, features, len(parts.dataset.class_names))
-        except ValueError as error:
+        except Unfittable as error:
             doubtful = f"No classifier could be fitted to the features of {features_model}: {error}."
     found = Inspection(parts, examined, duplicates, doubtful)
     return html_page(make_page(found), {}), facts_of(found)

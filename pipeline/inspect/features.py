@@ -66,7 +66,7 @@ def contradictions(images: Sequence[ImageFacts], features: np.ndarray, num_class
     """The labels that contradict the leave-one-out prediction, most confident first, and the leave-one-out accuracy.
 
     A classifier is fitted to the features of all examined images; the prediction of an image is that of the classifier fitted
-    without it. Raises ValueError if it cannot be fitted.
+    without it. Raises Unfittable.
     """
     labels = torch.tensor([image.label for image in images])
     folds = torch.from_numpy(stratified_folds(labels.numpy(), NUM_FOLDS, 0, BEFORE_TRAINING, FOLDS))

@@ -26,6 +26,10 @@ NUMERICAL_RANK = 1e-11  # smaller eigenvalues, in units of the largest, are roun
 TEMPERATURES = [2 ** (exponent / 4) for exponent in range(41)]  # factors on ridge scores, 1 to 1024
 
 
+class Unfittable(ValueError):
+    """A linear classifier cannot be fitted; every process finds the same reason."""
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """A fitted classifier of raw features: logits = features @ weight.T + bias.
@@ -79,17 +83,17 @@ def fit_linear_probe(
 
     features: float [N, D], of this process's samples; labels: int64 [N]; folds: int64 [N], the held-out part that a sample
     belongs to, 0 to NUM_FOLDS - 1. per_class: fits a binary logistic regression for each class instead, for sigmoids. A class
-    without samples gets no weight and the smallest bias. Raises ValueError if features are not finite or fewer than two classes
+    without samples gets no weight and the smallest bias. Raises Unfittable if features are not finite or fewer than two classes
     have samples. Sources: linear probing before fine-tuning, https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge
     regression, https://en.wikipedia.org/wiki/PRESS_statistic.
     """
     counts = reduce(torch.bincount(labels, minlength=num_classes))
     present = counts > 0
     if int(present.sum()) < 2:
-        raise ValueError("fewer than two classes have images")
+        raise Unfittable("fewer than two classes have images")
     mean, std = moments(features, int(counts.sum()), has_bias, reduce)
     if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
-        raise ValueError("the features of some images are not finite")
+        raise Unfittable("the features of some images are not finite")
     number = present.cumsum(0) - 1
     standardised = (features.double() - mean) / std
     eigenvalues, axes = torch.linalg.eigh(reduce(standardised.T @ standardised))

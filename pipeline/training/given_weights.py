@@ -19,7 +19,7 @@ from pipeline.distributed.accelerator import largest
 from pipeline.distributed.fsdp import fitted, is_sharded
 from pipeline.loaders.build import EVAL_BATCH, make_loader
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.models.linear_probe import NUM_FOLDS, LinearProbe, fit_linear_probe
+from pipeline.models.linear_probe import NUM_FOLDS, LinearProbe, Unfittable, fit_linear_probe
 from pipeline.models.timm_folder import LoadReport, starts_anew
 from pipeline.optim.optimizers import classifier_names
 from pipeline.settings.batch_size import first_batch_size
@@ -62,56 +62,55 @@ def initialise_classifier(state: TrainState, parts: Parts, run: Run) -> Figures:
 
     Every rank must call it. Raises ValueError if head_init is fitted and the classifier cannot be fitted.
     """
-    model, config, shown = state.bare_model, run.config, run.accelerator.is_main_process
+    config = run.config
     choice = config.head_init if config.has_given_weights else "random"
-    if choice == "random" or choice == "auto" and not starts_anew(model, parts.load_report, parts.dataset.class_names):
+    if choice == "auto" and not starts_anew(state.bare_model, parts.load_report, parts.dataset.class_names):
+        choice = "random"
+    if choice == "random":
         return {}
-    problem = None
+    reason = ""
     if choice != "zero":
-        started = time.perf_counter()
-        problem = unfittable(model, parts.load_report)
-        if problem is None:
-            try:
-                probes, count = fit_heads(state, parts, run)
-            except ValueError as error:
-                problem = str(error)
-        if problem is None:
-            seconds = time.perf_counter() - started
-            for probe, name in zip(probes, classifier_names(model)):
-                write_head(state, name, probe.weight, probe.bias)
-            accuracy = probes[0].loo_accuracy
-            text = f"classifier fitted to {count:,} images in {console.duration(seconds)}: leave-one-out accuracy "
-            console.say(text + console.percent(accuracy), shown)
-            return {
-                "num_samples": count,
-                "loo_accuracy": accuracy,
-                "penalty": probes[0].penalty,
-                "seconds": round(seconds, 3),
-            }
-        if choice == "fitted":
-            raise ValueError(f"head_init fitted is not possible: {problem}. Use --head_init zero or random.")
+        try:
+            return fit_classifier(state, parts, run)
+        except Unfittable as problem:
+            if choice == "fitted":
+                raise ValueError(f"head_init fitted is not possible: {problem}. Use --head_init zero or random.") from problem
+            reason = f", because it cannot be fitted: {problem}"
     zero_heads(state)
-    reason = "" if problem is None else f", because it cannot be fitted: {problem}"
-    console.say(f"classifier set to zero{reason}", shown)
+    console.say(f"classifier set to zero{reason}", run.accelerator.is_main_process)
     return {}
 
 
-def unfittable(model: nn.Module, report: LoadReport | None) -> str | None:
-    """Why the classifiers cannot be fitted, as far as that is known without images; None if they can."""
+def fit_classifier(state: TrainState, parts: Parts, run: Run) -> Figures:
+    """Fits each classifier of the model and of its moving average; returns the figures. Raises Unfittable on every rank."""
+    started = time.perf_counter()
+    check_fittable(state.bare_model, parts.load_report)
+    probes, count = fit_heads(state, parts, run)
+    for probe, name in zip(probes, classifier_names(state.bare_model)):
+        write_head(state, name, probe.weight, probe.bias)
+    seconds, accuracy = time.perf_counter() - started, probes[0].loo_accuracy
+    text = f"classifier fitted to {count:,} images in {console.duration(seconds)}: leave-one-out accuracy "
+    console.say(text + console.percent(accuracy), run.accelerator.is_main_process)
+    return {"num_samples": count, "loo_accuracy": accuracy, "penalty": probes[0].penalty, "seconds": round(seconds, 3)}
+
+
+def check_fittable(model: nn.Module, report: LoadReport | None) -> None:
+    """Raises Unfittable if the classifiers cannot be fitted, as far as that is known without images."""
     names = classifier_names(model)
     if not names:
-        return "timm does not name the classifier of this model"
+        raise Unfittable("timm does not name the classifier of this model")
     for name in names:
         head = model.get_submodule(name)
         if not isinstance(head, (nn.Linear, nn.Conv2d)) or isinstance(head, nn.Conv2d) and head.kernel_size != (1, 1):
-            return f"{name} is not one linear layer but {type(head).__name__}"
+            raise Unfittable(f"{name} is not one linear layer but {type(head).__name__}")
     anew = () if report is None else report.reinitialised
     drawn = [name for name, _ in model.named_parameters() if name in anew and not name.startswith(names)]
-    return f"{drawn[0]}, which is below it, starts anew as well" if drawn else None
+    if drawn:
+        raise Unfittable(f"{drawn[0]}, which is below it, starts anew as well")
 
 
 def fit_heads(state: TrainState, parts: Parts, run: Run) -> tuple[list[LinearProbe], int]:
-    """A probe for each classifier, and the number of images of all processes. Every rank must call it. Raises ValueError."""
+    """A probe for each classifier, and the number of images of all processes. Every rank must call it. Raises Unfittable."""
     config, accelerator, model = run.config, run.accelerator, state.bare_model
     split = sampled(parts.dataset.train, config)
     rows_split = split.with_labels(np.arange(len(split)))  # so that the loader yields the row of each image
@@ -155,7 +154,7 @@ def classifier_inputs(model: nn.Module, loader: AnyLoader, run: Run, count: int)
     """What each classifier receives for this rank's images, float [N, D], and the images' rows, int64 [N].
 
     These are the features of timm's forward_head(pre_logits=True); the classifiers of a distilled model receive different ones.
-    Raises ValueError if the model's logits are not the mean of its classifiers' outputs, as in a cosine classifier.
+    Raises Unfittable if the model's logits are not the mean of its classifiers' outputs, as in a cosine classifier.
     """
     accelerator, was_training = run.accelerator, model.training
     heads: list[Any] = [model.get_submodule(name) for name in classifier_names(model)]
@@ -179,7 +178,7 @@ def classifier_inputs(model: nn.Module, loader: AnyLoader, run: Run, count: int)
             bar.update(len(rows) * accelerator.num_processes)
     model.train(was_training)
     if any(largest(accelerator, differs)):
-        raise ValueError("the model's logits are not the output of its last linear layer")
+        raise Unfittable("the model's logits are not the output of its last linear layer")
     return [torch.cat(values) for values in inputs], torch.cat(numbers)
 
 

@@ -21,6 +21,7 @@ from conftest import (
 )
 from PIL import Image
 
+from pipeline.models.linear_probe import Unfittable
 from pipeline.models.timm_folder import save_model
 
 NAMES = ("head.weight", "head.bias")
@@ -220,10 +221,10 @@ def test_each_classifier_receives_what_is_recorded(name, arguments):
     from accelerate import Accelerator
 
     from pipeline.optim.optimizers import classifier_names
-    from pipeline.training.given_weights import classifier_inputs, unfittable
+    from pipeline.training.given_weights import check_fittable, classifier_inputs
 
     model, images, _ = model_of_images(name, **arguments)
-    assert unfittable(model, None) is None
+    check_fittable(model, None)
     for head in classifier_names(model):
         torch.nn.init.normal_(model.get_submodule(head).weight)
     loader = SimpleNamespace(eval_epoch=lambda: zip(images.split(16), torch.arange(40).split(16)), eval_batch_size=16)
@@ -264,30 +265,50 @@ def test_a_classifier_that_is_not_one_linear_layer_is_named():
     from accelerate import Accelerator
 
     from pipeline.models.timm_folder import LoadReport
-    from pipeline.training.given_weights import classifier_inputs, unfittable
+    from pipeline.training.given_weights import check_fittable, classifier_inputs
 
     model, images, _ = model_of_images("test_resnet")
     below = LoadReport("file", (), reinitialised=("layer4.0.conv1.weight", "fc.weight", "fc.bias"))
-    assert "layer4.0.conv1.weight" in unfittable(model, below)
+    with pytest.raises(Unfittable, match="layer4.0.conv1.weight"):
+        check_fittable(model, below)
     scaled = ScaledLogits(model)
     scaled.pretrained_cfg = {"classifier": "body.fc"}
     loader = SimpleNamespace(eval_epoch=lambda: [(images, torch.arange(40))], eval_batch_size=40)
     run = SimpleNamespace(accelerator=Accelerator(cpu=True), signals=None)
-    with pytest.raises(ValueError, match="not the output of its last linear layer"):
+    with pytest.raises(Unfittable, match="not the output of its last linear layer"):
         classifier_inputs(scaled, loader, run, 40)
     model.fc = CosineHead(model.num_features, 3)
-    assert "CosineHead" in unfittable(model, None)
+    with pytest.raises(Unfittable, match="CosineHead"):
+        check_fittable(model, None)
 
 
 def test_a_classifier_of_several_layers_is_set_to_zero_in_its_last_one(run_training, weights, monkeypatch, capsys):
     from pipeline.training import given_weights
 
-    monkeypatch.setattr(given_weights, "unfittable", lambda model, report: "head has several layers")
+    def refuse(model, report):
+        raise Unfittable("head has several layers")
+
+    monkeypatch.setattr(given_weights, "check_fittable", refuse)
     _, run_dir = run_training(init_from=weights, epochs=0)
     assert not any(value.any() for value in head_of(run_dir).values())
     assert "set to zero, because it cannot be fitted: head has several layers" in capsys.readouterr().out
     with pytest.raises(ValueError, match="head_init fitted is not possible: head has several layers"):
         run_training(init_from=weights, epochs=0, head_init="fitted", run_name="refused")
+
+
+def test_an_image_that_cannot_be_decoded_is_no_reason_to_leave_out_the_fit(run_training, weights, tmp_path, capsys):
+    from pipeline.common.stopping import TrainingFailed
+
+    for number in range(12):
+        path = tmp_path / "photos" / ("train" if number < 8 else "test") / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)).save(path)
+    (damaged,) = (tmp_path / "photos").glob("train/*/3.png")
+    damaged.write_bytes(damaged.read_bytes()[:80])  # its header is whole
+    settings = {"dataset": str(tmp_path / "photos"), "batch_size": 4, "max_train_samples": None, "loader": "workers"}
+    with pytest.raises(TrainingFailed, match="3.png"):
+        run_training(init_from=weights, num_workers=0, **settings)
+    assert "cannot be fitted" not in capsys.readouterr().out
 
 
 def test_the_sample_is_stratified_and_of_a_stream_from_few_chunks():
