@@ -94,7 +94,8 @@ def type_in_words(hint: Any) -> str:
         words = ", ".join(typing.get_args(hint))
         return f"one of {words}" if len(typing.get_args(hint)) > 1 else words
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
+        *others, last = (type_in_words(part) for part in typing.get_args(hint))
+        return f"{', '.join(others).replace(' or ', ', ')} or {last}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     names |= {
         list[str]: "a list of texts",
@@ -118,8 +119,14 @@ def explain(message: str) -> str:
     if unknown:
         name = (unknown[1] or unknown[2]).split()[0].split("=")[0].lstrip("-")
         if not name or (unknown[2] and not unknown[2].startswith("-")):
-            return f"Unexpected argument {unknown[2]!r}: pass settings as --field value."
+            return f"Unexpected argument {unknown[2]!r}. Pass settings as --name value. All settings: python train.py --help"
         return f"Unknown setting '{name}'.{did_you_mean(name, FIELDS)} All settings: python train.py --help"
+    if bare := re.search(r"argument --(\w+)\+?: expected one argument", message):
+        return f"--{bare[1]} needs a value: {type_in_words(TYPES[bare[1]]) if bare[1] in TYPES else 'a YAML file'}."
+    if file := re.search(r"""Parser key "config": .*?: '(.+)'""", message):
+        return f"--config {file[1]} is not a file. Pass a YAML file of settings."
+    if message.startswith(("Problems parsing config: ", "Unexpected config: ")):
+        return f"A file of --config is not a map of settings in YAML: {' '.join(message.split(': ', 1)[1].split())}"
     key = re.search(r'Parser key "(\w+)"', message)
     if key and key[1] in TYPES:
         hint = TYPES[key[1]]

@@ -185,14 +185,17 @@ def test_an_argument_that_the_wandb_agent_adds_is_ignored():
         (["--batch_size_schedule", "{50: 4}"], ["epochs 8"]),
         (["--step_epochs", "[4, 2]"], ["ascending order"]),
         (["--pretrained", "true", "--init_from", "x"], ["Set only one of them"]),
-        (["--compile", "reduce-overhaed"], ["true or false or reduce-overhead", "Did you mean 'reduce-overhead'"]),
+        (["--compile", "reduce-overhaed"], ["true, false or reduce-overhead", "Did you mean 'reduce-overhead'"]),
         (["--compile", "reduce-overhead", "--micro_batch_size", "auto"], ["one pass per step", "Use compile true"]),
         (["--compile", "reduce-overhead", "--optimizer", "sam"], ["one pass per step"]),
         (["--compile", "reduce-overhead", "--sam_rho", "0.1"], ["one pass per step"]),
         (["--warmup_epochs", "30"], ["warmup_epochs 30.0 must be below epochs 8"]),
         (["--run_name", "a/b"], ["plain folder name"]),
-        (["--config", "missing.yaml"], ["missing.yaml"]),
-        (["extra"], ["'extra'"]),
+        (["--config", "missing.yaml"], ["missing.yaml is not a file"]),
+        (["--config"], ["--config needs a value: a YAML file."]),
+        (["--pretrained"], ["--pretrained needs a value: true or false."]),
+        (["--flip", "maybe"], ["flip 'maybe' is not true, false, alternate or null."]),
+        (["extra"], ["'extra'", "--name value"]),
     ],
 )
 def test_a_wrong_setting_ends_with_status_2_and_one_line_that_helps(arguments, words, capsys):
@@ -202,11 +205,11 @@ def test_a_wrong_setting_ends_with_status_2_and_one_line_that_helps(arguments, w
         assert word in message
 
 
-@pytest.mark.parametrize("text", ["lrr: 1\n", "lr: [1\n", "- 1\n"])
-def test_a_wrong_file_ends_with_status_2_and_one_line(text, tmp_path, capsys):
+@pytest.mark.parametrize("text, words", [("lrr: 1\n", "'lrr'"), ("lr: [1\n", "YAML: while parsing"), ("- 1\n", "YAML: - 1")])
+def test_a_wrong_file_ends_with_status_2_and_one_line(text, words, tmp_path, capsys):
     (tmp_path / "settings.yaml").write_text(text)
     message = error_of(capsys, "--config", str(tmp_path / "settings.yaml"))
-    assert message.startswith("error: ") and "\n" not in message
+    assert message.startswith("error: ") and "\n" not in message and words in message
 
 
 def test_a_setting_without_effect_is_reported():
