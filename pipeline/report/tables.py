@@ -69,20 +69,20 @@ def comparison_table(runs: Sequence[RunRecord], target: float | None) -> Table:
             words(run.status),
             words(strategy(run)),
             words(str(run.settings.get("model_name", "-"))),
-            count(number(run.facts, "image_size")),
-            Cell(epochs, done),
             fraction(run.val_accuracy),
-            count(number(run.best, "epoch")),
             measured(run.test),
+            count(number(run.best, "epoch")),
+            Cell(epochs, done),
             time_cell(run_seconds(run)),
             count(run_rate(run)),
             memory_cell(run),
+            count(number(run.facts, "image_size")),
             count(number(run.facts, "num_parameters")),
         )
         rows.append(Row(cells, run.name, is_over(run, target)))
     columns = (
-        "run", "status", "strategy", "model", "image size (pixels)", "epochs", "best validation accuracy", "best epoch",
-        "test accuracy", "time", "images/s", "peak memory", "parameters",
+        "run", "status", "strategy", "model", "best validation accuracy", "test accuracy", "best epoch", "epochs", "time",
+        "images/s", "peak memory", "image size (pixels)", "parameters",
     )  # fmt: skip
     note = (
         "Test accuracy is that of the best epoch by validation, with the half-width of its 95 % confidence interval. "

@@ -155,3 +155,10 @@ def test_a_click_keeps_a_run_lit_and_a_second_one_or_escape_lets_it_go(page):
         let_go()
         pointer.move_to_element(away).perform()
         assert lit(page) == set()
+
+
+def test_the_accuracies_of_the_comparison_are_visible_without_scrolling(page):
+    table = page.find_element(By.ID, "table-comparison")
+    places = {" ".join(cell.text.split()): cell.rect for cell in table.find_elements(By.TAG_NAME, "th")}
+    frame = table.find_element(By.XPATH, "..").rect
+    assert places["test accuracy"]["x"] + places["test accuracy"]["width"] <= frame["x"] + frame["width"]
