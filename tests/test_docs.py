@@ -216,6 +216,14 @@ def test_every_link_of_a_page_leads_to_a_file_and_to_a_heading_of_it(page):
         assert not fragment or fragment in headings(file.read_text()), target
 
 
+@pytest.mark.parametrize("page", [page for page in DOCS if "\nContents: " in page.read_text()], ids=page_id)
+def test_the_contents_of_a_page_list_all_its_sections_in_order(page):
+    text = page.read_text()
+    contents = text.split("\nContents: ")[1].split("\n\n")[0]
+    sections = headings("\n".join(re.findall(r"^## .*$", text, re.MULTILINE)))
+    assert sections and [target.removeprefix("#") for target in links(contents)] == sections
+
+
 def test_the_readme_has_at_most_220_lines_and_names_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 220
