@@ -1,4 +1,4 @@
-"""`python -m pipeline.demo RUN|MODEL`: opens a page that classifies the picture you drop, and shows which parts of it matter.
+"""`python -m pipeline.demo RUN|MODEL`: serves a page that classifies the picture you drop, and shows which parts of it matter.
 
 The examples are test images of the run. `--space FOLDER` writes a Hugging Face Space instead: app.py, requirements.txt, the
 model and the code that it needs. Requires Gradio and captum: pip install gradio captum.

@@ -2,8 +2,7 @@
 
 Reports loss, top-1, top-5 and balanced accuracy, macro F1, the area under the ROC curve of two classes, precision, recall and
 F1 by class, the confusion matrix, images per second, and the expected calibration error over 15 bins of equal width (arXiv
-1706.04599). `--tta flip` averages the probabilities of each image and
-its mirror image.
+1706.04599). `--tta flip` averages the probabilities of each image and its mirror image.
 """
 
 import math
@@ -30,7 +29,7 @@ def make_parser() -> CommandParser:
     text = "test-time augmentation: none, or flip (mean probabilities of each image and its mirror image)"
     parser.add_argument("--tta", type=one_of("none", "flip"), default="none", help=text)
     parser.add_argument("--batch_size", type=at_least(1), help="images at once per process; default: as in the run, else 64")
-    parser.add_argument("--num_workers", type=at_least(0), help="decoding processes per process; default: by cores")
+    parser.add_argument("--num_workers", type=at_least(0), help="worker processes that decode, per process; default: by cores")
     parser.add_argument("--device", type=one_of("auto", "cpu", "cuda", "mps"), default="auto", help="auto, cpu, cuda or mps")
     precisions = one_of("no", "fp16", "bf16")
     parser.add_argument("--mixed_precision", type=precisions, help="no, fp16 or bf16; default: as in the run's test")

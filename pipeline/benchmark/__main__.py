@@ -116,7 +116,7 @@ def gpu_arguments(parser: CommandParser) -> None:
     precisions = ["bf16", "no", "fp16"]
     parser.add_argument("--precisions", type=one_of(*precisions), nargs="+", default=precisions, metavar="P", help=text)
     modes = ["off", "on", "reduce-overhead"]
-    text = f"of torch.compile, to measure in the loops: {', '.join(modes)}"
+    text = f"modes of torch.compile to measure in the loops: {', '.join(modes)}"
     parser.add_argument("--compile_modes", type=one_of(*modes), nargs="+", default=modes, metavar="MODE", help=text)
     parser.add_argument("--seconds", type=above_zero, default=3.0, metavar="S", help="timed seconds of each measurement")
     parser.add_argument("--warmup_steps", type=at_least(1), default=10, metavar="N", help="untimed steps before")
@@ -191,6 +191,8 @@ def make_parser() -> CommandParser:
     settings = "Accepts every setting of train.py too. The default is --dataset synthetic, a generated set."
     real = {
         "lr": "Accepts every setting of train.py too.",
+        "gpu": "Accepts every setting of train.py too, for all parts but tests and steps. The targets and half_* use CIFAR-10, "
+        "finetune Oxford-IIIT Pet, the other parts a generated set.",
         "finetune": "Accepts every setting of train.py too. The defaults are --dataset oxford_iiit_pet --model_name "
         "tf_efficientnet_lite0 --pretrained true --image_size 128 --batch_size 16 --epochs 3; round n has seed n - 1.",
     }

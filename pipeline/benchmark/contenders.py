@@ -72,9 +72,7 @@ def check_comparable(config: Config) -> None:
     changed = [name for name in OURS_ALONE if getattr(config, name) != getattr(DEFAULTS, name)]
     if changed or config.optimizer == "sam":
         names = ", ".join(changed or ["optimizer sam"])
-        raise ValueError(
-            f"The peers' loops do not support {names}, so the comparison would be unfair. Remove it."
-        )
+        raise ValueError(f"The peers' loops do not support {names}, so the comparison would be unfair. Remove {names}.")
 
 
 def installed_peers() -> dict[str, str]:

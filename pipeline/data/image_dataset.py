@@ -111,7 +111,7 @@ def load_image_dataset(
     if "train" not in splits:
         raise ValueError(f"{source} has no training split. Its splits: {', '.join(splits)}. Name one 'train'.")
     if len(class_names) < 2:
-        raise ValueError(f"{source} has one class only ({', '.join(class_names)}); there is nothing to learn.")
+        raise ValueError(f"{source} has one class only ({', '.join(class_names)}). A classifier needs images of two or more.")
     looks = Looks(row.image_size, row.channels) if row else looks_of(splits["train"], skip_bad_headers)
     notes += looks.notes
     train, own_val, test = _with_test(splits, notes)
@@ -185,7 +185,7 @@ def _read_checked(
     source, splits, class_names, notes = _read(name, row, label_column, hub_config, streamed, training)
     for split_name, split in splits.items():
         if not len(split):
-            raise ValueError(f"The {split_name} split of {source} is empty.")
+            raise ValueError(f"The {split_name} split of {source} has no images. Add images, or remove the split.")
     notes = list(notes)
     if name in DATASETS and Path(name).is_dir():
         notes.append(f"The known set {name} is used, not the folder of that name; for the folder, write ./{name}.")

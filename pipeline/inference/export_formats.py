@@ -28,6 +28,8 @@ PREPROCESSING_FILE = "preprocessing.json"
 NUM_CHECK_IMAGES = 32
 LARGEST_ONNX_FILE = 2**31 - 2**20  # protobuf's limit; the weights of a larger model are written to a separate file
 
+ELSE = "Choose another --format, or install newer versions of torch and onnxscript."
+
 Item = TypeVar("Item")
 Logits = Callable[[Tensor], Tensor]
 
@@ -211,12 +213,12 @@ def convert(saved: SavedModel, name: str, images: Tensor, folder: Path) -> float
     except Exception as error:  # the converters raise exceptions of any type
         cause = str(error).strip().splitlines() or [""]
         raise CommandFailed(
-            f"{saved.source} cannot be exported to {name} ({type(error).__name__}: {cause[0]}). Nothing was written."
+            f"{saved.source} cannot be exported to {name} ({type(error).__name__}: {cause[0]}). Nothing was written. {ELSE}"
         ) from error
     if not difference <= kind.tolerance:  # also true for NaN
         raise CommandFailed(
             f"{name}: the exported model's logits differ from the model's by {difference:.3g}, above the tolerance of "
-            f"{kind.tolerance:g}, on {len(images)} images. Nothing was written."
+            f"{kind.tolerance:g}, on {len(images)} images. Nothing was written. {ELSE}"
         )
     return difference
 

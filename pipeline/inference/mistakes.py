@@ -48,7 +48,10 @@ def most_confident_mistakes(
     on_split = put_on_split(saved, config, "test")
     dataset = on_split.dataset
     if saved.label_names != dataset.class_names:
-        raise ValueError(f"The classes of {run_dir / 'model'} differ from those of dataset {config.dataset}.")
+        raise ValueError(
+            f"The classes of {run_dir / 'model'} differ from those of dataset {config.dataset}. Pass the dataset of the run with "
+            "--dataset."
+        )
     probabilities = predict(on_split.model, on_split.loader, saved.loss)
     labels = torch.from_numpy(dataset.test.labels)
     confidences, predicted = probabilities.max(dim=1)

@@ -218,7 +218,7 @@ def _check_takes_images(model: nn.Module, name: str, num_classes: int, in_chans:
         raise ValueError(f"Model {name!r} cannot take {size} images ({error}). Try another image_size.") from error
     if shape != (1, num_classes):
         raise ValueError(
-            f"Model {name!r} returns shape {shape} for a {size} image, not logits of {num_classes} classes."
+            f"Model {name!r} returns shape {shape} for a {size} image, not logits of {num_classes} classes. Use another model."
         )
     model.train()
 

@@ -138,8 +138,8 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
             "number of channels to those of the file."
         )
     if not taken:
-        first = next(iter(found), None)
-        raise ValueError(f"{file} shares no tensor with the model; its first tensor is {first!r}. Set model_name to its model.")
+        first, name = next(iter(found), None), saved_architecture(file) or "its model"
+        raise ValueError(f"{file} shares no tensor with the model; its first tensor is {first!r}. Set model_name to {name}.")
     model.load_state_dict({name: found[name] for name in taken}, strict=False)
     return LoadReport(
         source=str(file),
@@ -149,6 +149,12 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
         unused=tuple(name for name in found if name not in target),
         label_names=saved_label_names(file),
     )
+
+
+def saved_architecture(file: Path) -> str | None:
+    """The model's name in the config.json beside a weights file; None without it. Raises ValueError if it is invalid."""
+    beside = file.with_name(CONFIG_FILE)
+    return str(read_config(beside)["architecture"]) if beside.is_file() else None
 
 
 def saved_label_names(file: Path) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def write_report(
         "results.csv": encoded(results_csv(runs, ranked(runs, sweep), sweep)),
     }
     write_folder(output, files | {f"figures/{name}": content for name, content in report.files.items()})
-    return f"{len(runs)} runs, {len(report.files)} figure files: {output / PAGE}"
+    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(report.files)} figure files: {output / PAGE}"
 
 
 def run(args: argparse.Namespace) -> int:

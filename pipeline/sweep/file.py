@@ -179,10 +179,10 @@ def read_space(parameters: Any) -> Space:
         if name not in FIELDS:
             raise ValueError(f"Unknown setting {name!r} in parameters.{did_you_mean(str(name), FIELDS)}")
         if name in OURS:
-            raise ValueError(f"{name} cannot be a parameter: the sweep sets it for each trial.")
+            raise ValueError(f"{name} cannot be a parameter: the sweep sets it for each trial. Remove it.")
     space = Space(tuple(read_parameter(name, with_words(name, spec)) for name, spec in parameters.items()))
     if "output_dir" in space.varied:
-        raise ValueError("output_dir cannot be varied: the folders of all trials are in the sweep's folder.")
+        raise ValueError("output_dir cannot be varied: the folders of all trials are in the sweep's folder. Give it one value.")
     return space
 
 
@@ -234,7 +234,7 @@ def read_command(words: Any) -> tuple[str, ...]:
         if macro not in MACROS:
             raise ValueError(f"Unknown macro ${{{macro}}} in command.{did_you_mean(macro, MACROS)}")
     if not any(word == f"${{{form}}}" for word in command for form in ARGUMENT_FORMS):
-        raise ValueError("command has no ${args}, so every trial would be the same.")
+        raise ValueError("command has no ${args}, so every trial would have the same settings. Add ${args}.")
     return command
 
 
