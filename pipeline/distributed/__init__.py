@@ -1,1 +1,1 @@
-"""Processes and devices: the accelerator, FSDP2, synchronised BatchNorm, failures. Imports only from common and settings."""
+"""Processes and devices: the accelerator, FSDP2, synchronized BatchNorm, failures. Imports only from common and settings."""

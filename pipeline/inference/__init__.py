@@ -1,1 +1,1 @@
-"""Uses of a trained model: evaluation, prediction, export, upload, its mistakes. Imports training/ and lower rooms."""
+"""Uses of a trained model: evaluation, prediction, export, upload, demo, mistakes. Imports training/ and lower rooms."""

@@ -1,1 +1,1 @@
-"""Models and their files: timm models, the small models of this project, timm folders. Imports only from common."""
+"""Models: timm's, small ones of this project, small stems, timm folders, the fit of a classifier. Imports only from common."""
