@@ -72,7 +72,7 @@ def bad_images(split: Split, channels: int, num_threads: int, shown: bool) -> di
 
 
 def check(split: Split, rows: np.ndarray, channels: int, num_threads: int, shown: bool) -> dict[int, str]:
-    """Decodes the images of the rows; returns the rows that cannot be decoded, in order, each with its message."""
+    """Decodes the images of the rows, int64 [N]; returns the rows that cannot be decoded, in order, each with its message."""
 
     def decode_chunk(start: int) -> dict[int, str]:
         found = {}

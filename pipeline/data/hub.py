@@ -87,7 +87,8 @@ def is_table_folder(folder: Path) -> bool:
 def read_table_folder(folder: Path, label_column: str | None) -> Reading:
     """Like read_hub_set, for a folder of Parquet or Arrow files or the output of `save_to_disk`.
 
-    The output of save_to_disk is memory-mapped in place. Of other files, `datasets` keeps an Arrow copy in its cache.
+    The output of save_to_disk is memory-mapped in place. Of other files, `datasets` keeps an Arrow copy in its cache. Raises
+    ValueError if the files cannot be read or have no images and labels.
     """
     path = os.path.abspath(folder)
     request = ["folder", path, label_column]

@@ -164,7 +164,7 @@ def is_confirmed(found: Tables) -> bool:
 
 
 def read_tables(found: Tables, column: str, for_training: bool) -> Reading:
-    """The images of the tables, with the column as labels."""
+    """The images of the tables, with the column as labels. Raises ValueError if rows have no label, or a label is ambiguous."""
     rows: Rows = {}
     notes = list(found.notes)
     seen: dict[str, str] = {}

@@ -85,7 +85,7 @@ def as_in_table(path: str) -> str:
 
 
 def rows_of_csv(text: str, suffix: str) -> dict[str, list[str]]:
-    """The columns by name. Without a header, the names are column_1, column_2, ..."""
+    """The columns by name; without a header, column_1, column_2, ... Raises ValueError for rows of unequal length."""
     first = text.partition("\n")[0]
     delimiter = "\t" if suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
     rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]

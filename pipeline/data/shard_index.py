@@ -58,7 +58,7 @@ class Index:
 
 
 def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, label_column: str | None) -> Reading:
-    """Like hub.read_hub_set, but downloads only labels and indexes."""
+    """Like hub.read_hub_set, but downloads only labels and indexes. Raises ValueError likewise."""
     import datasets
 
     try:
@@ -72,7 +72,7 @@ def stream_hub_set(hub_id: str, config: str | None, row: DatasetRow | None, labe
 
 
 def stream_folder(folder: Path, label_column: str | None) -> Reading:
-    """The splits of a folder of Parquet, Arrow or tar files, of the output of save_to_disk, or of class folders."""
+    """The splits of a folder of Parquet, Arrow or tar files, of save_to_disk, or of class folders. Raises ValueError likewise."""
     path = os.path.abspath(folder)
     if (Path(path) / "dataset_dict.json").exists():
         names = json.loads((Path(path) / "dataset_dict.json").read_text())["splits"]

@@ -47,7 +47,7 @@ def read_timm(folder: Path) -> Logits:
 
 
 def write_onnx(saved: SavedModel, images: Tensor, folder: Path) -> None:
-    """Writes model.onnx with input `images`, output `logits` and a dynamic batch size."""
+    """Writes model.onnx with input `images` [B, C, S, S], output `logits` [B, num_classes] and a dynamic batch size B."""
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in saved.model.state_dict().values())
     torch.onnx.export(
         saved.model,
@@ -201,7 +201,10 @@ def export(saved: SavedModel, name: str, images: Tensor, output: Path) -> dict[s
 
 
 def convert(saved: SavedModel, name: str, images: Tensor, folder: Path) -> float:
-    """Writes the format's files and returns the largest relative difference of their logits from the model's."""
+    """Writes the format's files and returns the largest relative difference of their logits from the model's.
+
+    images: model input [B, C, S, S]. Raises CommandFailed if the model cannot be converted or the difference is too large.
+    """
     kind = FORMATS[name]
     example = images[:2] if len(images) > 1 else torch.cat([images, images])  # torch.export treats a batch size of 1 as fixed
     try:

@@ -143,7 +143,7 @@ def predict_batch(
     top_k: int,
     device: torch.device,
 ) -> list[Prediction]:
-    """A prediction for each path. read: the results of read_file for the paths."""
+    """A prediction for each path. read: the results of read_file for the paths, images uint8 [C, S, S] or messages."""
     images = [image for image in read if isinstance(image, Tensor)]
     best: Iterator[tuple[tuple[int, ...], tuple[float, ...]]] = iter(())
     if images:

@@ -136,7 +136,10 @@ def describe(source: str, model: nn.Module, config_json: dict[str, Any]) -> Save
 
 
 def names_of(source: str, model: nn.Module) -> tuple[list[str] | None, dict[str, str]]:
-    """The label names by class and the descriptions by label name; timm provides both for ImageNet models."""
+    """The label names by class and the descriptions by label name; timm provides both for ImageNet models.
+
+    Raises ValueError for another number of label names than of classes.
+    """
     pretrained_cfg, num_classes = vars(model)["pretrained_cfg"], vars(model)["num_classes"]
     names, descriptions = pretrained_cfg.get("label_names"), pretrained_cfg.get("label_descriptions")
     if isinstance(names, dict):  # by class number; some may be missing

@@ -65,8 +65,8 @@ def features_of(saved: SavedModel, splits: Mapping[str, Split], images: Sequence
 def contradictions(images: Sequence[ImageFacts], features: np.ndarray, num_classes: int) -> tuple[list[Contradiction], float]:
     """The labels that contradict the leave-one-out prediction, most confident first, and the leave-one-out accuracy.
 
-    A classifier is fitted to the features of all examined images; the prediction of an image is that of the classifier fitted
-    without it. Raises Unfittable.
+    A classifier is fitted to the features of all examined images, float32 [N, D]; the prediction of an image is that of the
+    classifier fitted without it. Raises Unfittable.
     """
     labels = torch.tensor([image.label for image in images])
     folds = torch.from_numpy(stratified_folds(labels.numpy(), NUM_FOLDS, 0, BEFORE_TRAINING, FOLDS))

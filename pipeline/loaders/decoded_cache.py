@@ -92,7 +92,10 @@ def decode_rows(
 def keep_images(
     folder: Path, images: Tensor, is_decoded: np.ndarray, num_threads: int, shown: bool
 ) -> tuple[Tensor, np.ndarray]:
-    """Writes the folder and returns its memory-mapped content, or the given arrays if it cannot be written."""
+    """Writes the folder and returns its memory-mapped content, or the given arrays if it cannot be written.
+
+    images: uint8 [N, C, S, S]; is_decoded: bool [N].
+    """
     try:
         write_images(folder, images, is_decoded, num_threads)
     except OSError as error:
@@ -113,7 +116,7 @@ def write_images(folder: Path, images: Tensor, is_decoded: np.ndarray, num_threa
 def read_images(
     folder: Path, num_rows: int, shape: tuple[int, ...], num_threads: int, shown: bool
 ) -> tuple[Tensor, np.ndarray] | None:
-    """The images, memory-mapped copy-on-write, and which of them decoded.
+    """The images, uint8 [num_rows, *shape], memory-mapped copy-on-write, and which of them decoded, bool [num_rows].
 
     None if the folder is missing or, with a warning, if it is damaged.
     """

@@ -48,7 +48,10 @@ class FittedImages(torch.utils.data.Dataset):
         return batch
 
     def fit(self, row: int, draws: np.ndarray) -> Tensor:
-        """One image; uint8 [C, S, S]. draws: [NUM_FIT_DRAWS], they determine the random crop of a photo in training."""
+        """One image; uint8 [C, S, S]. draws: [NUM_FIT_DRAWS], they determine the random crop of a photo in training.
+
+        Raises BadImage.
+        """
 
         def shrink(width: int, height: int) -> int:
             return shrink_of_part(width, height, self.preprocessing, draws)

@@ -220,7 +220,9 @@ class Logistic:
         return folds == folds.new_tensor(self.left_out)[:, None]
 
     def loss_and_gradient(self, solutions: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-        """The log losses summed over samples and folds plus penalty / 2 times the squared weights, and the gradient."""
+        """The log losses summed over samples and folds plus penalty / 2 times the squared weights, float64 [], and the gradient,
+        in the shape of solutions.
+        """
         gradient, loss = torch.zeros_like(solutions), solutions.new_zeros(())
         for values, labels, folds in self.rotated.parts():
             used = ~self.is_left_out(folds)

@@ -57,7 +57,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Loads a state that state_tensors returned. Raises ValueError if a name or shape does not match the model."""
+    """Loads a state as state_tensors returns it. Raises ValueError if a name or shape does not match the model."""
     parameters = dict(model.named_parameters())
     state: dict[nn.Parameter, dict[str, Any]] = {}
     saved = optimizer.state_dict()

@@ -163,6 +163,7 @@ def checked(config: Config) -> Config:
 
 
 def parsed(parse: Callable[[Any], Any]) -> Config:
+    """The settings that `parse` reads with the parser, checked. Raises ValueError, with a one-line message."""
     try:
         values = vars(parse(make_parser()))
     except argparse.ArgumentError as error:

@@ -109,6 +109,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def sweep_of(content: Any, stem: str) -> Sweep:
+    """The sweep of a file's content. stem: the name of a sweep without one. Raises ValueError for an invalid key or value."""
     if not isinstance(content, dict):
         raise ValueError("A sweep file must be a map with the keys method, metric and parameters.")
     check_keys("The sweep file", content, KEYS)
@@ -199,7 +200,7 @@ def with_words(name: str, spec: Any) -> Any:
 def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:
     """The iterations at which trials are compared: min_iter * eta^i for i = 0, 1, ..., or max_iter / eta^i for i = 1..s.
 
-    https://docs.wandb.ai/models/sweeps/sweep-config-keys
+    None without early_terminate. Raises ValueError for invalid values. https://docs.wandb.ai/models/sweeps/sweep-config-keys
     """
     if "early_terminate" not in content:
         return None
@@ -223,6 +224,7 @@ def read_hyperband(content: Mapping[str, Any]) -> Hyperband | None:
 
 
 def read_command(words: Any) -> tuple[str, ...]:
+    """The words of a trial's command. Raises ValueError for an unknown macro, and if it does not pass on the settings."""
     if words is None:
         return DEFAULT_COMMAND
     if not isinstance(words, list) or not words:

@@ -224,6 +224,7 @@ def check_numbers(parameter: Parameter) -> None:
 
 
 def check_values(name: str, values: Sequence[Any], probabilities: Any) -> None:
+    """Raises ValueError for a repeated value, and unless there is one probability for each value and they sum to 1."""
     texts = [str(value) for value in values]
     for text in texts:
         if texts.count(text) > 1:

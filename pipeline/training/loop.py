@@ -98,7 +98,10 @@ def say_ended(summary: dict[str, Any], config: Config, accelerator: Accelerator)
 
 
 def train_in(run: Run, parts: Parts, started: float) -> dict[str, Any]:
-    """Trains from the run's newest checkpoint, or from the start, to its end and returns the summary."""
+    """Trains from the run's newest checkpoint, or from the start, to its end and returns the summary.
+
+    Every rank must call it. Raises ValueError before the first step, TrainingFailed after it, Interrupted after a signal.
+    """
     accelerator = run.accelerator
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     try:

@@ -82,7 +82,7 @@ def is_confusion(counts: Tensor) -> bool:
 def add_classes(counts: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Adds a batch in place to the counts of zero_class_counts, without waiting for the device.
 
-    A confusion matrix has true classes as rows.
+    logits: float [B, num_classes]; labels: int64 [B]. A confusion matrix has true classes as rows.
     """
     predicted, ones = predicted_classes(logits), torch.ones_like(labels)
     if is_confusion(counts):

@@ -121,7 +121,7 @@ class Run:
             console.warn(f"The run resumes with {', '.join(changed)}: its results may differ by rounding.")
 
     def first_that_fits(self, state: TrainState) -> tuple[Path | None, dict[str, Any]]:
-        """Loads the newest checkpoint that fits the model; returns it and its facts, or None and no facts for a new run."""
+        """Loads the newest checkpoint that fits; returns it and its facts, None for a new run. Raises ValueError if none fits."""
         for start in self.starts:
             facts, problem = {}, None
             try:

@@ -95,7 +95,7 @@ def accumulate_gradient(
 
 
 def micro_batches(share: Share, config: Config, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
-    """The share's images and labels, split as evenly as possible into the fewest parts of at most micro_batch_size.
+    """The share's images [B, C, S, S] and labels, split as evenly as possible into the fewest parts of at most micro_batch_size.
 
     With sync_batchnorm or a sharded model the ranks communicate in every layer, so each rank returns as many parts as the
     largest share needs. A part without samples is empty with sync_batchnorm; otherwise it is one sample with the label IGNORED.
