@@ -24,6 +24,12 @@ aten = torch.ops.aten
 
 # Tags of torch: the result is a Python number, or the number of its elements depends on values.
 READING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Operations that wait inside their kernel for a GPU, where torch does not tag them: to check for errors of the solver, the
+# probabilities, or the range of the values.
+CHECKING = (
+    *(aten._linalg_check_errors.default, aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_eig.default),
+    *(aten.multinomial.default, aten.histc.default),
+)
 MASKABLE = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 CONVERSIONS = {getattr(torch.Tensor, name) for name in ("tolist", "numpy", "__array__", "cpu", "__repr__")}
 
@@ -37,8 +43,6 @@ ALLOWED = {
     ("pipeline/training/metrics.py", "roc_auc"): "the end of an evaluation with two classes: on the CPU",
     ("torch/amp/grad_scaler.py", "_maybe_opt_step"): "fp16: the scaler skips a step whose gradient overflowed",
     ("torch/optim/optimizer.py", "_get_value"): "Adam and AdamW count their steps in a tensor of the CPU, unless fused",
-    ("timm/optim/adopt.py", "_get_value"): "timm's Adopt counts its steps in a tensor of the CPU",
-    ("timm/optim/_helpers.py", "_get_value"): "other optimizers of timm count their steps in a tensor of the CPU",
     ("torch/utils/data/dataloader.py", "__init__"): "the seed of the loader's workers, drawn on the CPU once per epoch",
 }
 
@@ -166,7 +170,7 @@ def is_read(func: Any, args: Any) -> bool:
     """Whether Python, or the allocator, needs values to know the result or its shape."""
     if func in MASKABLE:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return bool(READING_TAGS & set(func.tags)) or func is aten._linalg_check_errors.default
+    return bool(READING_TAGS & set(func.tags)) or func in CHECKING
 
 
 def frames_to_our_line() -> list[FrameType]:

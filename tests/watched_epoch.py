@@ -42,13 +42,14 @@ class BareRun(Run):
         self.config, self.accelerator = config, accelerator
         self.tracker = self.writer = None
         self.signals: Any = SimpleNamespace(received=0)
-        self.last_read = 0.0
+        self.last_read, self.submitted = 0.0, -1
 
 
-def watched_epoch(device: str = "cpu", **settings: Any) -> Watch:
+def watched_epoch(device: str = "cpu", scaler: Any = None, **settings: Any) -> Watch:
     """Trains an epoch with SMALL and the settings, and evaluates, under device_watch. device: "cpu", or "cuda" for a fake GPU.
 
-    Loading the images is not watched, nor are tables that are computed once per process.
+    scaler: of the loss, as with fp16, on the CPU. Loading the images is not watched, nor are tables that are computed once per
+    process.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(Config(**{**SMALL, **settings}), device="cpu")
@@ -61,6 +62,7 @@ def watched_epoch(device: str = "cpu", **settings: Any) -> Watch:
         if policy is not None:
             with unset_fake_temporarily():
                 magnitude_bins(policy, size)
+        accelerator.scaler = scaler
         state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
         classes = zero_class_counts(len(parts.dataset.class_names), accelerator.device)
         calibration = zero_calibration(accelerator.device)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -52,7 +53,7 @@ class EvaluatedModel(nn.Module):
             if self.loss == "bce":  # the logit of the mean: log p - log(1 - p)
                 logits = (logsigmoid(both).logsumexp(dim=0) - logsigmoid(-both).logsumexp(dim=0)).float()
             else:
-                logits = both.log_softmax(dim=2).logsumexp(dim=0).sub(torch.log(both.new_tensor(2.0))).float()
+                logits = both.log_softmax(dim=2).logsumexp(dim=0).sub(math.log(2)).float()
         return logits if self.order is None else logits[:, self.order]
 
 

@@ -208,7 +208,7 @@ class Logistic:
         values: float64 [B, R]; labels: int64 [B].
         """
         logits = values @ solutions[:, :-1] + solutions[:, -1:]
-        own = logits[:, torch.arange(len(labels)), labels]
+        own = logits[:, torch.arange(len(labels), device=labels.device), labels]
         if self.rotated.per_class:
             losses, probabilities = softplus(logits).sum(dim=2) - own, logits.sigmoid()
         else:

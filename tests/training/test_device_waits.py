@@ -12,25 +12,28 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from device_watch import OTHER, MixesDevices, WaitsForDevice, device_watch
+from device_watch import ALLOWED, CHECKING, MixesDevices, WaitsForDevice, device_watch
 from PIL import Image
 from steps import batch, cpu_scaler, make_state
 from timm.optim import list_optimizers
 from watched_epoch import fake_gpu, given_gradients, watched_epoch
 
 from pipeline.distributed.accelerator import make_accelerator
-from pipeline.images.augment import AUGMENTS, BatchTransform
+from pipeline.images.augment import AUGMENTS, BatchTransform, resized_parts
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.randaugment import RANDAUGMENT, magnitude_bins, operate
+from pipeline.inference.saved_evaluation import EvaluatedModel
 from pipeline.loaders.loader import Loader
 from pipeline.loaders.mixing import mix
 from pipeline.models.create import create_model
+from pipeline.models.linear_probe import Logistic, Rotated
 from pipeline.optim.ema import create_ema, update_ema
 from pipeline.optim.muon import Muon
 from pipeline.optim.optimizers import OPTIMIZERS, check_optimizer_name, create_optimizer
 from pipeline.optim.sam import perturbed, sharpness_norm
 from pipeline.optim.timm_optimizers import constructor
 from pipeline.settings.config import Config
+from pipeline.training.losses import LOSSES, loss_sum
 from pipeline.training.metrics import LARGEST_CONFUSION, add_classes, zero_class_counts
 from pipeline.training.run import Run
 from pipeline.training.step import accumulate_gradient, train_step
@@ -43,11 +46,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "workers": {
         "loader": "workers", "num_workers": 0, "augment": "trivialaugment", "sam_rho": 0.05, "sam_adaptive": True,
-        "loss": "focal", "class_weights": "balanced", "sampler": "balanced",
+        "loss": "focal", "class_weights": "balanced", "sampler": "balanced", "flip": "alternate",
     },
     "stream": {
         "loader": "stream", "num_workers": 0, "cutmix": 1.0, "freeze_epochs": 1, "max_train_samples": None, "loss": "bce",
         "class_weights": "balanced",
+    },
+    "photos": {
+        "loader": "device", "image_size": 8, "max_train_samples": None, "augment": "light", "flip": "alternate",
+        "mixup": 0.2, "loss": "focal", "freeze_batchnorm": True,
     },
 }
 
@@ -55,19 +62,20 @@ FETCH, FIGURES = ("pipeline/training/run.py", "fetch"), ("pipeline/training/metr
 CLASSES = ("pipeline/training/metrics.py", "counts_by_class")
 ALL_RANKS, ROC_AUC = ("pipeline/training/evaluation.py", "from_all_ranks"), ("pipeline/training/metrics.py", "roc_auc")
 SCALER, ADAMS_COUNT = ("torch/amp/grad_scaler.py", "_maybe_opt_step"), ("torch/optim/optimizer.py", "_get_value")
+SCALE_LINE = ("pipeline/training/run.py", "log_training")
 LOADERS_SEED = ("torch/utils/data/dataloader.py", "__init__")
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Number of classes -> a folder of 16 training and 4 test images, 8x8 pixels."""
+    """Number of classes -> a folder of 16 training and 4 test images, 8x8 pixels or photos of another shape."""
 
-    def write(num_classes: int) -> Path:
+    def write(num_classes: int, shape: tuple[int, ...] = (8, 8)) -> Path:
         folder = tmp_path_factory.mktemp("pictures")
         for number in range(20):
             path = folder / ("train" if number < 16 else "test") / f"class {number % num_classes}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8), number, np.uint8)).save(path)
+            Image.fromarray(np.full(shape, number, np.uint8)).save(path)
         return folder
 
     return write
@@ -76,7 +84,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.fixture
 def settings_of(pictures: Callable[[int], Path]) -> Callable[[str], dict[str, Any]]:
     def settings(row: str) -> dict[str, Any]:
-        return ROWS[row] | ({"dataset": str(pictures(3)), "val_fraction": 0.0} if row == "stream" else {})
+        shapes: dict[str, tuple[int, ...]] = {"stream": (8, 8), "photos": (40, 48, 3)}
+        return ROWS[row] | ({"dataset": str(pictures(3, shapes[row])), "val_fraction": 0.0} if row in shapes else {})
 
     return settings
 
@@ -87,7 +96,7 @@ def test_an_epoch_reads_a_tensor_only_for_its_log_line_and_its_figures(settings_
     reads = dict(watched_epoch("cpu", **settings).reads)
     if settings.get("optimizer") == "muon":
         assert reads.pop(ADAMS_COUNT) > 0
-    if "loader" in settings:
+    if settings.get("loader", "device") != "device":
         assert reads.pop(LOADERS_SEED) <= 2  # training and evaluation; with the workers' processes kept, at the first epoch
     evaluations = 2 if "ema_decay" in settings else 1
     assert reads == {FETCH: 1, FIGURES: 1 + evaluations, CLASSES: evaluations}
@@ -115,7 +124,8 @@ def test_steps_of_every_optimizer_read_a_tensor_only_for_the_fp16_scaler(optimiz
     with device_watch() as watch:
         for _ in range(2):
             train_step(state, share, config, accelerator)
-    watch.reads.pop(ADAMS_COUNT, None)
+    is_fused = optimizer != "muon" and not (scaled and optimizer.startswith("adam"))
+    assert bool(watch.reads.pop(ADAMS_COUNT, 0)) != is_fused
     assert state.step == 2 and watch.reads == ({SCALER: 2} if scaled else {})
 
 
@@ -160,9 +170,9 @@ def test_of_timms_optimizers_those_that_wait_in_each_step_are_named_in_the_docum
             optimizer = create_optimizer(model, config, "no")
             with device_watch("cuda", only_counts=True) as watch:
                 optimizer.step()  # makes the state; some copy it from the CPU
-                before = watch.reads[OTHER]
+                before = watch.reads.total()
                 optimizer.step()
-        if watch.reads[OTHER] > before:
+        if watch.reads.total() > before:
             waiting.add(name)
     documents = (ROOT / "docs" / "optimizers.md").read_text()
     (line,) = re.findall(r"\*\*Waiting for the GPU\*\* in each step: ([^.]*)\.", documents)
@@ -209,6 +219,50 @@ def test_every_operation_of_randaugment_stays_on_its_device(device, channels):
     assert len(names) > 10 and watch.reads == {}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_mirrored_evaluation_and_the_fitted_classifier_stay_on_their_device(device, loss):
+    """The classifier's L-BFGS reads losses; its pass over the samples does not."""
+    model, _ = create_model("simple_mlp", num_classes=3, in_chans=1, image_size=8)
+    with fake_gpu(make_accelerator(Config(), device="cpu")) if device == "cuda" else contextlib.nullcontext():
+        model = EvaluatedModel(model.to(device), torch.zeros(3, dtype=torch.int64, device=device), flip=True, loss=loss)
+        images, labels = torch.zeros(2, 1, 8, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        logits, mixed, weights = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device), torch.ones(3, device=device)
+        values = torch.zeros(2, 4, dtype=torch.float64, device=device)
+        rotated = Rotated(values, labels, labels, values[0], 2, 3, True, loss == "bce", reduce=lambda tensor: tensor)
+        with device_watch(device) as watch:
+            for target in (labels, mixed):
+                for given in (None, weights):
+                    loss_sum(logits, target, loss, 0.1, given)
+            with torch.inference_mode():
+                model(images)
+            if device == "cuda":  # on a CPU, one_hot checks the labels
+                Logistic(rotated, (0, 1)).losses(values, labels, torch.zeros(2, 5, 3, dtype=torch.float64, device=device))
+    assert watch.reads == {}
+
+
+def test_every_allowed_place_is_needed(pictures):
+    """Two classes, decoded for each batch, Muon with its AdamW, and a loss that is scaled as with fp16."""
+    settings = {"loader": "workers", "num_workers": 0, "dataset": str(pictures(2)), "val_fraction": 0.0, "optimizer": "muon"}
+    reads = watched_epoch("cpu", scaler=cpu_scaler(), **settings).reads
+    assert reads.keys() == ALLOWED.keys() and reads[SCALER] == 2 and reads[SCALE_LINE] == 1
+
+
+def test_a_read_in_the_backward_pass_is_found():
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda gradient: gradient * gradient.sum().item())
+    with pytest.raises(WaitsForDevice, match="_local_scalar_dense"), device_watch():
+        weight.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", CHECKING, ids=str)
+def test_operations_that_check_values_inside_their_kernel_are_found(name):
+    arguments = [torch.ones(4), 2] if "linalg" not in str(name) else [torch.eye(2)]
+    arguments = [torch.zeros(1, dtype=torch.int32), "solve"] if "errors" in str(name) else arguments
+    with pytest.raises(WaitsForDevice, match=str(name)), device_watch():
+        name(*arguments, **({"is_matrix": True} if "errors" in str(name) else {}))
+
+
 @pytest.mark.parametrize("num_classes", [3, LARGEST_CONFUSION + 1])
 def test_counts_of_classes_stay_on_a_fake_gpu(num_classes):
     accelerator = make_accelerator(Config(), device="cpu")
@@ -250,16 +304,18 @@ PLANTS = [
     ("cpu", Muon._muon_step, "updates = [", "updates = [] if torch.equal(grads[0], grads[0] + 1) else [", WaitsForDevice),
     ("cuda", sharpness_norm, "precision = ", "gradients[0].cpu(); precision = ", WaitsForDevice),
     ("cuda", Loader.eval_epoch, "own = to_device(", "own = torch.Tensor.to(", WaitsForDevice),
+    ("cuda", resized_parts, "corners = to_device(", "corners = torch.Tensor.to(", WaitsForDevice),
     ("cuda", mix, "weights = weights.to(images.dtype)", "weights = weights * torch.ones(1, 8, 8)", MixesDevices),
     ("cuda", add_classes, "predicted, ones =", "labels = labels + torch.arange(len(labels)); predicted, ones =", MixesDevices),
 ]
 
 
 @pytest.mark.parametrize("device, function, old, new, error", PLANTS, ids=[f"{row[1].__name__}-{row[0]}" for row in PLANTS])
-def test_a_planted_fault_is_found_with_its_line(monkeypatch, device, function, old, new, error):
+def test_a_planted_fault_is_found_with_its_line(monkeypatch, settings_of, device, function, old, new, error):
     place = planted(monkeypatch, function, old, new)
+    settings = {Loader.eval_epoch: {}, add_classes: {}, resized_parts: settings_of("photos")}.get(function, EVERYTHING)
     with pytest.raises(error, match=f"{place}: aten|{place}: Tensor"):
-        watched_epoch(device, **({} if function in (Loader.eval_epoch, add_classes) else EVERYTHING))
+        watched_epoch(device, **settings)
 
 
 def test_a_log_line_in_every_step_is_found(monkeypatch):
