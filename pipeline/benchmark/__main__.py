@@ -1,7 +1,9 @@
 """The command line of the benchmarks: the commands, their arguments, and the output of their figures."""
 
 import argparse
+import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, 
 from pipeline.common.stopping import Interrupted
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.system import usable_cores
-from pipeline.settings.command_line import CommandParser, above_zero, at_least, exit_status, one_of
+from pipeline.settings.command_line import CommandFailed, CommandParser, above_zero, at_least, exit_status, one_of
 from pipeline.settings.config import FIELDS
 
 
@@ -112,7 +114,7 @@ def gpu_arguments(parser: CommandParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help=text)
     text = "seeds of each run to a target, from 0 on"
     parser.add_argument("--seeds", type=at_least(1), default=3, metavar="N", help=text)
-    text = "precisions to measure, no (fp32 with TF32), bf16, fp16"
+    text = "precisions to measure, no (fp32 with TF32), bf16, fp16; half_* always measure fp32 too"
     precisions = ["bf16", "no", "fp16"]
     parser.add_argument("--precisions", type=one_of(*precisions), nargs="+", default=precisions, metavar="P", help=text)
     modes = ["off", "on", "reduce-overhead"]
@@ -191,8 +193,8 @@ def make_parser() -> CommandParser:
     settings = "Accepts every setting of train.py too. The default is --dataset synthetic, a generated set."
     real = {
         "lr": "Accepts every setting of train.py too.",
-        "gpu": "Accepts every setting of train.py too, for all parts but tests and steps. The targets and half_* use CIFAR-10, "
-        "finetune Oxford-IIIT Pet, the other parts a generated set.",
+        "gpu": "Accepts settings of train.py too, for all parts but tests and steps, except those that the parts choose. The targets "
+        "and half_* use CIFAR-10, finetune Oxford-IIIT Pet, the other parts a generated set.",
         "finetune": "Accepts every setting of train.py too. The defaults are --dataset oxford_iiit_pet --model_name "
         "tf_efficientnet_lite0 --pretrained true --image_size 128 --batch_size 16 --epochs 3; round n has seed n - 1.",
     }
@@ -235,20 +237,40 @@ def measure(args: argparse.Namespace, settings: list[str]) -> int:
     """Measures, prints each table when it is complete, and writes the files. Raises ValueError, TrainingFailed, OSError."""
     facts = machine_facts(args.arguments)
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_folder(args.output)
     print(heading(facts), flush=True)
     has_chart = COMMANDS[args.command].chart
-    sections: list[Section] = []
+    sections: dict[tuple[str, str | None], Section] = {}
     for section in importlib.import_module(f"pipeline.benchmark.{args.command}").sections(args, settings):
-        sections.append(section)
+        sections[section.title, section.group] = section  # a group that is measured again replaces its earlier rows
         print(f"\n{text_of(section)}", flush=True)
-        if args.output is not None:
-            write_lines(args.output / f"benchmark-{args.command}.jsonl", sections, facts)
-            if has_chart:
-                draw(args.output / f"benchmark-{args.command}.png", sections, facts)
+        if args.output is not None and not section.written:
+            write_files(args.output / f"benchmark-{args.command}", list(sections.values()), facts, has_chart)
     if args.output is not None:
         print(f"\n{args.output / f'benchmark-{args.command}'}.jsonl{' and .png' if has_chart else ''}")
     return 0
+
+
+def make_folder(path: Path) -> None:
+    """Creates the folder of --output. Raises ValueError if it cannot be written, before anything is measured."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"--output {path} is not a folder that can be written: {error.strerror}. Pass another one.") from error
+
+
+def write_files(stem: Path, sections: list[Section], facts: dict[str, Any], has_chart: bool) -> None:
+    """Writes the JSON lines and the chart. Raises CommandFailed if that fails; what an earlier call wrote is unchanged."""
+    try:
+        write_lines(stem.with_name(f"{stem.name}.jsonl"), sections, facts)
+        if has_chart:
+            draw(stem.with_name(f"{stem.name}.png"), sections, facts)
+    except OSError as error:
+        raise CommandFailed(
+            f"{stem}.jsonl cannot be written: {error.strerror}. It lacks the table above. Repair this and run the command again."
+        ) from error
 
 
 def check_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

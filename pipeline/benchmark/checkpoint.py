@@ -49,6 +49,8 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
     """Runs in a child process. Returns milliseconds of saving and of blocks of steps, measured in turns, and bytes written."""
     import torch
 
+    from pipeline.benchmark.stepclock import device_name
+
     saving = TimedSaving(settings, steps, folder)
     try:
         saving.take_steps()  # warms up and creates the optimizer's state
@@ -71,7 +73,7 @@ def measure(settings: list[str], rounds: int, steps: int, folder: str) -> dict[s
             },
             "their_bytes": alone[THEIRS][-1][1],
             "our_bytes": size_of(saving.run.config.run_dir / "checkpoints"),
-            "device": saving.run.accelerator.device.type,
+            "device": device_name(saving.run.accelerator.device),
             "threads": torch.get_num_threads(),
         }
     finally:

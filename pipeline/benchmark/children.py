@@ -1,6 +1,7 @@
 """Runs contenders as child processes, one at a time, and measures the memory of each and its descendants."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ SAMPLE_SECONDS = 0.2  # between two samples of a child's memory
 ENDING_SECONDS = 60.0  # from SIGTERM to SIGKILL; torchrun takes 30 of them to end its processes
 
 PROJECT = Path(__file__).parents[2]
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+C_LIBRARY = ctypes.CDLL(None)
 
 
 def run_child(
@@ -56,16 +60,8 @@ def run_program(command: Sequence[str], result_path: Path, environment: Mapping[
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     with tempfile.TemporaryFile("w+") as stderr:
         began = time.time()
-        # in a new session Ctrl-C reaches this process only, which then ends the child and all its workers
-        process = subprocess.Popen(
-            command, env={**env, **(environment or {})}, stdout=stderr, stderr=stderr, start_new_session=True
-        )
-        try:
+        with running(command, env={**env, **(environment or {})}, stdout=stderr, stderr=stderr) as process:
             peak = watch_memory(process)
-        finally:
-            end_tree(process, ENDING_SECONDS)
-            with contextlib.suppress(ProcessLookupError):  # descendants that it left in its session
-                os.killpg(process.pid, signal.SIGKILL)
         stderr.seek(0)
         output = stderr.read()
     if process.returncode:
@@ -74,6 +70,28 @@ def run_program(command: Sequence[str], result_path: Path, environment: Mapping[
     if "first_step_at" in result:
         result["seconds_to_start"] = result["first_step_at"] - began
     return {**result, "peak_memory_bytes": peak, "stderr": output}
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A program in a session of its own; at the end of the context it is terminated with all its descendants.
+
+    So Ctrl-C in the terminal reaches this process only. On Linux the program also ends if this process is killed, because it
+    would slow down the next measurements. options: of subprocess.Popen.
+    """
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
+    try:
+        yield process
+    finally:
+        end_tree(process, ENDING_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # descendants that it left in its session
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """Makes Linux terminate this process when its parent ends (https://man7.org/linux/man-pages/man2/prctl.2.html)."""
+    if sys.platform == "linux":
+        C_LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def raise_failure(status: int, output: str) -> None:

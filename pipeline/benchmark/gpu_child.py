@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.benchmark.measuring import Row, in_turns
+from pipeline.benchmark.stepclock import device_name
 from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 
@@ -70,7 +71,7 @@ def compare_precisions(settings: list[str], name: str, precisions: list[str], fo
     """A row for each precision: loss curve, validation accuracy, skipped steps, distance from the first precision.
 
     The loss curve has the mean losses of CURVE_POINTS equal parts of the run. distance: the largest difference of two
-    points, relative to the first precision's.
+    points, relative to the first precision's; None if every step of one of them was skipped.
     """
     rows: list[Row] = []
     reference: list[float] = []
@@ -83,7 +84,7 @@ def compare_precisions(settings: list[str], name: str, precisions: list[str], fo
                 "row": f"{name}, {'fp32' if precision == 'no' else precision}",
                 "losses": losses,
                 "loss_curve": parts_of(losses),
-                "distance": max(abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))),
+                "distance": max((abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))), default=None),
                 "val_accuracy": summary["best"]["accuracy"],
                 "skipped_steps": summary["skipped_steps"],
                 "steps": summary["steps"],
@@ -102,15 +103,15 @@ def logged_losses(config: Config) -> list[float]:
 
 def parts_of(losses: list[float]) -> list[float]:
     """The means of CURVE_POINTS equal parts of the losses, or all losses if they are fewer."""
-    number = min(CURVE_POINTS, len(losses))
+    number = min(CURVE_POINTS, len(losses)) or 1
     bounds = [round(part * len(losses) / number) for part in range(number + 1)]
-    return [fmean(losses[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+    return [fmean(losses[start:stop]) for start, stop in zip(bounds, bounds[1:]) if stop > start]
 
 
 def device_facts(folder: str | None = None) -> Row:
     """The name of the device and the number of CPU threads."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "threads": torch.get_num_threads()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"device": device_name(device), "threads": torch.get_num_threads()}
 
 
 def train_and_test(settings: list[str], name: str, target: float, folder: str) -> Row:

@@ -11,12 +11,19 @@ from pipeline.benchmark.measuring import Row
 class Group:
     """Measurements that are compared with each other, and are repeated together if they are interrupted.
 
-    section: the table that they belong to; name: which of its groups; measure: returns the rows.
+    section: the table that they belong to; name: which of its groups, "" for the only one; measure: returns the rows;
+    row_names: of those that the arguments of the command select.
     """
 
     section: str
     name: str
     measure: Callable[[], list[Row]]
+    row_names: frozenset[str] = frozenset()
+
+    def is_complete(self, rows: list[Row]) -> bool:
+        """Whether these rows of an earlier call are all that measure would return. Tests that failed are repeated."""
+        names = {row["row"] for row in rows}
+        return bool(rows) and names >= self.row_names and not any(row.get("failed") for row in rows)
 
 
 Groups = Callable[[Namespace, list[str]], Iterator[Group]]

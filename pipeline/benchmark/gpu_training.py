@@ -5,18 +5,19 @@ import importlib.util
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from subprocess import run
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
 import pipeline
 from pipeline.benchmark import finetune as finetuning
-from pipeline.benchmark.children import PROJECT, run_child
+from pipeline.benchmark.children import PROJECT, run_child, running
 from pipeline.benchmark.gpu_groups import Group, has_gpu, precisions_of
-from pipeline.benchmark.measuring import Row
+from pipeline.benchmark.measuring import Row, with_notes
+from pipeline.common.stopping import TrainingFailed
 from pipeline.common.system import usable_cores
+from pipeline.settings.parser import read_config
 
 RECIPES = Path(pipeline.__path__[0]) / "recipes"
 TESTS = PROJECT / "tests" / "test_gpu.py"
@@ -29,6 +30,7 @@ TOY_RUN = [
     *("--dataset=digits", "--model_name=simple_mlp", "--stem=auto", "--max_train_samples=96", "--epochs=1", "--batch_size=16"),
     *("--log_every=1", "--mixed_precision=no"),
 ]
+PRECISION_ROWS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # the others are compared with the first
 MICRO_BATCHES = 4
 TINY_MODEL, TOY_SIDE = "test_efficientnet", 32
 
@@ -39,7 +41,10 @@ def tests(args: Namespace, settings: list[str]) -> Iterator[Group]:
 
 
 def test_rows() -> list[Row]:
-    """A row with the numbers of passed, failed and skipped tests. Raises ValueError outside a checkout, or without pytest."""
+    """A row with the numbers of passed, failed and skipped tests.
+
+    Raises ValueError outside a checkout, or without pytest, and TrainingFailed if pytest ends without a report.
+    """
     if not TESTS.is_file() or importlib.util.find_spec("pytest") is None:
         raise ValueError(f"The part tests needs a checkout with {TESTS.name}, and pytest. Choose other --parts.")
     began = time.monotonic()
@@ -47,7 +52,9 @@ def test_rows() -> list[Row]:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", str(TESTS)]
         command += ["-n", str(min(usable_cores(), 8))] if importlib.util.find_spec("xdist") and has_gpu() else []
-        run(command, cwd=PROJECT, check=False)
+        status = run_tests(command)
+        if not report.is_file():
+            raise TrainingFailed(f"pytest ended with status {status} and without a report. Its output above has the reason.")
         (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     seconds = time.monotonic() - began
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
@@ -57,17 +64,24 @@ def test_rows() -> list[Row]:
     return [{**row, "passed": passed, "failed": failed, "skipped_tests": counts["skipped"]}]
 
 
+def run_tests(command: Sequence[str]) -> int:
+    """Runs pytest with its output in the terminal; returns its exit status."""
+    with running(command, cwd=PROJECT) as process:
+        return process.wait()
+
+
 def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group]:
-    """fp16 and bf16 beside fp32, with and without SAM and gradient accumulation."""
+    """fp16 and bf16 beside fp32, which is always measured, with and without SAM and gradient accumulation."""
     given = [*(TOY_RUN if args.rehearse else HALF_RUN), f"--optimizer={optimizer}", *settings]
-    precisions = sorted(precisions_of(args), key="no bf16 fp16".split().index)  # the others are compared with fp32
+    precisions = [precision for precision in PRECISION_ROWS if precision in ("no", *precisions_of(args))]
     micro_batch = (16 if args.rehearse else 256) // MICRO_BATCHES
     for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items():
         for accumulation, flags in {"": [], f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={micro_batch}"]}.items():
             name = f"{optimizer}{sam}{accumulation}"
             arguments = {"settings": [*given, *sam_flags, *flags], "name": name, "precisions": precisions}
             measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
-            yield Group("Half precision, SAM and gradient accumulation", name, measure)
+            row_names = frozenset(f"{name}, {PRECISION_ROWS[precision]}" for precision in precisions)
+            yield Group("Half precision, SAM and gradient accumulation", name, measure, row_names)
 
 
 def rows_of_child(function: str, arguments: Row) -> list[Row]:
@@ -85,9 +99,11 @@ def finetune(args: Namespace, settings: list[str]) -> Iterator[Group]:
     def measure() -> list[Row]:
         with TemporaryDirectory(prefix="benchmark-") as folder:
             (section,) = finetuning.sections(own, [*(toy_task(Path(folder)) if args.rehearse else []), *settings])
-        return section.rows
+        return with_notes(section)
 
-    yield Group("Fine-tuning from given weights", "finetune", measure)
+    config = read_config(finetuning.with_defaults(settings))
+    what = f"{config.model_name}, {config.dataset}, {config.image_size} pixels, batch {config.batch_size}"
+    yield Group(f"Fine-tuning from given weights: {what}, {config.num_epochs} epochs", "", measure)
 
 
 def toy_task(folder: Path) -> list[str]:
@@ -111,7 +127,6 @@ def target_95(args: Namespace, settings: list[str]) -> Iterator[Group]:
 def target(recipe: str, accuracy: float, args: Namespace, settings: list[str]) -> Iterator[Group]:
     """A recipe, a group for each seed: the seconds of training, and whether the test accuracy is reached."""
     given = [f"--config={RECIPES / recipe}", *(TOY_RUN if args.rehearse else []), *settings]
-
     for seed in range(args.seeds):
         arguments = {"settings": [*given, f"--seed={seed}"], "name": f"{recipe}, seed {seed}", "target": accuracy}
         measure = functools.partial(rows_of_child, "gpu_child.train_and_test", arguments)

@@ -75,6 +75,7 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
 
     from pipeline.benchmark.peers.loaders import plain_loader, timm_loader
     from pipeline.benchmark.sets import peer_set
+    from pipeline.benchmark.stepclock import device_name
     from pipeline.distributed.accelerator import make_accelerator
     from pipeline.training.build import assemble
 
@@ -106,7 +107,7 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
     return {
         "rates": rates,
         "batch_size": config.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
 

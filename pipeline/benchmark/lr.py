@@ -26,6 +26,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     """One curve. Creates no run folder. Raises ValueError for invalid settings."""
     import torch
 
+    from pipeline.benchmark.stepclock import device_name
     from pipeline.distributed.accelerator import make_accelerator
     from pipeline.training.build import assemble, check_settings, load_images
 
@@ -42,7 +43,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     ]
     points = train_on(lrs, parts, accelerator)
     lrs, losses = [lr for lr, _ in points], [loss for _, loss in points]
-    device = {"device": accelerator.device.type, "threads": torch.get_num_threads()}
+    device = {"device": device_name(accelerator.device), "threads": torch.get_num_threads()}
     rows = [
         {"row": f"{lr:.3g}", "lr": lr, "loss": loss, "smoothed_loss": smoothed, "n": 1, **device}
         for lr, loss, smoothed in zip(lrs, losses, smooth(losses))

@@ -17,7 +17,7 @@ class Section:
     rows: dicts with a row's name under "row"; unit: of their medians; notes: lines below the table;
     curve: the keys of x and y if the rows are points of a curve; mark: an x to mark on it; group: of several sections of one
     title, the rows that were measured together; paths: whether each row has points of test accuracy over seconds, which the
-    chart draws as a line.
+    chart draws as a line; written: whether the rows are from the file of an earlier call.
     """
 
     title: str
@@ -28,6 +28,14 @@ class Section:
     mark: float | None = None
     group: str | None = None
     paths: bool = False
+    written: bool = False
+
+
+def with_notes(section: Section) -> list[Row]:
+    """The rows of a section; the first one has its notes, if there are any."""
+    if not section.notes:
+        return section.rows
+    return [{**row, "notes": section.notes} if row is section.rows[0] else row for row in section.rows]
 
 
 def summarise(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.measuring import Row, Section, summarise
-from pipeline.benchmark.stepclock import HALVES
+from pipeline.benchmark.stepclock import HALVES, device_name
 from pipeline.common.console import progress_bar
 from pipeline.optim.optimizers import OPTIMIZERS, create_optimizer, parameter_groups, set_lr
 from pipeline.settings.config import Config
@@ -70,7 +70,7 @@ def to_section(title: str, reference: str, samples: dict[str, list[float]], devi
     """A table without the first call of each row, its warm-up. A row with a single call keeps it and is marked as cold."""
     kept = {name: taken[1:] or taken for name, taken in samples.items()}
     extras: dict[str, Row] = {
-        name: {"device": device, "threads": torch.get_num_threads(), "warmed_up": len(taken) > 1}
+        name: {"device": device_name(torch.device(device)), "threads": torch.get_num_threads(), "warmed_up": len(taken) > 1}
         for name, taken in samples.items()
     }
     return Section(title, summarise(kept, "ms", reference, extras), "ms")

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.benchmark.stepclock import StepClock, wait_for
+from pipeline.benchmark.stepclock import StepClock, device_name, wait_for
 from pipeline.benchmark.waiting import waiting
 from pipeline.distributed.accelerator import make_accelerator, system_facts
 from pipeline.distributed.fsdp import load_weights
@@ -157,23 +158,22 @@ def finetune(settings: list[str], began: float, folder: str) -> dict[str, Any]:
     before = time.time() - began - summary["seconds"]  # until the run's own clock starts; its last files are a part of it
     lines = [json.loads(line) for line in metrics_path(config.run_dir).read_text().splitlines()]
     validated = [line for line in lines if line["split"] == "val"]
-    accuracies = accuracies_at(config, [line["step"] for line in validated])
+    accelerator = make_accelerator(config)
+    accuracies = accuracies_at(config, [line["step"] for line in validated], accelerator)
     epochs = [
         {"epoch": line["epoch"], "seconds": before + line["seconds"], "test_accuracy": accuracy}
         for line, accuracy in zip(validated, accuracies)
     ]
-    device = summary["device"].split()[0]
     return {
         "epochs": epochs,
         "test_accuracy": summary["test"]["accuracy"],
-        "device": device,
+        "device": device_name(accelerator.device),
         "threads": torch.get_num_threads(),
     }
 
 
-def accuracies_at(config: Config, steps: list[int]) -> list[float]:
+def accuracies_at(config: Config, steps: list[int], accelerator: Accelerator) -> list[float]:
     """The test accuracy of the checkpoints of these steps, of the averaged weights if the run has them."""
-    accelerator = make_accelerator(config)
     parts = assemble(config, accelerator)
     load_images(parts, accelerator)
     model, accuracies = parts.model.to(accelerator.device), []

@@ -1,5 +1,6 @@
 """The output of a benchmark: tables for the terminal, JSON lines and a chart, with the facts of the machine."""
 
+import json
 import platform
 import re
 import shlex
@@ -10,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.measuring import Row, Section
-from pipeline.common.files import to_json, write_atomically, written_aside
+from pipeline.benchmark.measuring import Row, Section, with_notes
+from pipeline.common.files import finite, to_json, write_atomically, written_aside
 from pipeline.common.system import usable_cores
 
 CURVE_ROWS = 16  # rows of a curve in the terminal; the files have all
@@ -109,20 +110,44 @@ def conditions_text(row: Row) -> str:
     """Command, device, machine, date and versions of a row, in Markdown."""
     versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
     device = f"{row['device']}, " if row.get("device", "cpu") != "cpu" else ""
-    return f"`{row['command']}`: {device}{row['cpu']}, {row['cores']} cores; {row['date']}; {versions}."
+    return f"{code(row['command'])}: {device}{row['cpu']}, {row['cores']} cores; {row['date']}; {versions}."
+
+
+def code(text: str) -> str:
+    """The text in one line as Markdown's code span, which may contain single backticks."""
+    line = " ".join(text.split())
+    return f"`` {line} ``" if "`" in line else f"`{line}`"
+
+
+def plain(text: str) -> str:
+    """The text in one line, without a character that would begin another cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def cell(key: str, value: Any) -> str:
+    """A figure of a row as text; "-" if it, or a part of it, was not measured or is not finite."""
+    value = finite(value)
+    return "-" if value == [] or is_incomplete(value) else plain(COLUMNS[key][1](value))
+
+
+def is_incomplete(value: Any) -> bool:
+    """Whether the value is None or contains None; a standard deviation is None if there is one measurement."""
+    if isinstance(value, dict):
+        return any(key != "deviation" and is_incomplete(part) for key, part in value.items())
+    return any(map(is_incomplete, value)) if isinstance(value, list) else value is None
 
 
 def cells_of(section: Section) -> list[list[str]]:
     """Headings and rows as text, with a column for every figure that a row has; of a long curve, every so many rows."""
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in section.rows)]
-    headings = [section.unit if key == "median" else COLUMNS[key][0] for key in keys]
+    headings = [section.unit or key if key == "median" else COLUMNS[key][0] for key in keys]
     references = {row["ratio_to"] for row in section.rows if "ratio_to" in row}
-    headings = [f"ratio to {', '.join(sorted(references))}" if name == "ratio" else name for name in headings]
-    cells = [["row", *headings]]
+    headings = [f"ratio to {', '.join(sorted(references))}" if name == "ratio" and references else name for name in headings]
+    cells = [["row", *map(plain, headings)]]
     every = -(-len(section.rows) // CURVE_ROWS) if section.curve else 1
     for row in section.rows[:: max(every, 1)]:
         name = row["row"] if row.get("warmed_up", True) else f"{row['row']} (cold)"
-        cells.append([name, *("-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys)])
+        cells.append([plain(name), *(cell(key, row.get(key)) for key in keys)])
     return cells
 
 
@@ -136,18 +161,48 @@ def table(section: Section) -> str:
 
 def text_of(section: Section) -> str:
     devices = sorted({f"{row['device']}, {row['threads']} threads" for row in section.rows if "device" in row})
-    name = section.title if section.group is None else f"{section.title}: {section.group}"
+    name = f"{section.title}: {section.group}" if section.group else section.title
     title = f"{name} ({'; '.join(devices)})" if devices else name
     return "\n".join([title, table(section), *section.notes])
 
 
 def write_lines(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:
-    """Writes a JSON object per row, with its section and the facts, of which a row may have its own."""
+    """Writes a JSON object per row, with its section and the facts, of which a row may have its own.
+
+    The first row of a section has its notes. Raises OSError.
+    """
     rows: list[Row] = []
     for section in sections:
         place = {"section": section.title, **({} if section.group is None else {"group": section.group})}
-        rows.extend({**place, **facts, **row} for row in section.rows)
+        rows.extend({**place, **facts, **row} for row in with_notes(section))
     write_atomically(path, "".join(to_json(row) + "\n" for row in rows).encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of write_lines. Raises ValueError, with the number of the line, if there are others, or none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    rows: list[Row] = []
+    for place, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            cells_of(Section(row["section"], [row]))
+            conditions_text(row)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            is_cut = place == len(lines) and isinstance(error, json.JSONDecodeError)
+            last = " It is the last line, and may be cut off." if is_cut else ""
+            raise ValueError(
+                f"Line {place} of {path} is not a row of a benchmark ({type(error).__name__}: {error}).{last} Delete it, or pass "
+                "a benchmark-*.jsonl of --output."
+            ) from error
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty. Pass a benchmark-*.jsonl of --output.")
+    return rows
 
 
 def draw(path: Path, sections: Sequence[Section], facts: dict[str, Any]) -> None:

@@ -14,6 +14,11 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 class StepClock:
     """Counts steps; runs from the end of the warm-up until `seconds` have passed or `num_steps` steps have ended.
 
@@ -58,7 +63,7 @@ class StepClock:
             "steps": timed,
             "wait_fraction": self.waited / self.elapsed,
             "first_step_at": self.first_step_at,
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+            "device": device_name(self.device),
             "gpu_memory_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
             "threads": torch.get_num_threads(),
         }

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -18,16 +19,17 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import run_process, start_process, wait_for
+from conftest import PYTHONPATH, run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock, waiting
 from pipeline.benchmark.__main__ import COMMANDS, main
 from pipeline.benchmark.children import run_child, run_program
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
+from pipeline.benchmark.results import tables_of
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.common.stopping import TrainingFailed
-from pipeline.common.system import process_tree, tree_memory
+from pipeline.common.system import is_alive, process_tree, tree_memory
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
 PEERS = [
@@ -99,7 +101,22 @@ def measured(command, tmp_path, capsys, *more, **given):
         assert row["command"] == f"python -m pipeline.benchmark {shlex.join(argv)}" and row["command"] in printed
         assert row["versions"]["torch"] in printed and row["cpu"] in printed and row["date"] in printed
         assert row["section"] in printed
+    check_markdown(tmp_path / "out" / f"benchmark-{command}.jsonl", rows, printed)
     return rows
+
+
+def check_markdown(path, rows, printed):
+    """That `results` makes a table of each section, with a line for each row, and has the notes that were printed."""
+    text = tables_of([path])
+    tables = {part.partition("\n")[0]: part for part in text.split("### ")[1:]}
+    assert list(tables) == list(dict.fromkeys(row["section"] for row in rows))
+    for section, table in tables.items():
+        names = [row["row"] for row in rows if row["section"] == section]
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1 and rows[0]["command"] in table
+    for note in (note for row in rows for note in row.get("notes", [])):
+        assert f"\n\n{note}" in text and note in printed
 
 
 def check_figures(row, rows, printed):
@@ -296,6 +313,8 @@ def test_lr_suggests_a_learning_rate_and_leaves_no_files(tmp_path, capsys, monke
     rows = [json.loads(line) for line in Path("out/benchmark-lr.jsonl").read_text().splitlines()]
     assert sorted(path.name for path in Path("out").iterdir()) == ["benchmark-lr.jsonl", "benchmark-lr.png"]
     assert 2 < len(rows) <= 12 and all(row.keys() >= FACTS for row in rows)
+    check_markdown(Path("out/benchmark-lr.jsonl"), rows, capsys.readouterr().out)
+    assert any("Suggest" in note or "No suggestion" in note for note in rows[0]["notes"])
     ratios = [after["lr"] / before["lr"] for before, after in zip(rows, rows[1:])]
     assert rows[0]["lr"] == pytest.approx(1e-5) and ratios == pytest.approx([1e8 ** (1 / 11)] * len(ratios))
 
@@ -364,6 +383,24 @@ def test_the_memory_of_a_process_includes_that_of_its_children():
     finally:
         os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_a_contender_ends_with_the_benchmark_even_if_that_is_killed():
+    """Otherwise it would slow down what the next call measures."""
+    program = (
+        "import sys; from pipeline.benchmark.children import running\n"
+        "with running([sys.executable, '-c', 'import time; time.sleep(60)']) as process: process.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": PYTHONPATH})
+    try:
+        wait_for(lambda: len(process_tree(parent.pid)) == 2)
+        (contender,) = process_tree(parent.pid)[1:]
+        wait_for(lambda: contender.cmdline()[-1] == "import time; time.sleep(60)")  # no longer a copy of its parent
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not is_alive(contender.pid), timeout=10)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_benchmark import FACTS, in_this_process  # noqa: F401, a fixture
+from test_benchmark import FACTS, check_markdown, in_this_process  # noqa: F401, a fixture
 
 from pipeline.benchmark.__main__ import main
 from pipeline.benchmark.finetune import FASTAI, HERE, beside_peers, summary_row, timm_folder
@@ -88,6 +88,7 @@ def test_each_contender_has_a_point_for_each_epoch_and_a_missing_peer_is_named(
         assert [point["epoch"] for point in row["points"]] == [0, 1, 2]
         assert row["points"][-1]["test_accuracy"]["mean"] == row["test_accuracies"][0]
     assert rows[-1]["skipped"].startswith("not installed") and "pip install fastai timm" in printed
+    check_markdown(tmp_path / "benchmark-finetune.jsonl", rows, printed)
     assert "18 training, 6 validation and 10 test images to 32x32, batch 8, 2 epochs" in printed
     assert (tmp_path / "benchmark-finetune.png").read_bytes().startswith(b"\x89PNG")
 

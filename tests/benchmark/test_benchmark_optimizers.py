@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from test_benchmark import check_markdown
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark import optimizers
@@ -93,6 +94,7 @@ def test_the_table_and_the_file_hold_every_row_and_the_same_figures(
         assert row["command"] == f"python -m pipeline.benchmark {shlex.join(argv)}" and row["command"] in printed
         assert row["threads"] == torch.get_num_threads() and row["device"] == "cpu" and row["cpu"] in printed
         assert row["versions"]["torch"] in printed and row["versions"]["timm"] in printed
+    check_markdown(tmp_path / "out" / "benchmark-optimizers.jsonl", rows, printed)
 
 
 def pattern(row, line):

@@ -61,7 +61,8 @@ with learner.no_bar(), learner.no_logging():
     for epoch, (seconds, weights) in enumerate(moments):
         learner.model.load_state_dict(weights)
         epochs.append({"epoch": epoch, "seconds": seconds, "test_accuracy": float(learner.validate(dl=test)[1])})
-result = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "device": str(loaders.device)}
+device = torch.cuda.get_device_name() if loaders.device.type == "cuda" else loaders.device.type
+result = {"epochs": epochs, "test_accuracy": epochs[-1]["test_accuracy"], "device": device}
 result |= {"threads": torch.get_num_threads(), "fastai": version("fastai")}
 with open(sys.argv[2], "w") as file:
     json.dump(result, file)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.benchmark.peers.loops import find_device
+from pipeline.benchmark.stepclock import device_name
 from pipeline.models.create import create_model, input_settings
 from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
@@ -63,7 +64,7 @@ class Timeline:
             self.model.load_state_dict(weights)
             epochs.append({"epoch": epoch, "seconds": seconds, "test_accuracy": accuracy(self.model, test, device)})
         final = epochs[-1]["test_accuracy"]
-        return {"epochs": epochs, "test_accuracy": final, "device": device.type, "threads": torch.get_num_threads()}
+        return {"epochs": epochs, "test_accuracy": final, "device": device_name(device), "threads": torch.get_num_threads()}
 
 
 @torch.inference_mode()
