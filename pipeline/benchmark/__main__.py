@@ -193,8 +193,8 @@ def make_parser() -> CommandParser:
     settings = "Accepts every setting of train.py too. The default is --dataset synthetic, a generated set."
     real = {
         "lr": "Accepts every setting of train.py too.",
-        "gpu": "Accepts settings of train.py too, for all parts but tests and steps, except those that the parts choose. The targets "
-        "and half_* use CIFAR-10, finetune Oxford-IIIT Pet, the other parts a generated set.",
+        "gpu": "Accepts settings of train.py too, for all parts but tests and steps, except those that the parts choose. The "
+        "targets and half_* use CIFAR-10, finetune Oxford-IIIT Pet, the other parts a generated set.",
         "finetune": "Accepts every setting of train.py too. The defaults are --dataset oxford_iiit_pet --model_name "
         "tf_efficientnet_lite0 --pretrained true --image_size 128 --batch_size 16 --epochs 3; round n has seed n - 1.",
     }
