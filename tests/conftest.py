@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -110,17 +111,18 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tup
 def finished_run(
     tmp_path: Path, fresh_accelerate: None, finished_runs: Callable[..., tuple[str, Path]]
 ) -> Callable[..., tuple[dict[str, Any], Path]]:
-    """Like run_training, but returns a copy of a finished run that the session shares."""
+    """Like run_training, but returns a copy of a finished run that the session shares, with a name of its own."""
 
-    def copy(**settings: Any) -> tuple[dict[str, Any], Path]:
+    def copy(run_name: str = SMALL_RUN["run_name"], **settings: Any) -> tuple[dict[str, Any], Path]:
         from accelerate.state import AcceleratorState
 
         summary, folder = finished_runs(**settings)
         AcceleratorState._reset_state(reset_partial_state=True)
-        shutil.copytree(folder, tmp_path / folder.name)
-        config = tmp_path / folder.name / "config.yaml"
-        config.write_text(config.read_text().replace(str(folder.parent), str(tmp_path)))
-        return json.loads(summary), tmp_path / folder.name
+        shutil.copytree(folder, tmp_path / run_name)
+        config = tmp_path / run_name / "config.yaml"
+        text = config.read_text().replace(str(folder.parent), str(tmp_path))
+        config.write_text(text.replace(f"run_name: {folder.name}\n", f"run_name: {run_name}\n"))
+        return json.loads(summary), tmp_path / run_name
 
     return copy
 
@@ -161,6 +163,28 @@ def fork_server() -> ForkServer:
 def pytest_sessionfinish() -> None:
     if fork_server.cache_info().currsize:
         fork_server().close()
+
+
+@contextlib.contextmanager
+def python_that_forks(folder: Path, **environment: str) -> Iterator[Path]:
+    """Writes a program `python` for programs that start it: its arguments run in a fork. environment: what is read only once."""
+    path = folder / "python"
+    if sys.platform != "linux":
+        path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        path.chmod(0o755)
+        yield path
+        return
+    server = ForkServer({**AT_THE_START, **environment}) if environment else fork_server()
+    server.write_python(path)
+    yield path
+    if environment:
+        server.close()
+
+
+@pytest.fixture
+def forking_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with python_that_forks(tmp_path_factory.mktemp("bin")) as path:
+        yield path
 
 
 def start_process(

@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/: their commands are accepted, their links resolve, their lists and tables are complete."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -58,6 +59,12 @@ def simple_commands(line: str) -> Iterator[list[str]]:
         else:
             words.append(OF_THE_READER.get(token, token))
     yield words
+
+
+@functools.cache
+def programs_of(line: str) -> list[str]:
+    """The programs of the commands of a line, which their parsers accept. Raises, or exits, for what is refused."""
+    return [check_command(words) for words in simple_commands(line)]
 
 
 def check_command(words: list[str]) -> str:
@@ -135,13 +142,12 @@ def check_module(name: str, arguments: list[str]) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_command_of_a_page_is_accepted_by_its_parser(page):
     for line in command_lines(page.read_text()):
-        for words in simple_commands(line):
-            check_command(words)
+        programs_of(line)
 
 
 def test_the_pages_show_every_command():
     lines = [line for page in PAGES for line in command_lines(page.read_text())]
-    shown = {check_command(words) for line in lines for words in simple_commands(line)}
+    shown = {program for line in lines for program in programs_of(line)}
     modules = {f"pipeline.{name}" for name in (*COMMANDS, "sweep", "inspect", "report", "benchmark", "settings.reference")}
     assert shown == {"train.py", "torchrun", "accelerate", *modules, *OTHER_MODULES, *OTHER_PROGRAMS}
 
@@ -166,8 +172,7 @@ def test_the_pages_show_every_command():
 )
 def test_a_command_that_no_parser_accepts_is_found(line):
     with pytest.raises((AssertionError, ImportError, ValueError, SystemExit)):
-        for words in simple_commands(line):
-            check_command(words)
+        programs_of(line)
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *SWEEPS, *LAUNCH_FILES], ids=page_id)
@@ -342,7 +347,7 @@ def test_the_first_command_of_the_readme_trains_and_ends_in_a_table(tmp_path):
     """Without its installation, in an empty folder, and cut short."""
     first = re.findall(r"^python3 -m venv .* (train.py)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert first == ["train.py"]
-    done = run_process(str(ROOT / "train.py"), "--epochs=1", "--max_train_samples=64", cwd=tmp_path, fresh=True)
+    done = run_process(str(ROOT / "train.py"), "--epochs=1", "--max_train_samples=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout and "resnet18_small_stem" in done.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()

@@ -173,6 +173,9 @@ def set_streams(out: int, err: int) -> None:
         os.dup2(source, target)
     for source in {out, err}:
         os.close(source)
+    # new ones, because a stream remembers whether its file can seek
+    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors, closefd=False)
 
 
 def run(arguments: list[str], cwd: str, changed: dict[str, str], removed: list[str]) -> None:

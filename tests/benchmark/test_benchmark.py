@@ -43,15 +43,17 @@ FACTS = {"section", "command", "date", "cpu", "cores", "versions", "row", "n", "
 
 
 @pytest.fixture
-def in_this_process(monkeypatch, tmp_path):
-    """Contenders run here, one after another, without the seconds that a process takes to start; torchrun's stay processes."""
+def in_this_process(monkeypatch, tmp_path, forking_python):
+    """Contenders run here, one after another, without the seconds that a process takes to start; torchrun's are forks."""
     real = children.run_program
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHON_EXEC", str(forking_python))
 
     def run_program(command, result_path, environment=None):
         if "torch.distributed.run" in command:
-            return real(command, result_path, environment)
+            return real([str(forking_python), *command[1:]], result_path, environment)
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -63,6 +65,7 @@ def in_this_process(monkeypatch, tmp_path):
         return result | {"seconds_to_start": result.get("first_step_at", began) - began}
 
     monkeypatch.setattr(children, "run_program", run_program)
+    monkeypatch.setattr(startup, "run_program", lambda command, path: real([str(forking_python), *command[2:]], path))
 
 
 @pytest.fixture
@@ -241,9 +244,8 @@ def test_imports_are_summed_by_package():
 
 
 @pytest.mark.slow
-def test_scaling_measures_processes_and_what_they_exchange(in_this_process, ticking, tmp_path, capsys, monkeypatch):
+def test_scaling_measures_processes_and_what_they_exchange(in_this_process, ticking, tmp_path, capsys):
     """The two processes have a real clock, the one process a ticking one."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = measured("scaling", tmp_path, capsys, "--processes", "1", "2", steps=2, warmup_steps=1)
     one, two = rows
     assert [row["row"] for row in rows] == ["1 process", "2 processes"]
@@ -356,8 +358,8 @@ def test_a_real_child_returns_its_figures_and_reports_its_errors(tmp_path):
     assert 100 < result["bytes_per_image"] < 16 * 16 * 3 + 100 and (tmp_path / "test.parquet").is_file()
     with pytest.raises(ValueError, match="negative"):
         run_child("sets.make_set", {"set_folder": str(tmp_path), "num_images": 1, "side": -1})
-    with pytest.raises(TrainingFailed, match="AttributeError"):
-        run_child("checkpoint.size_of", {})  # which requires a Path
+    with pytest.raises(TrainingFailed, match="TypeError"):
+        run_child("sets.made_image", {})  # which requires sizes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import run_process, wait_for
+from conftest import ON_THE_CPU, run_process, wait_for
 
 from pipeline.common.fork_server import UNKNOWN, ForkServer
 
@@ -95,3 +96,20 @@ def test_the_imports_of_the_server_use_no_gpu(tmp_path: Path):
     """torch refuses CUDA in a process whose parent had called it. The tests' own server imports what that of a sweep imports."""
     code = "import sys, torch; print('timm' in sys.modules, torch.cuda._is_in_bad_fork(), torch.cuda.is_initialized())"
     assert run_process("-c", code).stdout.split() == ["True", "False", "False"]
+
+
+def test_a_program_in_the_place_of_python_ends_as_its_fork_and_passes_signals_on(forking_python, tmp_path):
+    def start(*arguments, **environment):
+        environment = {**os.environ, **ON_THE_CPU, **environment}
+        return subprocess.Popen([forking_python, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    code = "import os, sys; print('torch' in sys.modules, sys.argv[1:], os.environ.get('ADDED'), os.getcwd()); sys.exit(3)"
+    forked, itself = start("-u", "-c", code, "a b", ADDED="1"), start("-c", code, HF_HOME=str(tmp_path))
+    assert forked.communicate()[0] == f"True ['a b'] 1 {tmp_path}\n" and forked.returncode == 3
+    assert itself.communicate()[0].startswith("False ") and itself.returncode == 3  # HF_HOME is read when timm is imported
+    killed = start("-c", "import os; os.kill(os.getpid(), 9)")
+    assert killed.communicate() and killed.returncode == -signal.SIGKILL
+    waiting = start("-c", "import signal; print('ready', flush=True); signal.pause()")
+    assert waiting.stdout.readline() == "ready\n"
+    waiting.terminate()
+    assert waiting.communicate() and waiting.returncode == -signal.SIGTERM

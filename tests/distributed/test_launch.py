@@ -259,15 +259,16 @@ def assert_same_end(run_dir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one(forked, tmp_path):
+def test_two_machines_train_as_one(forked, tmp_path, forking_python):
     """Two agents with the launch file for several machines."""
     port = free_port()
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_node.yaml"]
     launcher += ["--num_processes=2", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
     program = ["--mixed_precision=no", "train.py", *flags(output_dir=tmp_path, **SETTINGS)]
-    agents = [start_process(*launcher, "--machine_rank=0", *program, fresh=True)]
+    workers = {"PYTHON_EXEC": str(forking_python)}
+    agents = [start_process(*launcher, "--machine_rank=0", *program, **workers)]
     wait_for(lambda: is_open(port), process=agents[0])
-    agents.append(start_process(*launcher, "--machine_rank=1", *program, fresh=True))
+    agents.append(start_process(*launcher, "--machine_rank=1", *program, **workers))
     said = []
     for agent in agents:
         out, err = agent.communicate(timeout=400)
@@ -278,9 +279,10 @@ def test_two_machines_train_as_one(forked, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_restarted_and_the_result_is_unchanged(forked, tmp_path):
+def test_a_killed_process_is_restarted_and_the_result_is_unchanged(forked, tmp_path, forking_python):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    done = run_process(*launcher, __file__, str(tmp_path), fresh=True, PYTHONPATH=PYTHONPATH, timeout=400)
+    environment = {"PYTHONPATH": PYTHONPATH, "PYTHON_EXEC": str(forking_python)}
+    done = run_process(*launcher, __file__, str(tmp_path), timeout=400, **environment)
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "restarted-0.txt").read_text()
     assert "Resuming from" in said and "step 6." in said

@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, torchrun
+from conftest import ON_THE_CPU, ROOT, python_that_forks, torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -269,12 +267,13 @@ def test_the_readmes_five_minutes_run_as_written(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{index}.jpg")
     put_weights(tmp_path / "hub" / "models--timm--tf_efficientnet_lite0.in1k", "tf_efficientnet_lite0")
     commands = commands.replace("--epochs 5", "--epochs 1 --image_size 64")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    done = subprocess.run(
-        ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
+    (tmp_path / "bin").mkdir()
+    hub = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    with python_that_forks(tmp_path / "bin", **hub) as python:
+        environment = {**os.environ, **ON_THE_CPU, **hub, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1 and "calibration" in done.stdout
     rows = (tmp_path / "answers.csv").read_text().splitlines()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import start_process
+from conftest import ON_THE_CPU, ROOT
 from PIL import Image
 
 from pipeline import evaluate, predict
@@ -258,10 +259,12 @@ def test_a_relative_pattern_gives_relative_paths(photos, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_ends_the_command_without_an_error(photo_run, photos):
-    process = start_process("-m", "pipeline.predict", str(photo_run), str(photos), fresh=True)
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
+def test_a_closed_pipe_ends_the_command_without_an_error(photo_run, photos, forking_python):
+    command = [str(forking_python), "-m", "pipeline.predict", str(photo_run), str(photos)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ON_THE_CPU}, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize(

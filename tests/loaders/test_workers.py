@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ON_THE_CPU, ROOT, flags, lines_of, wait_for
+from conftest import ON_THE_CPU, ROOT, flags, lines_of, start_process, wait_for
 from PIL import Image
 
 from pipeline.images.decode import BadImage
@@ -104,14 +104,10 @@ def test_a_full_shared_memory_ends_the_run_with_the_cure(photos, tmp_path):
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 def test_a_signal_to_the_process_group_saves_the_run(photos, tmp_path, start_method):
     program = (
-        f"import multiprocessing, sys; multiprocessing.set_start_method({start_method!r}); import train; "
-        "sys.exit(train.main(sys.argv[1:]))"
+        "import multiprocessing, os, sys; os.getpgrp() == os.getpid() or os.setsid(); "  # a fork leads its group already
+        f"multiprocessing.set_start_method({start_method!r}, force=True); import train; sys.exit(train.main(sys.argv[1:]))"
     )
-    arguments = settings_for(photos, tmp_path / "runs", epochs=1000, log_every=1, num_workers=1)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT, env={**os.environ, **ON_THE_CPU}, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = start_process("-c", program, *settings_for(photos, tmp_path / "runs", epochs=1000, log_every=1, num_workers=1))
     run_dir = tmp_path / "runs" / "run"
     wait_for(lambda: (run_dir / "metrics.jsonl").exists() and lines_of(run_dir), process=process)
     os.killpg(process.pid, signal.SIGTERM)

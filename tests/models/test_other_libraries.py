@@ -70,5 +70,5 @@ def test_timm_data_alone_reaches_our_test_accuracy(run_dir):
 def test_the_line_of_the_closing_table_loads_the_model(run_dir):
     (line,) = re.findall(r"\((import .*)\)$", (run_dir.parents[1] / "printed").read_text(), re.MULTILINE)
     assert line.startswith("import timm, pipeline; ")  # the stem is ours
-    done = run_process("-c", f"{line}.eval()", fresh=True)
+    done = run_process("-c", f"{line}.eval()")
     assert done.returncode == 0, done.stderr

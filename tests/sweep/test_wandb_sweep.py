@@ -1,7 +1,7 @@
 """Sweeps with W&B: the real client, its agent and train.py, against a stand-in for the server."""
 
 import json
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from wandb_server import Server, wandb_server
 
 from pipeline.settings.parser import from_yaml
 
-pytest.importorskip("wandb")
+pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
 
 # The agent looks for commands every five seconds; the tests have not so much time.
 AGENT = """
@@ -36,15 +36,15 @@ def run_command(kind: str, run_id: str, settings: dict[str, Any]) -> list[dict[s
     return [{"type": kind, "run_id": run_id, "args": args, "program": "train.py"}]
 
 
-def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None) -> str:
+def sweep_with(server: Server, tmp_path: Path, python: Path, command: list[str] | None = None) -> str:
     """Creates a sweep and runs an agent until the server makes it exit; returns the output of the agent."""
     parameters = {name: {"values": [value]} for name, value in {**SETTINGS, **ODD}.items()}
     content = {"program": "train.py", "method": "grid", "metric": {"name": "val/accuracy"}, "parameters": parameters}
     content |= {"command": command} if command else {}
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(content))
-    path_of_python = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    env = {**server.environment, "WANDB_DIR": str(tmp_path), "PATH": path_of_python, "HOME": str(tmp_path)}
+    env = {f"WANDB_{name}DIR": str(tmp_path) for name in ("", "CACHE_", "CONFIG_", "DATA_")}
+    env |= {**server.environment, "PATH": f"{python.parent}:/usr/bin:/bin", "PYTHON_EXEC": str(python)}
     made = run_process("-m", "wandb", "sweep", "--project", PROJECT, str(path), **env)
     assert f"wandb agent tests/{PROJECT}/sweep1" in made.stdout + made.stderr, made.stdout + made.stderr
     worked = run_process("-c", AGENT, "agent", f"tests/{PROJECT}/sweep1", timeout=200, **env)
@@ -53,7 +53,7 @@ def sweep_with(server: Server, tmp_path: Path, command: list[str] | None = None)
 
 
 @pytest.mark.slow
-def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path):
+def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path, forking_python):
     """The trial is stopped as by early termination, and restarted as a preempted one, with the argument that W&B adds."""
     settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
     again = {**settings, "_wandb": {"resume": 1}}
@@ -69,7 +69,7 @@ def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued
         return []
 
     with wandb_server(decide) as server:
-        said = sweep_with(server, tmp_path)
+        said = sweep_with(server, tmp_path, forking_python)
     assert stops and "Resuming from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
     config = from_yaml(run_dir / "config.yaml")
     assert ODD["batch_size_schedule"] == {"1": 32}  # JSON has no other keys
@@ -86,13 +86,13 @@ def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued
 
 
 @pytest.mark.slow
-def test_several_processes_are_one_run(tmp_path):
+def test_several_processes_are_one_run(tmp_path, forking_python):
     command = ["${env}", "ACCELERATE_USE_CPU=true", "${interpreter}", "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node=2", "${program}", "${args}"]  # fmt: skip
     settings = {**SETTINGS, "lr": 0.1, "output_dir": str(tmp_path)}
     commands = iter([run_command("run", "run1", settings), [{"type": "exit"}]])
     with wandb_server(lambda server, under_way: [] if under_way else next(commands)) as server:
-        sweep_with(server, tmp_path, command)
+        sweep_with(server, tmp_path, forking_python, command)
     (run,) = server.runs.values()
     summary = json.loads((tmp_path / "sweep1-run1" / "summary.json").read_text())
     assert summary["num_processes"] == 2 and run["starts"] == 1 and run["exit_codes"] == [0]
