@@ -120,7 +120,8 @@ class Agent:
             if has_news(trial):
                 history = read_history(trial.run_dir, self.sweep.metric)
                 self.study.report(claim.trial, history, trial.reported)
-                is_new, trial.reported = len(history) > trial.reported, len(history)
+                # a resumed run first removes the values after its checkpoint, and then logs the same ones again
+                is_new, trial.reported = len(history) > trial.reported, max(len(history), trial.reported)
                 if is_new and not ended and trial.stopped is None and not self.study.keeps_up(place, history):
                     ask_to_stop(trial, "stopped")
             if ended:

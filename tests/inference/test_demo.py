@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ from conftest import ROOT, run_process
 
 from pipeline import demo
 from pipeline.images.preprocessing import Preprocessing
+from pipeline.inference.demo_app import classify, explain, launch, make_app
 from pipeline.inference.demo_space import IMPORTED, REQUIREMENTS, imported_files, write_examples, write_space
 from pipeline.inference.prediction import predict
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 
-pytest.importorskip("gradio")
-pytest.importorskip("captum")
-from pipeline.inference.demo_app import classify, explain, launch, make_app  # noqa: E402
+# found without being imported, which takes seconds in every process that collects the tests
+pytestmark = pytest.mark.skipif(None in map(find_spec, ("gradio", "captum")), reason="needs gradio and captum")
 
 
 class Corner(torch.nn.Module):
@@ -69,6 +70,7 @@ def test_a_file_that_is_no_image_is_an_error_for_the_page(run_and_examples, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.queueing")  # Gradio 6 uses options that pandas 3 deprecates
 def test_a_picture_goes_in_and_its_label_comes_out(run_and_examples, browser):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait

@@ -240,6 +240,7 @@ def hub_here(monkeypatch, tmp_path):
     return point
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")  # huggingface_hub sends bytes so
 def test_a_private_model_goes_into_a_private_repository_only(finished_run, hub_here, capsys):
     _, run_dir = finished_run()
     with stand_in_hub() as (address, hub):

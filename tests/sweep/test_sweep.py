@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL_RUN, assert_identical, flags, lines_of, run_process, start_process, wait_for
+from conftest import ROOT, SMALL_RUN, assert_identical, flags, fork_server, lines_of, run_process, start_process, wait_for
 
 from pipeline.common.fork_server import UNKNOWN, Fork, ForkServer
 from pipeline.common.system import usable_cores
@@ -535,6 +535,8 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     forked, start = [], ForkServer.start
     monkeypatch.setattr(ForkServer, "start", lambda self, *request: forked.append(start(self, *request)) or forked[-1])
+    monkeypatch.setattr("pipeline.sweep.trials.ForkServer", lambda *_: fork_server())  # the tests' own, which has imported torch
+    monkeypatch.setattr("fork_server.ForkServer.close", lambda self: None)
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
     assert [(fork.args[0], fork.returncode) for fork in forked] == [("train.py", 0)] or sys.platform != "linux"
     assert "Resuming from" in (folder / "logs" / "trial-0001.log").read_text()
@@ -545,7 +547,9 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     assert trials_of(folder)[0]["value"] == best
 
 
+@pytest.mark.filterwarnings("error:The reported value is ignored")
 def test_the_trial_of_a_killed_agent_is_resumed_by_another(tmp_path):
+    """It logs again what it has logged before; each value is reported once."""
     path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="killed")
     agent = start_process("-m", "pipeline.sweep", str(path), "--output_dir", str(tmp_path))
     starts = tmp_path / "killed" / "trial-0001" / "starts"

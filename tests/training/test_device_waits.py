@@ -102,6 +102,7 @@ def test_an_epoch_reads_a_tensor_only_for_its_log_line_and_its_figures(settings_
     assert reads == {FETCH: 1, FIGURES: 1 + evaluations, CLASSES: evaluations}
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # torch's loader asks for a real GPU
 @pytest.mark.parametrize("row", ROWS)
 def test_an_epoch_on_a_fake_gpu_waits_for_no_copy_and_mixes_no_devices(settings_of, row):
     assert watched_epoch("cuda", **settings_of(row)).reads.keys() == {FETCH, FIGURES, CLASSES}
