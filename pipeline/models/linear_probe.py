@@ -22,6 +22,7 @@ TOLERANCE, CROSS_VALIDATION_TOLERANCE = 1e-8, 1e-4  # largest entry of the gradi
 PENALTIES = [10.0**exponent for exponent in range(5, -4, -1)]  # on the squared weights, strongest first
 RIDGE_PENALTIES = [10 ** (exponent / 2) for exponent in range(2, -13, -1)]  # times the number of samples
 SMALLEST_STD = 1e-3  # of a feature, in units of the mean over all features: constant ones are not amplified
+ROUNDING = 1e-11  # a smaller std, in units of the mean, is rounding: the samples have equal features
 NUMERICAL_RANK = 1e-11  # smaller eigenvalues, in units of the largest, are rounding
 TEMPERATURES = [2 ** (exponent / 4) for exponent in range(41)]  # factors on ridge scores, 1 to 1024
 
@@ -83,22 +84,20 @@ def fit_linear_probe(
 
     features: float [N, D], of this process's samples; labels: int64 [N]; folds: int64 [N], the held-out part that a sample
     belongs to, 0 to NUM_FOLDS - 1. per_class: fits a binary logistic regression for each class instead, for sigmoids. A class
-    without samples gets no weight and the smallest bias. Raises Unfittable if features are not finite or fewer than two classes
-    have samples. Sources: linear probing before fine-tuning, https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge
-    regression, https://en.wikipedia.org/wiki/PRESS_statistic.
+    without samples gets no weight and the smallest bias. Raises Unfittable if fewer than two classes have samples, if features
+    are not finite, or if all samples have equal ones. Sources: linear probing before fine-tuning,
+    https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge regression, https://en.wikipedia.org/wiki/PRESS_statistic.
     """
     counts = reduce(torch.bincount(labels, minlength=num_classes))
     present = counts > 0
     if int(present.sum()) < 2:
         raise Unfittable("fewer than two classes have images")
     mean, std = moments(features, int(counts.sum()), has_bias, reduce)
-    if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
-        raise Unfittable("the features of some images are not finite")
     number = present.cumsum(0) - 1
     standardised = (features.double() - mean) / std
     eigenvalues, axes = torch.linalg.eigh(reduce(standardised.T @ standardised))
-    axes = axes[:, eigenvalues > NUMERICAL_RANK * eigenvalues[-1]]
-    eigenvalues = eigenvalues[-axes.shape[1] :]
+    independent = eigenvalues > NUMERICAL_RANK * eigenvalues[-1]
+    axes, eigenvalues = axes[:, independent], eigenvalues[independent]
     rotated = Rotated(
         values=standardised @ axes,
         labels=number[labels],
@@ -124,10 +123,17 @@ def fit_linear_probe(
 
 
 def moments(features: Tensor, count: int, has_bias: bool, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature over all processes, float64 [D]; without a bias, zeros and the RMS."""
+    """Mean and standard deviation of each feature over all processes, float64 [D]; without a bias, zeros and the RMS.
+
+    Raises Unfittable if features are not finite, or none of them varies.
+    """
     wide = features.double()
-    mean = reduce(wide.sum(dim=0)) / count if has_bias else torch.zeros_like(wide[0])
+    mean = reduce(wide.sum(dim=0)) / count if has_bias else wide.new_zeros(wide.shape[1])
     std = (reduce((wide - mean).square().sum(dim=0)) / count).sqrt()
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
+        raise Unfittable("the features of some images are not finite")
+    if not bool((std > ROUNDING * mean.abs()).any()):
+        raise Unfittable("the features of all images are equal")
     return mean, std.clamp(min=float(SMALLEST_STD * std.mean()))
 
 

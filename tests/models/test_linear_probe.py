@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.models import linear_probe
-from pipeline.models.linear_probe import NUM_FOLDS, Rotated, fit_linear_probe, fit_ridge, moments
+from pipeline.models.linear_probe import NUM_FOLDS, Rotated, Unfittable, fit_linear_probe, fit_ridge, moments
 
 CLASSES = 4
 
@@ -108,10 +108,34 @@ def test_constant_features_get_finite_weights():
     assert probe.weight.isfinite().all() and probe.weight[:, [3, 5]].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("fault, message", [("one class", "fewer than two classes"), ("nan", "not finite")])
-def test_what_cannot_be_fitted_is_refused(fault, message):
+FAULTS = {"one class": "fewer than two", "nan": "not finite", "equal": "features of all images are equal", "zero": "equal"}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("fault, message", FAULTS.items(), ids=FAULTS)
+def test_what_cannot_be_fitted_is_refused(fault, message, has_bias):
     features, labels, folds = samples()
     if fault == "nan":
         features[7, 2] = torch.nan
-    with pytest.raises(ValueError, match=message):
-        fit_linear_probe(features, labels * (fault != "one class"), folds, CLASSES)
+    elif fault in ("equal", "zero"):
+        features = features[:1].expand_as(features) * (fault == "equal")
+        has_bias = has_bias or fault == "equal"  # without a bias, equal features still have a direction
+    with pytest.raises(Unfittable, match=message):
+        fit_linear_probe(features, labels * (fault != "one class"), folds, CLASSES, has_bias)
+
+
+def test_a_process_without_samples_takes_part():
+    features, labels, folds = samples(60, 10)
+    sums = []
+
+    def record(tensor):
+        sums.append(tensor.clone())
+        return tensor
+
+    def add(tensor):
+        return tensor + sums.pop(0)
+
+    whole = fit_linear_probe(features, labels, folds, CLASSES, has_bias=False, reduce=record)
+    empty = fit_linear_probe(features[:0], labels[:0], folds[:0], CLASSES, has_bias=False, reduce=add)
+    assert torch.equal(empty.weight, whole.weight)
+    assert empty.loo_accuracy == whole.loo_accuracy and empty.loo_probabilities.shape == (0, CLASSES)
