@@ -93,11 +93,14 @@ def report(config: Config, rates: Rates, end: float) -> None:
 def epochs_that_fit(seconds: float, rates: Rates, config: Config, num_samples: int) -> tuple[int, float]:
     """The number of epochs that fit into these seconds, at least 1 and at most config.epochs, and the seconds that they need."""
     total, epochs = rates.finish + (rates.epoch_end if config.has_given_weights else 0.0), 0
+    alike = max(1, config.freeze_epochs, *config.batch_size_schedule)  # from this epoch on all take the same time
     while config.epochs is None or epochs < config.epochs:
-        longer = total + epoch_seconds(epochs, rates, config, num_samples)
-        if epochs > 0 and longer > seconds:
+        longer = epoch_seconds(epochs, rates, config, num_samples)
+        if epochs > 0 and total + longer > seconds:
             break
-        total, epochs = longer, epochs + 1
+        number = max(int((seconds - total) / longer), 1) if epochs >= alike else 1
+        number = number if config.epochs is None else min(number, config.epochs - epochs)
+        total, epochs = total + number * longer, epochs + number
     return epochs, total
 
 

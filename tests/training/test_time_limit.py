@@ -71,6 +71,7 @@ def test_frozen_epochs_and_the_batch_size_schedule_have_rates_of_their_own():
     rates = Rates({(True, 10): 0.1, (False, 10): 1.0, (False, 20): 1.5, (False, 50): 3.0}, 0.0, 0.0, 0.0, 0.0)
     epochs = [1.0, 10.0] + 7 * [5 * 1.5] + 3 * [2 * 3.0]  # seconds
     assert epochs_that_fit(sum(epochs) + 1e-9, rates, config, 100) == (12, pytest.approx(sum(epochs)))
+    assert epochs_that_fit(1e9 + 0.5, RATES, Config(time_limit="1h", batch_size=10), 100) == (66666666, 999999995.0)  # at once
 
 
 def one_of_each_kind():
