@@ -85,6 +85,22 @@ def image_header(encoded: bytes) -> tuple[int, int, str, bool]:
             is_deep = image.mode in DEEP_GREY_MODES or any(";16" in str(tile[3]) for tile in image.tile)
             return image.width, image.height, image.mode, is_deep
 
+    return _from_header(read, encoded)
+
+
+def file_kind(encoded: bytes) -> str:
+    """Pillow's name of the file format, such as JPEG. Raises BadImage."""
+    from PIL import Image
+
+    def read(encoded: bytes) -> str:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return str(image.format)
+
+    return _from_header(read, encoded)
+
+
+def _from_header(read: Callable[[bytes], Read], encoded: bytes) -> Read:
+    """What `read` returns for the image without decoding its pixels. Raises BadImage."""
     try:
         return _despite_metadata(read, encoded)
     except _decode_errors() as error:

@@ -39,16 +39,12 @@ class Found:
 
 def exact_copies(images: Sequence[ImageFacts]) -> Found:
     """Each image with the first image of every split that has the same content and comes before it."""
-    groups: dict[bytes, list[int]] = {}
-    for place, image in enumerate(images):
-        groups.setdefault(image.digest, []).append(place)
     pairs = []
-    for members in groups.values():
-        for position, place in enumerate(members[1:], 1):
-            first_of_split: dict[str, int] = {}
-            for earlier in members[:position]:
-                first_of_split.setdefault(images[earlier].split, earlier)
-            pairs += [Pair(earlier, place, 1.0) for earlier in first_of_split.values()]
+    first_of_split: dict[bytes, dict[str, int]] = {}  # by content
+    for place, image in enumerate(images):
+        earlier = first_of_split.setdefault(image.digest, {})
+        pairs += [Pair(first, place, 1.0) for first in earlier.values()]
+        earlier.setdefault(image.split, place)
     return Found("exact copies", pairs)
 
 
@@ -83,14 +79,16 @@ def similar_features(images: Sequence[ImageFacts], features: np.ndarray) -> Foun
 
 def kept(kind: str, images: Sequence[ImageFacts], blocks: Iterable[Candidates], least: float) -> Found:
     """The candidates of at least this similarity that are no exact copies, up to MOST_PAIRS."""
+    numbers: dict[bytes, int] = {}
+    content = np.array([numbers.setdefault(image.digest, len(numbers)) for image in images])  # equal for exact copies
     pairs: list[Pair] = []
     for firsts, seconds, similarities in blocks:
-        near = similarities >= least
-        for first, second, similarity in zip(*(part[near].tolist() for part in (firsts, seconds, similarities))):
-            if images[first].digest != images[second].digest:
-                pairs.append(Pair(first, second, min(similarity, 1.0)))
-        if len(pairs) >= MOST_PAIRS:
-            return Found(kind, pairs[:MOST_PAIRS], complete=False)
+        near = np.flatnonzero((similarities >= least) & (content[firsts] != content[seconds]))
+        chosen = near[: MOST_PAIRS - len(pairs)]
+        rows = zip(*(part[chosen].tolist() for part in (firsts, seconds, similarities)))
+        pairs += [Pair(first, second, min(similarity, 1.0)) for first, second, similarity in rows]
+        if len(pairs) == MOST_PAIRS:
+            return Found(kind, pairs, complete=False)
     return Found(kind, pairs)
 
 

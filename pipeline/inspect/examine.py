@@ -1,7 +1,6 @@
 """Examines the images of a dataset: sizes, modes, file kinds, brightness, and what finds duplicates. On large sets, a sample."""
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from pipeline.common.system import decoding_threads, usable_cores
 from pipeline.data.bad_images import bad_image_message
 from pipeline.data.image_dataset import BEFORE_TRAINING, ImageDataset
 from pipeline.data.splits import Split, stratified_rows
-from pipeline.images.decode import BadImage, decode_image, image_header
+from pipeline.images.decode import BadImage, decode_image, file_kind, image_header
 
 INSPECTED = 3  # the purpose in the address of the draw of the sample; pipeline.data.image_dataset uses 0 to 2
 CHUNK = 64  # images per task of a thread
@@ -56,7 +55,7 @@ class Examined:
 
     images: list[ImageFacts]
     bad: list[str]
-    num_images: int  # of the whole dataset
+    num_images: int  # of the whole dataset, with those that on_bad_image skip has left out
 
 
 def splits_of(dataset: ImageDataset) -> dict[str, Split]:
@@ -91,7 +90,7 @@ def examine(dataset: ImageDataset, most: int) -> Examined:
             images += found
             bad += problems
             bar.update(len(found) + len(problems))
-    return Examined(images, bad, sum(map(len, splits.values())))
+    return Examined(images, bad, sum(map(len, splits.values())) + len(dataset.bad_images))
 
 
 def examine_rows(
@@ -137,14 +136,3 @@ def examine_image(split: str, row: int, label: int, encoded: bytes, grey_max: in
 def reduction(width: int, height: int, least: int = SMALLEST_DECODED) -> int:
     """The factor by which a JPEG is decoded smaller. least: pixels that its shorter side keeps."""
     return next((factor for factor in (8, 4, 2) if min(width, height) >= factor * least), 1)
-
-
-def file_kind(encoded: bytes) -> str:
-    """Pillow's name of the file format, such as JPEG."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return str(image.format)
-    except ValueError:  # a PNG with damaged metadata, which image_header reads without it
-        return "PNG"

@@ -129,6 +129,9 @@ def test_unreadable_images_are_listed(folder, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["examined"] == 12 and len(facts["unreadable"]) == 1 and "3.png" in facts["unreadable"][0]
     assert "Unreadable images" in page.read_text()
+    skipping = ["--on_bad_image=skip", "--model_name=simple_mlp", "--image_size=32", "--batch_size=4"]
+    assert main([str(bad), "--output", str(page), *skipping]) == 0
+    assert capsys.readouterr().out.startswith("12 of 12 images examined") and "each split and class" not in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -183,6 +186,22 @@ def test_near_duplicates_across_blocks_are_those_of_all_pairs(monkeypatch):
     monkeypatch.setattr("pipeline.inspect.duplicates.BLOCK", 7)
     found = similar_features(images, features).pairs
     assert {(pair.first, pair.second) for pair in found} == expected and len(found) == len(expected) > 2
+
+
+def test_pairs_are_kept_up_to_a_number_and_exact_copies_are_not_among_them(monkeypatch):
+    images = [facts_from(np.zeros((8, 8), np.uint8), digest=bytes([place // 2])) for place in range(6)]
+    features = np.ones((6, 3), np.float32)
+    pairs = [(first, second) for first in range(6) for second in range(first + 1, 6) if first // 2 != second // 2]
+    found = similar_features(images, features)
+    assert [(pair.first, pair.second) for pair in found.pairs] == pairs and found.complete
+    monkeypatch.setattr("pipeline.inspect.duplicates.MOST_PAIRS", 5)
+    found = similar_features(images, features)
+    assert [(pair.first, pair.second) for pair in found.pairs] == pairs[:5] and not found.complete
+
+
+def test_thousands_of_copies_of_one_image_are_paired_at_once():
+    images = 20_000 * [facts_from(np.zeros((8, 8), np.uint8), digest=b"same")]
+    assert [(pair.first, pair.second) for pair in exact_copies(images).pairs] == [(0, place) for place in range(1, 20_000)]
 
 
 def test_every_two_splits_are_compared():
