@@ -78,25 +78,28 @@ def classes_rows(classes: dict[str, Any]) -> list[tuple[str, str]]:
 
 def listed(names: list[str]) -> str:
     more = f" and {len(names) - MOST_PAIRS_SHOWN} more" if len(names) > MOST_PAIRS_SHOWN else ""
-    return ", ".join(names[:MOST_PAIRS_SHOWN]) + more
+    return ", ".join(map(console.on_one_line, names[:MOST_PAIRS_SHOWN])) + more
 
 
 def confusion_table(names: list[str], result: dict[str, Any]) -> str:
     """A line per true class: its recall, precision and F1, then how often each class was predicted, by class number."""
-    label = max(len(f"{number} {name}") for number, name in enumerate(names))
+    labels = [f"{number} {console.on_one_line(name)}" for number, name in enumerate(names)]
+    label = max(map(len, labels))
     cell = max(len(str(count)) for row in result["confusion_matrix"] for count in (*row, len(names)))
     lines = [f"{'true class':<{label}} {'recall':>9} {'precision':>9} {'F1':>9}  predicted class"]
     lines.append(f"{'':<{label}} {'':>29}  {' '.join(f'{number:>{cell}}' for number in range(len(names)))}")
-    for number, (name, row) in enumerate(zip(names, result["confusion_matrix"])):
+    for name, shown, row in zip(names, labels, result["confusion_matrix"]):
         own = result["per_class"][name]
         shares = " ".join(f"{console.percent(own[key]):>9}" for key in ("recall", "precision", "f1"))
-        lines.append(f"{f'{number} {name}':<{label}} {shares}  {' '.join(f'{count:>{cell}}' for count in row)}")
+        lines.append(f"{shown:<{label}} {shares}  {' '.join(f'{count:>{cell}}' for count in row)}")
     return "\n".join(lines)
 
 
 def confused_pairs(names: list[str], result: dict[str, Any]) -> str:
     """The classes of the lowest accuracy and, where a confusion matrix was counted, the pairs of classes confused most often."""
-    known = {name: value for name, value in result["per_class_accuracy"].items() if value is not None}
+    names = [console.on_one_line(name) for name in names]
+    recalls = zip(names, result["per_class_accuracy"].values())
+    known = {name: value for name, value in recalls if value is not None}
     worst = sorted(known, key=lambda name: known[name])[:MOST_PAIRS_SHOWN]
     matrix = result.get("confusion_matrix", [])
     pairs = [

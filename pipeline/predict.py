@@ -52,12 +52,13 @@ def csv_row(cells: Sequence[str]) -> str:
 
 def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
     """One line per image: its path, then columns of labels, shortened if long, and probabilities."""
-    shown_paths = map(console.on_one_line, paths)
-    path_width, name_width = (max(map(len, texts), default=0) for texts in (shown_paths, names))
+    lengths = ([len(console.on_one_line(text)) for text in texts] for texts in (paths, names))
+    path_width, name_width = (max(own, default=0) for own in lengths)
     name_width = min(name_width, LONGEST_NAME)
 
     def line(path: str, ranked: Ranked) -> str:
-        short = [name if len(name) <= name_width else f"{name[: name_width - 3]}..." for name, _, _ in ranked]
+        shown = [console.on_one_line(name) for name, _, _ in ranked]
+        short = [name if len(name) <= name_width else f"{name[: name_width - 3]}..." for name in shown]
         cells = [f"{name:<{name_width}} {console.percent(value):>8}" for name, (_, _, value) in zip(short, ranked)]
         return f"{console.on_one_line(path):<{path_width}}  {'  '.join(cells)}\n"
 

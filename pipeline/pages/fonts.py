@@ -83,9 +83,19 @@ def add_new_fonts() -> None:
 def escape_undrawable(figure: Figure) -> None:
     """Replaces characters of the figure's texts that their font families lack, which are drawn as equal boxes, by escapes."""
     from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator
 
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        locator = axis.get_major_locator()
+        if isinstance(locator, FixedLocator):  # the formatter sets the texts again when they are drawn
+            texts = axis.get_major_formatter().format_ticks(locator.locs)
+            shown = [escaped(text, label.get_fontfamily()) for text, label in zip(texts, axis.get_ticklabels())]
+            if shown != texts:
+                axis.set_ticklabels(shown)
     for text in figure.findobj(Text):
-        missing = undrawable(text.get_text(), text.get_fontfamily())
-        if missing:
-            escapes = {ord(each): each.encode("unicode_escape").decode() for each in missing}
-            text.set_text(text.get_text().translate(escapes))
+        text.set_text(escaped(text.get_text(), text.get_fontfamily()))
+
+
+def escaped(text: str, families: Sequence[str]) -> str:
+    """The text with escapes for the characters that none of the font families has."""
+    return text.translate({ord(each): each.encode("unicode_escape").decode() for each in undrawable(text, families)})

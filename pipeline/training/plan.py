@@ -79,7 +79,7 @@ def classes_text(data: ImageDataset) -> str:
     """Each class with its number of images in train, val and test; of many classes, the first and last few."""
     names, splits = data.class_names, (data.train, data.val, data.test)
     counts = np.stack([np.bincount(split.labels, minlength=len(names)) for split in splits], axis=1).tolist()
-    texts = [f"{name} {' '.join(f'{count:,}' for count in own)}" for name, own in zip(names, counts)]
+    texts = [f"{console.on_one_line(name)} {' '.join(f'{count:,}' for count in own)}" for name, own in zip(names, counts)]
     if len(texts) > FIRST_CLASSES + LAST_CLASSES + 1:
         texts = [*texts[:FIRST_CLASSES], "...", *texts[-LAST_CLASSES:]]
     return f"{'; '.join(texts)} (images in train, val, test)"

@@ -186,6 +186,17 @@ def test_of_many_classes_the_report_shows_the_most_confused():
     assert text.splitlines()[1].split() == ["25.00", "%", "class4"] and "class5 predicted" not in text
 
 
+def test_a_name_of_two_lines_is_shown_on_one():
+    names = ["a\nb", "c"]
+    own = {"precision": 1.0, "recall": 0.5, "f1": 2 / 3}
+    result = {"confusion_matrix": [[1, 1], [0, 2]], "per_class": {name: own for name in names}}
+    result["per_class_accuracy"] = {name: 0.5 for name in names}
+    table, pairs = evaluate.confusion_table(names, result), evaluate.confused_pairs(names, result)
+    assert table.splitlines()[2].startswith("0 a\\nb ") and len(table.splitlines()) == 4
+    assert "1  a\\nb predicted as c" in pairs and "50.00 %  a\\nb" in pairs
+    assert evaluate.listed(names) == "a\\nb, c"
+
+
 def test_an_image_that_cannot_be_read_ends_with_status_1_and_its_name(run_training, photos, capsys):
     _, run_dir = run_training(
         dataset=str(photos), image_size=16, num_workers=0, batch_size=4, val_fraction=0.3, max_train_samples=None

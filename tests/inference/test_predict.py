@@ -138,10 +138,10 @@ def test_all_formats_have_the_same_content_and_top_k_is_at_most_the_classes(phot
 
 
 def test_a_long_label_is_cut_in_the_table_only():
-    names = ["cat", "American Staffordshire terrier, Staffordshire terrier, pit bull terrier"]
+    names = ["cat\ndog", "American Staffordshire terrier, Staffordshire terrier, pit bull terrier"]
     _, line = predict.table_lines(["a.png"], names, 2)
     ranked = [(names[1], 1, 0.75), (names[0], 0, 0.25)]
-    cells = f"a.png  American Staffordshire terrie...  75.00 %  {'cat':<32}  25.00 %\n"
+    cells = "a.png  American Staffordshire terrie...  75.00 %  " + r"cat\ndog".ljust(32) + "  25.00 %\n"
     assert line("a.png", ranked) == cells
     assert names[1] in predict.csv_lines(["a.png"], names, 2)[1]("a.png", ranked)
 

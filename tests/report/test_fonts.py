@@ -115,6 +115,8 @@ def test_fonts_are_added_only_for_characters_that_the_default_lacks(only_dejavu)
 @pytest.mark.filterwarnings("error:.*[Gg]lyph")
 def test_other_texts_are_escaped_where_no_font_has_their_characters(only_dejavu):
     with rc_context(STYLE):
-        figure, _ = new_figure(f"Test of {CAT}-1")
+        figure, axes = new_figure(f"Test of {CAT}-1")
+        axes.set_yticks([0, 1], [CAT, "dog"])
         png_and_svg(figure)
     assert figure.get_suptitle() == "Test of \\u732b-1"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["\\u732b", "dog"]

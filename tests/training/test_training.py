@@ -257,8 +257,8 @@ def test_small_images_that_patches_do_not_cover_are_enlarged_with_a_note(run_tra
 
 def test_of_many_classes_the_plan_lists_the_first_and_the_last():
     splits = {name: SimpleNamespace(labels=np.arange(2000)) for name in ("train", "val", "test")}
-    text = classes_text(SimpleNamespace(class_names=[f"c{number}" for number in range(2000)], **splits))
-    assert text.startswith("c0 1 1 1; c1 1 1 1; ") and "c7 1 1 1; ...; c1997 1 1 1" in text
+    text = classes_text(SimpleNamespace(class_names=[f"c\n{number}" for number in range(2000)], **splits))
+    assert text.startswith("c\\n0 1 1 1; c\\n1 1 1 1; ") and "c\\n7 1 1 1; ...; c\\n1997 1 1 1" in text
 
 
 def test_a_dry_run_leaves_no_files_and_prints_the_plan_that_a_run_follows(run_training, tmp_path, capsys):
