@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.common.console import say
-from pipeline.settings.command_line import CommandParser, at_least, exit_status
+from pipeline.settings.command_line import CommandParser, at_least, exit_status, port
 
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="python -m pipeline.demo", description=__doc__)
     parser.add_argument("model", metavar="RUN|MODEL", help="a run, a timm folder, a Hub id or a timm model name")
-    parser.add_argument("--port", type=at_least(1), metavar="N", help="port on 127.0.0.1; default: the first free one from 7860")
+    parser.add_argument("--port", type=port, metavar="N", help="port on 127.0.0.1; default: the first free one from 7860")
     text = "number of test images of the run to offer as examples"
     parser.add_argument("--examples", type=at_least(0), default=8, metavar="N", help=text)
     parser.add_argument("--dataset", metavar="PATH", help="where the run's dataset is now, if it has moved")

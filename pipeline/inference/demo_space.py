@@ -1,8 +1,9 @@
 """Writes a demo as a Hugging Face Space: app.py, requirements.txt, the model, examples and the code that it needs."""
 
 import ast
+import contextlib
 import dataclasses
-import io
+import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.common import console
 from pipeline.common.files import folder_written_aside
 from pipeline.data.from_settings import load_data
 from pipeline.distributed.accelerator import make_accelerator
+from pipeline.images.decode import BadImage, file_kind
 from pipeline.inference.saved_model import SavedModel
 
 PACKAGE = Path(__file__).parents[1]
@@ -69,13 +71,14 @@ def check_new(folder: Path) -> None:
 
 def title_of(saved: SavedModel) -> str:
     """The name of the run, or of the model as it was passed."""
-    return saved.run_dir.name if saved.run_dir is not None else Path(saved.source).name
+    return console.on_one_line(saved.run_dir.name if saved.run_dir is not None else Path(saved.source).name)
 
 
 def write_examples(saved: SavedModel, folder: Path, how_many: int, moved_to: str | None) -> list[Path]:
-    """Writes test images of the run, evenly spaced, as files of their own format; warns if its dataset cannot be loaded."""
-    from PIL import Image
+    """Writes test images of the run, evenly spaced, as files of their own format, without those that cannot be read.
 
+    Warns if the dataset cannot be loaded.
+    """
     if saved.config is None or not how_many:
         return []
     config = dataclasses.replace(
@@ -88,10 +91,11 @@ def write_examples(saved: SavedModel, folder: Path, how_many: int, moved_to: str
         return []
     paths = []
     for number, row in enumerate(dataset.test.some_rows(how_many).tolist(), 1):
-        encoded = dataset.test.encoded(row)
-        kind = str(Image.open(io.BytesIO(encoded)).format).lower()
-        paths.append(folder / f"{number:02d}.{kind}")
-        paths[-1].write_bytes(encoded)
+        with contextlib.suppress(BadImage):
+            encoded = dataset.test.encoded(row)
+            path = folder / f"{number:02d}.{file_kind(encoded).lower()}"
+            path.write_bytes(encoded)
+            paths.append(path)
     return paths
 
 
@@ -128,4 +132,5 @@ def write_space(saved: SavedModel, folder: Path, examples: list[Path]) -> None:
         model = "model" if saved.folder is not None else saved.source
         (aside / "app.py").write_text(APP.format(model=repr(model), title=repr(title)), encoding="utf-8")
         (aside / "requirements.txt").write_text(REQUIREMENTS)
-        (aside / "README.md").write_text(README.format(title=title, gradio=version("gradio")), encoding="utf-8")
+        quoted = json.dumps(title, ensure_ascii=False)  # a JSON string is one of YAML
+        (aside / "README.md").write_text(README.format(title=quoted, gradio=version("gradio")), encoding="utf-8")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_process
 
 from pipeline import demo
+from pipeline.data.splits import Split
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.inference.demo_app import classify, explain, launch, make_app
 from pipeline.inference.demo_space import IMPORTED, REQUIREMENTS, imported_files, write_examples, write_space
@@ -127,6 +129,21 @@ def test_a_space_starts_as_written_without_the_project(run_and_examples, tmp_pat
     assert figures == classify(saved, str(examples[0]))
     front = (space / "README.md").read_text().split("---")[1]
     assert re.search(r"^sdk: gradio\nsdk_version: \d+\.\d+\.\d+\napp_file: app.py$", front, re.MULTILINE)
+
+
+def test_a_space_of_a_run_with_any_name_has_a_title_that_yaml_reads_and_no_example_that_cannot_be_read(
+    finished_run, tmp_path, monkeypatch
+):
+    _, run_dir = finished_run()
+    saved = load_saved_model(str(run_dir.rename(tmp_path / 'a: "b" #ü')))
+    encoded = Split.encoded
+    monkeypatch.setattr(Split, "encoded", lambda split, row: b"no image" if row == 0 else encoded(split, row))
+    (tmp_path / "examples").mkdir()
+    examples = write_examples(saved, tmp_path / "examples", 3, None)
+    assert [path.name for path in examples] == ["02.png", "03.png"]
+    write_space(saved, tmp_path / "space", examples)
+    front = yaml.safe_load((tmp_path / "space" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front["title"] == 'a: "b" #ü' and front["app_file"] == "app.py"
 
 
 def test_a_space_has_the_code_that_its_app_imports_and_requires_what_the_project_does():
