@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     try:
         train(config, started)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a path that is too long, or that may not be looked up
         console.error(error)
         return 2
     except TrainingFailed as error:

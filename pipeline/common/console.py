@@ -17,8 +17,12 @@ ESTIMATE_AFTER_SECONDS = 0.5  # shorter loops show no bar
 def escape_unprintable() -> None:
     """Makes standard output and error print a character that their encoding lacks as an escape, instead of failing.
 
-    So in an ASCII terminal, and for file names that are not UTF-8. Programs call it once, at their start.
+    So in an ASCII terminal, and for file names that are not UTF-8. A closed stream becomes the null device, so that no file gets
+    its descriptor. Programs call it once, at their start.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

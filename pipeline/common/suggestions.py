@@ -6,12 +6,16 @@ from typing import Any
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with the closest matches, after a space; of equally close ones the first of `known`. Empty if there is none."""
-    known = list(known)
-    closest = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0.6)
+    """A sentence with the closest matches, after a space; of equally close ones the first of `known`. Empty if there is none.
+
+    Upper and lower case are the same.
+    """
+    known, name = list(known), name.lower()
+    cased = {match.lower(): match for match in reversed(known)}
+    closest = difflib.get_close_matches(name, cased, n=len(known) or 1, cutoff=0.6)
     # as get_close_matches measures, which sorts equally close names backwards
-    closeness = {match: difflib.SequenceMatcher(None, match, name).ratio() for match in closest}
-    matches = sorted(closest, key=lambda match: (-closeness[match], known.index(match)))[:3]
+    closeness = {cased[match]: difflib.SequenceMatcher(None, match, name).ratio() for match in closest}
+    matches = sorted(closeness, key=lambda match: (-closeness[match], known.index(match)))[:3]
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 

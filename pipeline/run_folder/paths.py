@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import time
@@ -13,6 +14,8 @@ from pipeline.settings.config import Config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # it imports torch, which is not needed to read a run
+
+MOST_BYTES = 80  # of each word of a new name; file systems allow 255 for all of it
 
 
 @contextlib.contextmanager
@@ -60,8 +63,7 @@ def new_name(config: Config, accelerator: "Accelerator") -> str:
     With dry_run no folder is created. Raises ValueError if it cannot be created.
     """
     words = [os.path.basename(os.path.abspath(config.dataset)), config.model_name, time.strftime("%Y%m%d-%H%M%S")]
-    base = "-".join("".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word) for word in words)
-    name = base
+    name = base = "-".join(map(plain, words))
     if accelerator.is_main_process:
         for number in itertools.count(2):
             if take_folder(Path(config.output_dir) / name, config.dry_run):
@@ -72,6 +74,12 @@ def new_name(config: Config, accelerator: "Accelerator") -> str:
 
         (name,) = broadcast_object_list([name])
     return name
+
+
+def plain(word: str) -> str:
+    """The word with `_` instead of what is not a letter, a digit, a dot or `_`, cut off after MOST_BYTES bytes of UTF-8."""
+    safe = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in word)
+    return safe.encode()[:MOST_BYTES].decode(errors="ignore")
 
 
 def take_folder(folder: Path, dry_run: bool) -> bool:
@@ -91,9 +99,9 @@ def take_folder(folder: Path, dry_run: bool) -> bool:
 
 
 def cannot_write(folder: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"Cannot write into {folder} ({error.strerror}). Make it writable, or choose another output_dir."
-    )
+    is_long = error.errno == errno.ENAMETOOLONG
+    advice = "Choose a shorter run_name" if is_long else "Make it writable, or choose another output_dir"
+    return ValueError(f"Cannot write into {folder} ({error.strerror}). {advice}.")
 
 
 def metrics_path(run_dir: Path) -> Path:

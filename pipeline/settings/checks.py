@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pipeline.settings.config import DEFAULTS, FIELDS, Config
 
+LONGEST_NAME = 255  # of a file or folder, in bytes
+
 
 def check_limits(config: Config) -> None:
     """Raises ValueError if a number is outside the limits of its field or settings contradict each other."""
@@ -61,12 +63,19 @@ def contradictions(config: Config) -> Iterable[tuple[bool, str]]:
     yield config.compile_mode is not None and (config.micro_batch_size is not None or config.uses_sam), (
         "compile reduce-overhead needs one pass per step, but micro_batch_size and SAM make several. Use compile true."
     )
-    yield any(step <= 0 for step in steps) or steps != sorted(steps), (
+    yield not all(step > 0 for step in steps) or steps != sorted(steps), (
         f"step_epochs {config.step_epochs} must be above 0, and a list must be in ascending order."
     )
-    yield config.run_name is not None and Path(config.run_name).name != config.run_name, (
-        f"run_name {config.run_name!r} must be a plain folder name. Set the folder that contains it with output_dir."
+    yield config.run_name is not None and not is_folder_name(config.run_name), (
+        f"run_name {config.run_name!r} must be a plain folder name of at most {LONGEST_NAME} bytes. Set the folder that contains "
+        "it with output_dir."
     )
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether it names a folder directly below another one, on one line and short enough for file systems."""
+    is_line = name.splitlines() == [name] and "\0" not in name
+    return is_line and Path(name).name == name != ".." and len(os.fsencode(name)) <= LONGEST_NAME
 
 
 def ignored_settings(config: Config) -> list[str]:

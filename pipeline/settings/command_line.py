@@ -29,6 +29,7 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that suggests close matches of a misspelt option and exits with status 2 and one line."""
 
     def __init__(self, **settings: Any):
+        console.escape_unprintable()  # every command creates a parser first
         super().__init__(allow_abbrev=False, formatter_class=Help, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -36,7 +37,6 @@ class CommandParser(argparse.ArgumentParser):
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parses the arguments; options and positional arguments in any order. argv None reads sys.argv."""
-        console.escape_unprintable()
         args, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             self.fail_for_unknown(unknown[0])
@@ -69,6 +69,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return check
+
+
+def port(text: str) -> int:
+    """An argument type that accepts the number of a TCP port."""
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 1 to 65535")
+    return int(text)
 
 
 def above_zero(text: str) -> float:

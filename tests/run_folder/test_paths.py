@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import torchrun
 
+from pipeline.run_folder.lock import RunLock
 from pipeline.run_folder.paths import named_run
 from pipeline.settings.config import Config
 
@@ -21,6 +22,14 @@ def test_a_run_is_named_after_the_folder_that_the_path_leads_to(tmp_path, monkey
     monkeypatch.chdir(tmp_path / "my photos")
     with named_run(Config(dataset=dataset, output_dir=str(tmp_path)), ONE) as named:
         assert re.fullmatch(r"my_photos-resnet18-\d{8}[-_]\d{6}", named.run_name) and named.run_dir.is_dir()
+
+
+def test_a_new_name_fits_into_a_file_system_and_a_given_one_that_does_not_is_refused(tmp_path):
+    config = Config(dataset=str(tmp_path / ("猫" * 85)), model_name="local-dir:" + "m" * 250, output_dir=str(tmp_path))
+    with named_run(config, ONE) as named:
+        assert named.run_name.startswith(f"{26 * '猫'}-local_dir_{70 * 'm'}-2") and named.run_dir.is_dir()
+    with pytest.raises(ValueError, match=r"\(File name too long\)\. Choose a shorter run_name"):
+        RunLock(tmp_path / ("x" * 256))
 
 
 def test_a_run_on_a_hub_set_is_named_after_the_set():

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import io
+import sys
 
 import pytest
 
@@ -16,6 +18,8 @@ COMMANDS = {
     "report.__main__": (["RUN"], "--mistake", "--mistakes"),
     "sweep.__main__": (["sweep.yaml"], "--num_trails", "--num_trials"),
     "benchmark.__main__": (["loop"], "--peer_worker", "--peer_workers"),
+    "inspect.__main__": (["digits"], "--max_image", "--max_images"),
+    "demo": (["RUN"], "--example", "--examples"),
 }
 
 
@@ -38,6 +42,16 @@ def test_every_command_names_the_option_that_was_meant(command, form, capsys):
     assert f"Unknown option {wrong!r}. Did you mean {meant!r}" in message and f"python -m pipeline.{name}" in message
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_terminal_cannot_print_is_escaped(command, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"pipeline.{command}").main([*COMMANDS[command][0], "--ü"])
+    terminal.flush()
+    assert rb"Unknown option '--\xfc'" in terminal.buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "command, arguments, words",
     [
@@ -52,6 +66,7 @@ def test_every_command_names_the_option_that_was_meant(command, form, capsys):
         ("benchmark.__main__", ["loop", "--modle_name", "x"], ["'--modle_name'. Did you mean '--model_name'"]),
         ("benchmark.__main__", ["optimizers", "--model_name", "x", "--lr", "1"], ["Unknown option '--lr'"]),
         ("benchmark.__main__", ["efficiency", "--factors", "loder"], ["Did you mean 'loader'?"]),
+        ("demo", ["RUN", "--port", "65536"], ["'65536' is not a port, a number from 1 to 65535"]),
     ],
 )
 def test_a_wrong_argument_costs_one_line(command, arguments, words, capsys):

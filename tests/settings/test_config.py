@@ -175,6 +175,7 @@ def test_an_argument_that_the_wandb_agent_adds_is_ignored():
     [
         (["--schedular", "cosine"], ["'schedular'", "'scheduler'"]),
         (["--schedular=cosine"], ["'schedular'", "'scheduler'"]),
+        (["--loss", "BCE"], ["Did you mean 'bce'?"]),
         (["--lr", "fast"], ["lr", "'fast'", "a number or null"]),
         (["--stem", "smal"], ["'smal'", "Did you mean 'small'"]),
         (["--mixed_precision", "fp8"], ["no, fp16, bf16 or null"]),
@@ -190,7 +191,7 @@ def test_an_argument_that_the_wandb_agent_adds_is_ignored():
         (["--compile", "reduce-overhead", "--optimizer", "sam"], ["one pass per step"]),
         (["--compile", "reduce-overhead", "--sam_rho", "0.1"], ["one pass per step"]),
         (["--warmup_epochs", "30"], ["warmup_epochs 30.0 must be below epochs 8"]),
-        (["--run_name", "a/b"], ["plain folder name"]),
+        *((["--run_name", name], ["plain folder name"]) for name in ("a/b", "", ".", "..", "two\nlines", "a\0b", 256 * "x")),
         (["--config", "missing.yaml"], ["missing.yaml is not a file"]),
         (["--config"], ["--config needs a value: a YAML file."]),
         (["--pretrained"], ["--pretrained needs a value: true or false."]),
