@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import train
 from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.settings.command_line import CommandFailed, above_zero, at_least, exit_status, fraction, one_of
 
@@ -109,3 +110,9 @@ def test_failures_are_exit_statuses(error, status, line, capsys):
     assert exit_status(command) == status
     assert capsys.readouterr().err == line
     assert exit_status(lambda: 3) == 3
+
+
+def test_a_path_that_is_too_long_costs_one_line(capsys):
+    assert train.main(["--dataset", 300 * "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "File name too long" in error and error.count("\n") == 1
