@@ -210,6 +210,8 @@ def run_and_exit(request: dict[str, Any]) -> NoReturn:
             print(status, file=sys.stderr)
             status = 1
     except BaseException as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()  # first, as the interpreter does
         traceback.print_exc()
         status = 1
         if isinstance(error, KeyboardInterrupt):
