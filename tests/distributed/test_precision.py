@@ -35,8 +35,8 @@ def test_a_run_begun_in_bf16_by_the_launcher_resumes_in_bf16_by_the_printed_comm
     assert timeless(lines_of(plain)) != timeless(lines_of(whole)) and from_yaml(plain / "config.yaml").mixed_precision == "no"
 
 
-def test_the_launchers_gradient_accumulation_changes_no_figure(run_training, monkeypatch, capsys):
-    _, plain = run_training(run_name="plain")
+def test_the_launchers_gradient_accumulation_changes_no_figure(run_training, finished_run, monkeypatch, capsys):
+    _, plain = finished_run(run_name="plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     _, run_dir = run_training()
     assert timeless(lines_of(run_dir)) == timeless(lines_of(plain)) and same_weights(run_dir, plain)

@@ -1,7 +1,9 @@
 """Models: names, creation, initial weights, saving and loading."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -264,14 +266,22 @@ def test_every_small_stem_is_registered():
     assert is_small_stem_possible("resnet18.a1_in1k") and not is_small_stem_possible("vit_tiny_patch16_224")
 
 
-@pytest.fixture
-def saved(tmp_path) -> tuple[nn.Module, Path]:
-    """A small model of 5 classes and its run folder."""
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory) -> tuple[nn.Module, Path]:
     model, _ = create_model("resnet18", num_classes=5, image_size=16)
     train_one_step(model, images_of(16))
-    (tmp_path / "run").mkdir()
-    save(model, tmp_path / "run" / "model", 16)
-    return model, tmp_path / "run"
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run.mkdir()
+    save(model, run / "model", 16)
+    return model, run
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path) -> tuple[nn.Module, Path]:
+    """A small model of 5 classes and its run folder: copies, which a test may change."""
+    model, run = saved_once
+    shutil.copytree(run, tmp_path / "run")
+    return copy.deepcopy(model), tmp_path / "run"
 
 
 @pytest.mark.parametrize("where", [".", "model", "model/model.safetensors"])

@@ -59,24 +59,24 @@ def test_a_run_resumed_from_any_step_ends_the_same_to_the_last_bit(run_training,
         ({"channels_last": False}, "small_convnet", 1e-4),  # BatchNorm amplifies the rounding
     ],
 )
-def test_settings_that_change_no_result_may_change_on_resume(run_training, tmp_path, changed, model_name, rel):
+def test_settings_that_change_no_result_may_change_on_resume(run_training, finished_run, tmp_path, changed, model_name, rel):
     settings = {"model_name": model_name, "lr": 0.01, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
-    _, whole = run_training(run_name="whole", **settings)
+    _, whole = finished_run(run_name="whole", **settings)
     cut_back(whole, tmp_path / "part", 7)
     _, resumed = run_training(run_name="part", **settings, **changed)
     assert_close_figures(resumed, whole, rel)
 
 
-def test_starting_an_ended_run_again_reports_it_and_changes_nothing(run_training, capsys):
-    summary, run_dir = run_training()
+def test_starting_an_ended_run_again_reports_it_and_changes_nothing(run_training, finished_run, capsys):
+    summary, run_dir = finished_run()
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     again, _ = run_training()
     assert again == summary and "has ended (completed)" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
-def test_a_damaged_summary_is_written_again(run_training):
-    summary, run_dir = run_training()
+def test_a_damaged_summary_is_written_again(run_training, finished_run):
+    summary, run_dir = finished_run()
     (run_dir / "summary.json").write_text('{"status": "comp')
     again, _ = run_training()
     assert again["test"] == summary["test"] == json.loads((run_dir / "summary.json").read_text())["test"]
@@ -93,8 +93,8 @@ def test_resuming_from_an_older_checkpoint_works_more_than_once(run_training):
         assert all(torch.equal(value, weights[name]) for name, value in weights_of(run_dir).items())
 
 
-def test_a_run_is_not_resumed_with_other_settings(run_training, tmp_path):
-    run_training()
+def test_a_run_is_not_resumed_with_other_settings(run_training, finished_run, tmp_path):
+    finished_run()
     with pytest.raises(ValueError, match=f"started with other settings: lr 0.05 -> 0.1.*--init_from {tmp_path / 'run'}\\.$"):
         run_training(lr=0.1)
     (tmp_path / "run" / "summary.json").unlink()
@@ -147,10 +147,10 @@ def test_a_damaged_or_foreign_checkpoint_is_skipped_for_the_next_older_one(tmp_p
         find_starts(config)
 
 
-def test_a_checkpoint_of_another_model_is_never_loaded(run_training, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_never_loaded(run_training, finished_run, tmp_path, capsys):
     """Its state.json has the same settings, but its tensors are other ones."""
     settings = {"checkpoint_every_steps": 1, "keep_checkpoints": 99}
-    _, whole = run_training(run_name="whole", **settings)
+    _, whole = finished_run(run_name="whole", **settings)
     cut_back(whole, tmp_path / "part", 6)
     config = Config(**{**vars(Config()), "output_dir": str(tmp_path), "run_name": "part"})
     facts = json.loads((whole / "checkpoints" / "step-00000006" / "state.json").read_text())

@@ -52,9 +52,9 @@ def room_afterwards():
 
 
 @pytest.fixture
-def whole(run_training):
+def whole(finished_run):
     """The run without a fault; its last epoch is its best."""
-    summary, run_dir = run_training(run_name="whole", **EVERY_STEP)
+    summary, run_dir = finished_run(run_name="whole", **EVERY_STEP)
     assert summary["best"]["epoch"] == summary["epochs"] == 2
     return run_dir
 

@@ -114,9 +114,9 @@ def test_training_starts_from_the_fitted_classifier_and_a_moving_average_include
 
 
 @pytest.mark.parametrize("killed_at", [0, 3, 7])
-def test_a_run_from_given_weights_resumes_to_the_last_bit(run_training, weights, tmp_path, killed_at):
+def test_a_run_from_given_weights_resumes_to_the_last_bit(run_training, finished_run, weights, tmp_path, killed_at):
     settings = {"init_from": weights, "checkpoint_every_steps": 1, "keep_checkpoints": 99, **GIVEN}
-    _, whole = run_training(run_name="whole", **settings)
+    _, whole = finished_run(run_name="whole", **settings)
     cut_back(whole, tmp_path / "part", killed_at)
     summary, resumed = run_training(run_name="part", **settings)
     assert_identical(resumed, whole)
@@ -184,8 +184,8 @@ def test_batchnorm_keeps_the_statistics_of_given_weights_whose_classifier_starts
             assert again["status"] == "completed"  # null resolves to the recorded value
 
 
-def test_from_scratch_nothing_changes(run_training):
-    summary, run_dir = run_training(epochs=1)
+def test_from_scratch_nothing_changes(finished_run):
+    summary, run_dir = finished_run(epochs=1)
     assert summary["head"] is None and [line["epoch"] for line in val_lines(run_dir)] == [1]
 
 
@@ -324,10 +324,12 @@ def test_the_sample_is_stratified_and_of_a_stream_from_few_chunks():
 
 
 def fit_in_processes(folder: Path, weights: str, name: str, settings: dict) -> None:
-    """Runs in each process."""
+    """Runs in each process, with three penalties to choose from: each iteration of a fit adds up sums over the processes."""
+    from pipeline.models import linear_probe
     from pipeline.settings.config import Config
     from pipeline.training.loop import train
 
+    linear_probe.PENALTIES = linear_probe.PENALTIES[3:6]
     train(Config(**{**SMALL_RUN, **settings, "init_from": weights, "epochs": 0, "output_dir": str(folder), "run_name": name}))
 
 

@@ -73,11 +73,11 @@ def test_a_corrected_run_resumes_within_an_epoch_to_the_last_bit(run_training, u
 
 
 @pytest.mark.parametrize("correction", ["class_weights", "sampler"])
-def test_loaders_and_micro_batches_do_not_change_a_corrected_run(run_training, uneven, correction):
+def test_loaders_and_micro_batches_do_not_change_a_corrected_run(run_training, finished_run, uneven, correction):
     settings = settings_of(uneven, epochs=2, **{correction: "balanced"})
     _, plain = run_training(run_name="plain", loader="device", **settings)
     _, workers = run_training(run_name="workers", loader="workers", micro_batch_size=5, **settings)
-    _, without = run_training(run_name="without", **{**settings, correction: getattr(DEFAULTS, correction)})
+    _, without = finished_run(run_name="without", **{**settings, correction: getattr(DEFAULTS, correction)})
     assert_close_figures(workers, plain)
     losses = [[line["loss"] for line in lines_of(run) if line.get("event")] for run in (plain, without)]
     assert losses[0] != losses[1]

@@ -44,8 +44,8 @@ def test_a_run_shows_its_first_batch_as_the_loader_made_it(run_training, monkeyp
     assert len({image.tobytes() for image in expected}) == 16
 
 
-def test_a_resumed_run_keeps_its_samples(run_training, tmp_path):
-    _, run_dir = run_training()
+def test_a_resumed_run_keeps_its_samples(run_training, finished_run, tmp_path):
+    _, run_dir = finished_run()
     marked = b"of the first start"
     samples_path(run_dir).write_bytes(marked)
     (run_dir / "summary.json").unlink()

@@ -46,8 +46,10 @@ EVALUATION = {"micro_batch_size": 4, "ema_decay": 0.3}  # several batches in eac
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7])  # in the pass of the weights, or of their average
-def test_a_signal_during_validation_ends_it_at_once_and_only_the_validation_is_repeated(run_training, monkeypatch, stop_at):
-    _, whole = run_training(run_name="whole", **EVALUATION)
+def test_a_signal_during_validation_ends_it_at_once_and_only_the_validation_is_repeated(
+    run_training, finished_run, monkeypatch, stop_at
+):
+    _, whole = finished_run(run_name="whole", **EVALUATION)
     with monkeypatch.context() as patch:
         evaluations(patch, lambda number: number == stop_at and os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -63,8 +65,8 @@ def test_a_signal_during_validation_ends_it_at_once_and_only_the_validation_is_r
     assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
 
 
-def test_a_signal_during_the_test_costs_the_test_alone(run_training, monkeypatch):
-    _, whole = run_training(run_name="whole")
+def test_a_signal_during_the_test_costs_the_test_alone(run_training, finished_run, monkeypatch):
+    _, whole = finished_run(run_name="whole")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.training.finish.load_weights", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
         with pytest.raises(Interrupted):
@@ -74,8 +76,8 @@ def test_a_signal_during_the_test_costs_the_test_alone(run_training, monkeypatch
     assert steps == [] and timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
 
 
-def test_out_of_memory_during_validation_does_not_repeat_the_epoch(run_training, monkeypatch):
-    _, whole = run_training(run_name="whole")
+def test_out_of_memory_during_validation_does_not_repeat_the_epoch(run_training, finished_run, monkeypatch):
+    _, whole = finished_run(run_name="whole")
 
     def fail(number):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -90,8 +92,8 @@ def test_out_of_memory_during_validation_does_not_repeat_the_epoch(run_training,
     assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
 
 
-def test_the_completed_checkpoint_has_the_tensors_of_the_pending_one(run_training):
-    _, run_dir = run_training(epochs=1)
+def test_the_completed_checkpoint_has_the_tensors_of_the_pending_one(finished_run):
+    _, run_dir = finished_run(epochs=1)
     (folder,) = checkpoints(run_dir)
     facts = read_facts(folder)  # verifies the SHA-256 of every file
     assert facts["epoch"] == 1 and len(facts["history"]) == 1 and facts["batch"] == 0
@@ -125,7 +127,7 @@ def test_ranks_with_unequal_numbers_of_batches_stop_together_and_none_hangs(tmp_
     assert outcomes == [["interrupted 20", "interrupted 3"], ["interrupted 10", "interrupted 3"], ["done 25", "done 3"]]
 
 
-def test_weights_that_are_not_finite_are_never_saved(run_training, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(run_training, finished_run, monkeypatch):
     original = loop.train_step
 
     def train_step(state, *arguments):
@@ -140,13 +142,13 @@ def test_weights_that_are_not_finite_are_never_saved(run_training, monkeypatch):
     monkeypatch.undo()
     summary, run_dir = run_training(epochs=3)
     assert summary["status"] == "completed"
-    _, whole = run_training(epochs=3, run_name="whole")
+    _, whole = finished_run(run_name="whole", epochs=3)
     assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_not_finite_leaves_the_checkpoint_before_it(
-    run_training, monkeypatch, tmp_path, value
+    run_training, finished_run, monkeypatch, tmp_path, value
 ):
     original = loop.evaluate
 
@@ -162,7 +164,7 @@ def test_a_validation_loss_that_is_not_finite_leaves_the_checkpoint_before_it(
     (folder,) = checkpoints(tmp_path / "run")
     assert read_facts(folder)["epoch"] == 1
     summary, run_dir = run_training(epochs=3)
-    _, whole = run_training(epochs=3, run_name="whole")
+    _, whole = finished_run(run_name="whole", epochs=3)
     assert summary["status"] == "completed"
     assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
 

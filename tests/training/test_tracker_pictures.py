@@ -50,10 +50,10 @@ def test_the_labels_of_a_confusion_matrix_give_the_matrix_again():
     assert np.array_equal(again, counts)
 
 
-def test_tensorboard_receives_the_pictures(run_training):
+def test_tensorboard_receives_the_pictures(finished_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    summary, run_dir = run_training(log_with="tensorboard")
+    summary, run_dir = finished_run(log_with="tensorboard")
     events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {"first_batch", "test/confusion_matrix", "test/mistakes"}
     received = {tag: events.Images(tag)[0] for tag in events.Tags()["images"]}

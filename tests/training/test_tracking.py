@@ -30,10 +30,10 @@ assert not imported, imported
     assert done.returncode == 0, done.stderr
 
 
-def test_tensorboard_receives_split_and_key(run_training):
+def test_tensorboard_receives_split_and_key(finished_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, run_dir = run_training(log_with="tensorboard")
+    _, run_dir = finished_run(log_with="tensorboard")
     (folder,) = {path.parent for path in run_dir.rglob("events.out.tfevents.*") if path.parent.name == "tensorboard"}
     events = EventAccumulator(str(folder)).Reload()
     logged = {

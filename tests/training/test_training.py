@@ -110,7 +110,7 @@ def test_the_steps_losses_average_to_the_epochs_loss(run_training):
         assert len(steps) == 5 and math.isclose(sum(steps) / 5, end, rel_tol=1e-6)
 
 
-def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_training):
+def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(finished_run):
     from accelerate import Accelerator
 
     from pipeline.data.from_settings import load_data
@@ -118,7 +118,7 @@ def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_trainin
     from pipeline.training.evaluation import evaluate
     from pipeline.training.metrics import zero_class_counts
 
-    summary, run_dir = run_training(epochs=4)
+    summary, run_dir = finished_run(epochs=4)
     model = timm.create_model(f"local-dir:{run_dir / 'model'}", pretrained=True)
     config = Config(**yaml.safe_load((run_dir / "config.yaml").read_text()))
     accelerator = Accelerator()
@@ -138,8 +138,8 @@ def test_the_saved_model_reaches_the_test_accuracy_to_the_last_digit(run_trainin
     assert "digits" in (run_dir / "model" / "README.md").read_text()
 
 
-def test_the_same_seed_gives_the_same_run_and_another_one_another(run_training):
-    _, first = run_training(run_name="first")
+def test_the_same_seed_gives_the_same_run_and_another_one_another(run_training, finished_run):
+    _, first = finished_run(run_name="first")
     _, second = run_training(run_name="second")
     _, other = run_training(run_name="other", seed=1)
     assert_identical(first, second)
@@ -147,17 +147,17 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(run_training):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_micro_batches_give_the_same_losses(run_training, micro_batch_size):
+def test_micro_batches_give_the_same_losses(run_training, finished_run, micro_batch_size):
     settings = {"mixup": 0.2, "label_smoothing": 0.1} if micro_batch_size == 8 else {}
-    _, whole = run_training(run_name="whole", **settings)
+    _, whole = finished_run(run_name="whole", **settings)
     _, parts = run_training(run_name="parts", micro_batch_size=micro_batch_size, **settings)
     assert train_losses(parts) == pytest.approx(train_losses(whole), rel=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loaders_and_workers_give_the_same_run(run_training, num_workers):
-    _, device = run_training(run_name="device", loader="device")
+def test_loaders_and_workers_give_the_same_run(run_training, finished_run, num_workers):
+    _, device = finished_run(run_name="device", loader="device")
     _, workers = run_training(run_name="workers", loader="workers", num_workers=num_workers)
     assert_identical(workers, device)
 
