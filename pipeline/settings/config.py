@@ -76,7 +76,7 @@ class Config:
         at_least=1,
     )
     num_workers: int | None = setting(
-        None, "Worker processes per training process that decode images. `null` uses the CPU cores.", at_least=0
+        None, "Worker processes per training process that decode images. `null` uses the CPU cores, at most 8.", at_least=0
     )
     on_bad_image: Literal["error", "skip"] = setting(
         "error",
