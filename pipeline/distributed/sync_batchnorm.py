@@ -50,6 +50,11 @@ class Normalize(torch.autograd.Function):
         return ((wide - mean - normalised * projection) * scale.view(context.shape)).to(gradients[0].dtype), None
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether any layer is a BatchNorm, of torch or derived from it as timm's."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 class GlobalBatchNorm(_BatchNorm):
     """nn.BatchNorm1d, 2d or 3d of the global batch: training uses statistics over all ranks, including ranks without samples."""
 

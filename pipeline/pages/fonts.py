@@ -88,7 +88,7 @@ def escape_undrawable(figure: Figure) -> None:
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         locator = axis.get_major_locator()
         if isinstance(locator, FixedLocator):  # the formatter sets the texts again when they are drawn
-            texts = axis.get_major_formatter().format_ticks(locator.locs)
+            texts = axis.get_major_formatter().format_ticks(list(locator()))
             shown = [escaped(text, label.get_fontfamily()) for text, label in zip(texts, axis.get_ticklabels())]
             if shown != texts:
                 axis.set_ticklabels(shown)

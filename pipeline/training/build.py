@@ -12,6 +12,7 @@ from pipeline.data.from_settings import input_channels, load_data
 from pipeline.data.image_dataset import ImageDataset, check_dataset_name
 from pipeline.distributed import fsdp
 from pipeline.distributed.accelerator import fit_to_machine, will_be_sharded, with_channels_last
+from pipeline.distributed.sync_batchnorm import has_batchnorm
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.loaders.build import make_loader
 from pipeline.loaders.stream_loader import AnyLoader
@@ -100,13 +101,14 @@ def make_fitting_model(config: Config, dataset: ImageDataset) -> tuple[int, nn.M
 
 
 def with_batchnorm(config: Config, model: nn.Module, report: LoadReport | None, dataset: ImageDataset) -> Config:
-    """The settings with freeze_batchnorm filled in: true for given weights whose classifier starts anew.
+    """The settings with freeze_batchnorm filled in: true for given weights with BatchNorm whose classifier starts anew.
 
     The new images would replace the statistics that the weights were trained with after a few batches of a few images.
     """
     if config.freeze_batchnorm is not None:
         return config
-    return dataclasses.replace(config, freeze_batchnorm=starts_anew(model, report, dataset.class_names))
+    is_frozen = has_batchnorm(model) and starts_anew(model, report, dataset.class_names)
+    return dataclasses.replace(config, freeze_batchnorm=is_frozen)
 
 
 def make_preprocessing(config: Config, dataset: ImageDataset, image_size: int, model: nn.Module) -> Preprocessing:

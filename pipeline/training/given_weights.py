@@ -62,23 +62,40 @@ def initialise_classifier(state: TrainState, parts: Parts, run: Run) -> Figures:
 
     Every rank must call it. Raises ValueError if head_init is fitted and the classifier cannot be fitted.
     """
-    config = run.config
-    choice = config.head_init if config.has_given_weights else "random"
-    if choice == "auto" and not starts_anew(state.bare_model, parts.load_report, parts.dataset.class_names):
-        choice = "random"
+    choice, reason = classifier_start(state.bare_model, parts, run.config)
     if choice == "random":
         return {}
-    reason = ""
-    if choice != "zero":
+    if choice == "fitted":
         try:
             return fit_classifier(state, parts, run)
         except Unfittable as problem:
-            if choice == "fitted":
+            if run.config.head_init == "fitted":
                 raise ValueError(f"head_init fitted is not possible: {problem}. Use --head_init zero or random.") from problem
-            reason = f", because it cannot be fitted: {problem}"
+            reason = unfittable_text(problem)
     zero_heads(state)
     console.say(f"classifier set to zero{reason}", run.accelerator.is_main_process)
     return {}
+
+
+def classifier_start(model: nn.Module, parts: Parts, config: Config) -> tuple[str, str]:
+    """What happens to the classifier before the first step: fitted, zero or random; then why, if auto chose zero.
+
+    With auto, fitted becomes zero if the features of the images do not allow a fit.
+    """
+    choice = config.head_init if config.has_given_weights else "random"
+    if choice != "auto":
+        return choice, ""
+    if not starts_anew(model, parts.load_report, parts.dataset.class_names):
+        return "random", ""
+    try:
+        check_fittable(model, parts.load_report)
+    except Unfittable as problem:
+        return "zero", unfittable_text(problem)
+    return "fitted", ""
+
+
+def unfittable_text(problem: Unfittable) -> str:
+    return f", because it cannot be fitted: {problem}"
 
 
 def fit_classifier(state: TrainState, parts: Parts, run: Run) -> Figures:
@@ -123,6 +140,12 @@ def fit_heads(state: TrainState, parts: Parts, run: Run) -> tuple[list[LinearPro
     labels = torch.from_numpy(split.labels).to(device)[rows]
     folds = stratified_folds(split.labels, NUM_FOLDS, config.seed, BEFORE_TRAINING, HEAD_FOLDS)
     probes = []
+
+    def summed(tensor: Tensor) -> Tensor:
+        run.stop_if_asked(state, is_last=True)  # the fit of many classes takes minutes
+        total: Tensor = accelerator.reduce(tensor, reduction="sum")
+        return total
+
     for name, values in zip(classifier_names(model), features):
         probe = fit_linear_probe(
             values.to(device),
@@ -131,7 +154,7 @@ def fit_heads(state: TrainState, parts: Parts, run: Run) -> tuple[list[LinearPro
             len(parts.dataset.class_names),
             has_bias=model.get_submodule(name).bias is not None,
             per_class=config.loss == "bce",
-            reduce=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+            reduce=summed,
         )
         probes.append(probe)
     return probes, len(split)

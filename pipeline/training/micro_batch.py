@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.distributed.accelerator import synchronizes_in_layers
+from pipeline.distributed.sync_batchnorm import has_batchnorm
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.optim.trial import state_per_weight
 from pipeline.settings.batch_size import first_batch_size, num_micro_batches, share_of
@@ -110,7 +110,7 @@ def check_batchnorm(
     """Raises ValueError when a pass of the run has one image, and the model's BatchNorm cannot normalise its features."""
     if config.sync_batchnorm or smallest_pass(config, num_samples, accelerator.num_processes) > 1:
         return
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not has_batchnorm(model):
         return
     was_training = model.training
     image = torch.zeros(1, preprocessing.channels, preprocessing.image_size, preprocessing.image_size)

@@ -15,6 +15,7 @@ from pipeline.optim.optimizers import lr_of_step, peak_lr
 from pipeline.settings.batch_size import batch_size_at, largest_share, num_micro_batches, steps_per_epoch
 from pipeline.settings.config import Config
 from pipeline.training.build import Parts
+from pipeline.training.given_weights import classifier_start
 
 FIRST_CLASSES, LAST_CLASSES = 8, 3  # that the plan names
 
@@ -64,15 +65,15 @@ def epochs_in_words(config: Config) -> str:
 
 def classifier_text(config: Config, parts: Parts) -> str:
     """What head_init does with the classifier of given weights, and whether BatchNorm keeps its statistics."""
-    is_new = starts_anew(parts.model, parts.load_report, parts.dataset.class_names)
-    most = min(config.head_init_samples, len(parts.dataset.train))
-    texts = {
-        "fitted": f"fitted to {most:,} images before the first step",
-        "zero": "set to zero",
-        "random": "as it was drawn" if is_new else "that of the weights",
-    }
-    chosen = ("fitted" if is_new else "random") if config.head_init == "auto" else config.head_init
-    return texts[chosen] + ("; BatchNorm keeps its statistics" if config.freeze_batchnorm else "")
+    choice, reason = classifier_start(parts.model, parts, config)
+    if choice == "fitted":
+        text = f"fitted to {min(config.head_init_samples, len(parts.dataset.train)):,} images before the first step"
+    elif choice == "zero":
+        text = f"set to zero{reason}"
+    else:
+        is_new = starts_anew(parts.model, parts.load_report, parts.dataset.class_names)
+        text = "as it was drawn" if is_new else "that of the weights"
+    return text + ("; BatchNorm keeps its statistics" if config.freeze_batchnorm else "")
 
 
 def classes_text(data: ImageDataset) -> str:

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL_RUN, assert_identical, flags, fork_server, lines_of, run_process, start_process, wait_for
+from conftest import (
+    ROOT,
+    SMALL_RUN,
+    assert_identical,
+    flags,
+    fork_server,
+    lines_of,
+    run_process,
+    start_process,
+    wait_for,
+)
 
 from pipeline.common.fork_server import UNKNOWN, Fork, ForkServer
 from pipeline.common.system import usable_cores

@@ -30,7 +30,7 @@ ROWS = [
     ("several sizes", {"model_name": "simple_mlp", "micro_batch_size": 16, "ema_decay": 0.5, "mixed_precision": "bf16"}),
     ("several sizes", {"model_name": "small_convnet"}),
     ("several sizes", {"model_name": "test_vit", "image_size": 32}),
-    ("several sizes", {"model_name": "test_resnet"}),
+    ("several sizes", {"model_name": "resnet18"}),
     ("several sizes, SAM with BatchNorm", {"model_name": "small_convnet", "optimizer": "sam"}),
     ("several sizes, `freeze_epochs`", {"model_name": "simple_mlp", "freeze_epochs": 1}),
     ("several sizes, a last batch of one image", {"model_name": "simple_mlp", "batch_size": 59}),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_a_run_interrupted_before_epoch_0_fits_the_classifier_again(run_training
     assert (tmp_path / "part" / "checkpoints" / "step-00000000").exists()
     _, resumed = run_training(run_name="part", init_from=weights, **GIVEN)
     assert_identical(resumed, whole)
+
+
+def test_a_signal_during_the_fit_ends_the_run_before_its_first_step(run_training, weights, monkeypatch, tmp_path):
+    from pipeline.common.stopping import Interrupted
+    from pipeline.models.linear_probe import Logistic
+
+    minimise, signals = Logistic.minimise, iter([signal.SIGINT])  # a second one would end the process
+
+    def interrupted(*arguments):
+        for number in signals:
+            signal.raise_signal(number)
+        return minimise(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Logistic, "minimise", interrupted)
+        run_training(init_from=weights, epochs=0)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert run_training(init_from=weights, epochs=0)[0]["head"]["num_samples"] == 80
 
 
 @pytest.mark.parametrize("choice", ["zero", "random"])
@@ -291,7 +310,9 @@ def test_a_classifier_of_several_layers_is_set_to_zero_in_its_last_one(run_train
     monkeypatch.setattr(given_weights, "check_fittable", refuse)
     _, run_dir = run_training(init_from=weights, epochs=0)
     assert not any(value.any() for value in head_of(run_dir).values())
-    assert "set to zero, because it cannot be fitted: head has several layers" in capsys.readouterr().out
+    output = capsys.readouterr().out.splitlines()
+    assert "classifier  set to zero, because it cannot be fitted: head has several layers" in output  # of the plan
+    assert "classifier set to zero, because it cannot be fitted: head has several layers" in output
     with pytest.raises(ValueError, match="head_init fitted is not possible: head has several layers"):
         run_training(init_from=weights, epochs=0, head_init="fitted", run_name="refused")
 
