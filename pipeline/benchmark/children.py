@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ ENDING_SECONDS = 60.0  # from SIGTERM to SIGKILL; torchrun takes 30 of them to e
 
 PROJECT = Path(__file__).parents[2]
 
+HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 C_LIBRARY = ctypes.CDLL(None)
 
@@ -79,17 +81,29 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
     So Ctrl-C in the terminal reaches this process only. On Linux the program also ends if this process is killed, because it
     would slow down the next measurements. options: of subprocess.Popen.
     """
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
+    process = None
     try:
+        # a signal waits until the program is known here: Python would drop it in a fork, or the program would run on
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        try:
+            begin = functools.partial(begin_program, earlier)
+            process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
         yield process
     finally:
-        end_tree(process, ENDING_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # descendants that it left in its session
-            os.killpg(process.pid, signal.SIGKILL)
+        if process is not None:
+            end_tree(process, ENDING_SECONDS)
+            with contextlib.suppress(ProcessLookupError):  # descendants that it left in its session
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def end_with_parent() -> None:
-    """Makes Linux terminate this process when its parent ends (https://man7.org/linux/man-pages/man2/prctl.2.html)."""
+def begin_program(mask: set[int | signal.Signals]) -> None:
+    """Restores the signal mask, and makes Linux terminate this process when its parent ends.
+
+    https://man7.org/linux/man-pages/man2/prctl.2.html
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if sys.platform == "linux":
         C_LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

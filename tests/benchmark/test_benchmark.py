@@ -23,12 +23,12 @@ from conftest import PYTHONPATH, run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock, waiting
 from pipeline.benchmark.__main__ import COMMANDS, main
-from pipeline.benchmark.children import run_child, run_program
+from pipeline.benchmark.children import run_child, run_program, running
 from pipeline.benchmark.measuring import in_turns, summarise
 from pipeline.benchmark.reporting import number
 from pipeline.benchmark.results import tables_of
 from pipeline.benchmark.sets import made_image, make_set
-from pipeline.common.stopping import TrainingFailed
+from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.common.system import is_alive, process_tree, tree_memory
 
 SMALL = {"model_name": "simple_mlp", "made_size": 16, "num_images": 64, "batch_size": 16, "rounds": 1}
@@ -403,6 +403,28 @@ def test_a_contender_ends_with_the_benchmark_even_if_that_is_killed():
         parent.kill()
         parent.wait()
     wait_for(lambda: not is_alive(contender.pid), timeout=10)
+
+
+def test_a_signal_while_a_program_starts_ends_it(monkeypatch):
+    started, plain_start = [], subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(plain_start(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    def stop(number, frame):
+        raise Interrupted(number)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(subprocess, "Popen", start)
+            with running([sys.executable, "-c", "import time; time.sleep(60)"]):
+                raise AssertionError("the signal came too late")
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert started[0].returncode == -signal.SIGTERM  # so it does not hold back the signal either
 
 
 @pytest.mark.slow
