@@ -468,7 +468,7 @@ def test_a_wrong_command_line_exits_with_2(argv):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["loop", "--model_name", "resnet18x"], ["resnet18x", "Did you mean 'resnet18'"]),
+        (["loop", "--model_name", "resnet18x", "--num_images", "16"], ["resnet18x", "Did you mean 'resnet18'"]),
         (["efficiency", "--batch_size", "0"], ["batch_size", "at least 1"]),
         (["lr", "--lr_start", "1", "--lr_end", "0.1"], ["--lr_start 1 must be below"]),
     ],
