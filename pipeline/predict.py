@@ -52,8 +52,7 @@ def csv_row(cells: Sequence[str]) -> str:
 
 def table_lines(paths: Sequence[str], names: Sequence[str], top_k: int) -> tuple[str, Callable[[str, Ranked], str]]:
     """One line per image: its path, then columns of labels, shortened if long, and probabilities."""
-    lengths = ([len(console.on_one_line(text)) for text in texts] for texts in (paths, names))
-    path_width, name_width = (max(own, default=0) for own in lengths)
+    path_width, name_width = (max((len(console.on_one_line(text)) for text in texts), default=0) for texts in (paths, names))
     name_width = min(name_width, LONGEST_NAME)
 
     def line(path: str, ranked: Ranked) -> str:

@@ -67,7 +67,7 @@ def train(settings: list[str], run_name: str, folder: str) -> tuple[Config, dict
     return config, summary
 
 
-def compare_precisions(settings: list[str], name: str, precisions: list[str], folder: str) -> Row:
+def compare_precisions(settings: list[str], precisions: list[str], row_names: list[str], folder: str) -> Row:
     """A row for each precision: loss curve, validation accuracy, skipped steps, distance from the first precision.
 
     The loss curve has the mean losses of CURVE_POINTS equal parts of the run. distance: the largest difference of two
@@ -75,13 +75,13 @@ def compare_precisions(settings: list[str], name: str, precisions: list[str], fo
     """
     rows: list[Row] = []
     reference: list[float] = []
-    for precision in precisions:
+    for precision, name in zip(precisions, row_names):
         config, summary = train([*settings, f"--mixed_precision={precision}"], precision, folder)
         losses = logged_losses(config)
         reference = reference or losses
         rows.append(
             {
-                "row": f"{name}, {'fp32' if precision == 'no' else precision}",
+                "row": name,
                 "losses": losses,
                 "loss_curve": parts_of(losses),
                 "distance": max((abs(a / b - 1) for a, b in zip(parts_of(losses), parts_of(reference))), default=None),

@@ -78,10 +78,10 @@ def half(optimizer: str, args: Namespace, settings: list[str]) -> Iterator[Group
     for sam, sam_flags in {"": [], ", SAM": ["--sam_rho=0.05"]}.items():
         for accumulation, flags in {"": [], f", {MICRO_BATCHES} micro-batches": [f"--micro_batch_size={micro_batch}"]}.items():
             name = f"{optimizer}{sam}{accumulation}"
-            arguments = {"settings": [*given, *sam_flags, *flags], "name": name, "precisions": precisions}
+            row_names = [f"{name}, {PRECISION_ROWS[precision]}" for precision in precisions]
+            arguments = {"settings": [*given, *sam_flags, *flags], "precisions": precisions, "row_names": row_names}
             measure = functools.partial(rows_of_child, "gpu_child.compare_precisions", arguments)
-            row_names = frozenset(f"{name}, {PRECISION_ROWS[precision]}" for precision in precisions)
-            yield Group("Half precision, SAM and gradient accumulation", name, measure, row_names)
+            yield Group("Half precision, SAM and gradient accumulation", name, measure, frozenset(row_names))
 
 
 def rows_of_child(function: str, arguments: Row) -> list[Row]:

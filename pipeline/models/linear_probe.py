@@ -226,8 +226,9 @@ class Logistic:
         return folds == folds.new_tensor(self.left_out)[:, None]
 
     def loss_and_gradient(self, solutions: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-        """The log losses summed over samples and folds plus penalty / 2 times the squared weights, float64 [], and the gradient,
-        in the shape of solutions.
+        """The loss, float64 [], and its gradient, in the shape of solutions.
+
+        The loss is that of all samples and folds, summed, plus penalty / 2 times the squared weights.
         """
         gradient, loss = torch.zeros_like(solutions), solutions.new_zeros(())
         for values, labels, folds in self.rotated.parts():

@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
             "number of channels to those of the file."
         )
     if not taken:
-        first, name = next(iter(found), None), saved_architecture(file) or "its model"
+        first, name = next(iter(found), None), config_beside(file).get("architecture", "its model")
         raise ValueError(f"{file} shares no tensor with the model; its first tensor is {first!r}. Set model_name to {name}.")
     model.load_state_dict({name: found[name] for name in taken}, strict=False)
     return LoadReport(
@@ -147,19 +147,18 @@ def load_weights(model: nn.Module, source: str | Path) -> LoadReport:
         adapted=adapted,
         reinitialised=tuple(name for name in target if name not in taken),
         unused=tuple(name for name in found if name not in target),
-        label_names=saved_label_names(file),
+        label_names=label_names_of(config_beside(file)),
     )
 
 
-def saved_architecture(file: Path) -> str | None:
-    """The model's name in the config.json beside a weights file; None without it. Raises ValueError if it is invalid."""
+def config_beside(file: Path) -> dict[str, Any]:
+    """The content of the config.json beside a weights file; empty without it. Raises ValueError if it is invalid."""
     beside = file.with_name(CONFIG_FILE)
-    return str(read_config(beside)["architecture"]) if beside.is_file() else None
+    return read_config(beside) if beside.is_file() else {}
 
 
-def saved_label_names(file: Path) -> tuple[str, ...]:
-    """The label names in the config.json beside a weights file; none without it. Raises ValueError if it is invalid."""
-    config = read_config(file.with_name(CONFIG_FILE)) if file.with_name(CONFIG_FILE).is_file() else {}
+def label_names_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """The label names in the content of a config.json, if it has any."""
     return tuple(map(str, config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or ()))
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.common.console import plural
 from pipeline.common.files import folder_written_aside
 from pipeline.pages.render import html_page, markdown_page
 from pipeline.report.comparison import ranked
@@ -77,7 +78,7 @@ def write_report(
         "results.csv": encoded(results_csv(runs, ranked(runs, sweep), sweep)),
     }
     write_folder(output, files | {f"figures/{name}": content for name, content in report.files.items()})
-    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(report.files)} figure files: {output / PAGE}"
+    return f"{plural(len(runs), 'run')}, {len(report.files)} figure files: {output / PAGE}"
 
 
 def run(args: argparse.Namespace) -> int:

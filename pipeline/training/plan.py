@@ -40,7 +40,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
         *(("", line) for line in (str(parts.load_report).splitlines() if parts.load_report else [])),
         *([("classifier", classifier_text(config, parts))] if config.has_given_weights else []),
         ("optimizer", f"{config.optimizer}, lr {peak_lr(config):g}, schedule {config.scheduler}"),
-        ("batch", f"{batch_size}, {num_steps} step{'s' if num_steps > 1 else ''} per epoch, {epochs_in_words(config)}"),
+        ("batch", f"{batch_size}, {console.plural(num_steps, 'step')} per epoch, {epochs_in_words(config)}"),
         (
             "device",
             f"{facts['device']}, processes: {facts['num_processes']}, mixed precision {facts['mixed_precision']}",
@@ -58,7 +58,7 @@ def plan_text(config: Config, parts: Parts, accelerator: Accelerator) -> str:
 
 def epochs_in_words(config: Config) -> str:
     if config.time_limit is None:
-        return f"{config.num_epochs} epoch{'' if config.num_epochs == 1 else 's'}"
+        return console.plural(config.num_epochs, "epoch")
     most = "" if config.epochs is None else f", at most {config.epochs}"
     return f"as many epochs as fit into {config.time_limit}{most}"
 

@@ -75,11 +75,10 @@ def choose_epochs(state: TrainState, parts: Parts, run: Run, started: float) -> 
 def report(config: Config, rates: Rates, end: float) -> None:
     """Prints the choice. end: the expected duration of the run, in seconds."""
     limit = config.time_limit_seconds or 0.0
-    number = f"{config.num_epochs} epoch{'s' if config.num_epochs > 1 else ''}"
     step = max(rates.steps.values())
     console.say(
-        f"time limit  {console.duration(limit)}: {number}, expected to end after {console.duration(end)} "
-        f"({step:.3g} s per step, {rates.epoch_end:.3g} s per validation and checkpoint)"
+        f"time limit  {console.duration(limit)}: {console.plural(config.num_epochs, 'epoch')}, expected to end after "
+        f"{console.duration(end)} ({step:.3g} s per step, {rates.epoch_end:.3g} s per validation and checkpoint)"
     )
     if end > limit:
         console.warn(

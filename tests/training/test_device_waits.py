@@ -223,7 +223,7 @@ def test_every_operation_of_randaugment_stays_on_its_device(device, channels):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_mirrored_evaluation_and_the_fitted_classifier_stay_on_their_device(device, loss):
-    """The classifier's L-BFGS reads losses; its pass over the samples does not."""
+    """Of the classifier's fit only the losses of the samples: L-BFGS itself reads their sum in each iteration."""
     model, _ = create_model("simple_mlp", num_classes=3, in_chans=1, image_size=8)
     with fake_gpu(make_accelerator(Config(), device="cpu")) if device == "cuda" else contextlib.nullcontext():
         model = EvaluatedModel(model.to(device), torch.zeros(3, dtype=torch.int64, device=device), flip=True, loss=loss)
