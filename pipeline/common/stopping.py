@@ -8,6 +8,11 @@ from types import FrameType
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def signal_name(number: int) -> str:
+    """SIGKILL for 9; "signal 40" for a number without a name."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
 class TrainingFailed(RuntimeError):
     """Training cannot continue. Saved checkpoints are intact."""
 
@@ -16,7 +21,7 @@ class Interrupted(Exception):
     """A signal requested the run to stop. Every rank raises it after the same step."""
 
     def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
+        super().__init__(signal_name(signal_number))
         self.signal_number = signal_number
 
 

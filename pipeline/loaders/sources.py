@@ -17,7 +17,7 @@ from pipeline.images.crop import FIT, NUM_FIT_DRAWS, fit_for_eval, fit_for_train
 from pipeline.images.decode import GREY_MAX, BadImage, decode_pixels
 from pipeline.images.preprocessing import Preprocessing, resized_side
 from pipeline.loaders.decoded_cache import resident_images
-from pipeline.loaders.workers import CopyAhead, make_data_loader, results
+from pipeline.loaders.workers import CopyAhead, WorkerLoader, results
 
 
 class FittedImages(torch.utils.data.Dataset):
@@ -77,7 +77,7 @@ class WorkerImages:
         self.addresses: list[Any] = []  # epoch and rows of each batch
         self.copied_ahead = CopyAhead(device)
         # The batch sampler is a list that each epoch refills, so that the workers persist between epochs.
-        self.loader = make_data_loader(images, num_workers, device, batch_sampler=self.addresses)
+        self.loader = WorkerLoader(images, num_workers, device, batch_sampler=self.addresses)
         self.batches_ahead = num_workers * (self.loader.prefetch_factor or 0)
 
     def load(self) -> None:

@@ -14,7 +14,7 @@ from pipeline.loaders.loader import Batch, Loader
 from pipeline.loaders.mixing import mix
 from pipeline.loaders.sources import FittedImages
 from pipeline.loaders.stream_order import BatchPlan, Task, epoch_order, lanes_of, num_lanes, plan_batches
-from pipeline.loaders.workers import make_data_loader, results
+from pipeline.loaders.workers import WorkerLoader, results
 from pipeline.settings.batch_size import IGNORED
 
 AHEAD_BATCHES = 8  # a chunk is fetched so many batches before its first sample is needed
@@ -88,7 +88,7 @@ class StreamLoader:
         self.lanes_of_workers = [self.own[part.start : part.stop] for part in parts]
         self.tasks = TaskQueue()
         # DataLoader assigns tasks to workers in turn and keeps their order, so each worker gets the tasks of its own lanes.
-        self.loader = make_data_loader(StreamedImages(images, split), workers, device, sampler=self.tasks, batch_size=None)
+        self.loader = WorkerLoader(StreamedImages(images, split), workers, device, sampler=self.tasks, batch_size=None)
         self.batches_ahead = self.loader.prefetch_factor or 0  # a batch has a task for each worker
 
     def __len__(self) -> int:

@@ -3,6 +3,8 @@
 import atexit
 import errno
 import multiprocessing
+import multiprocessing.connection
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.common.stopping import STOPPING, TrainingFailed
+from pipeline.common.stopping import STOPPING, TrainingFailed, signal_name
 from pipeline.data.shards import LostShard
 from pipeline.images.decode import BadImage
 
@@ -34,26 +36,56 @@ CURES = {
     "MemoryError": MEMORY,
     "Cannot allocate memory": MEMORY,
 }
+CURES_OF_SIGNALS: dict[int, str] = {signal.SIGKILL: MEMORY, signal.SIGBUS: SHARED_MEMORY}
+FORWARDED_BY_WORKER = re.compile("Caught .* in DataLoader worker process")
+END_SECONDS = 1.0  # from an error of the connection to a worker until the system reports that the worker has ended
 
 
 class WorkerFailed(TrainingFailed):
     """A worker process failed or was killed; the message names the cause and what to do."""
 
 
-def make_data_loader(dataset: Dataset, num_workers: int, device: torch.device, **sampling: Any) -> DataLoader:
-    """A DataLoader whose workers live for the whole run and leave stopping to the main process.
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers persist, leave stopping signals to the main process, and raise errors in the next batch only.
+
+    torch's handler of SIGCHLD would raise the death of a worker at any line of the main process, for example while a checkpoint
+    is saved. It is removed. The next batch raises the error: the memory of the worker's batches is lost, or torch, which looks
+    for ended workers after five seconds without a batch, finds it.
 
     sampling: arguments of torch's DataLoader that decide what is read. A dataset returns whole batches.
     """
-    return DataLoader(
-        dataset,
-        num_workers=num_workers,
-        collate_fn=in_shared_memory,
-        worker_init_fn=ignore_stopping_signals,
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
-        **sampling,
-    )
+
+    def __init__(self, dataset: Dataset, num_workers: int, device: torch.device, **sampling: Any):
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            collate_fn=in_shared_memory,
+            worker_init_fn=ignore_stopping_signals,
+            pin_memory=device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            **sampling,
+        )
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+
+    def __iter__(self) -> Any:
+        handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+        try:
+            return super().__iter__()
+        finally:
+            self.processes += [child for child in multiprocessing.active_children() if child not in others]
+            if signal.getsignal(signal.SIGCHLD) is not handler:
+                signal.signal(signal.SIGCHLD, handler)
+
+    def exit_code(self) -> int | None:
+        """The exit code of a worker that has ended, as of multiprocessing.Process; None if all are running or there is none."""
+        if not self.processes:
+            return None
+        ended = multiprocessing.connection.wait([process.sentinel for process in self.processes], END_SECONDS)
+        for process in self.processes:
+            if process.sentinel in ended:
+                process.join()
+                return process.exitcode
+        return None
 
 
 def ignore_stopping_signals(worker: int) -> None:
@@ -64,7 +96,7 @@ def ignore_stopping_signals(worker: int) -> None:
 
 def end_workers() -> None:
     """Kills the daemons at the end of the program. multiprocessing would wait for them after a SIGTERM, which they ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of another DataLoader would report them as killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -83,14 +115,14 @@ def in_shared_memory(batch: Any) -> Any:
     return batch if get_worker_info() is None else batch.share_memory_()
 
 
-def results(loader: DataLoader) -> Iterator[Tensor]:
+def results(loader: WorkerLoader) -> Iterator[Tensor]:
     """The loader's batches. Raises BadImage, LostShard, or WorkerFailed for any other failure of a worker."""
     try:
         yield from loader
     except (BadImage, LostShard) as error:
         raise type(error)(forwarded_cause(error).partition(f"{type(error).__name__}: ")[2] or str(error)) from None
     except Exception as error:  # whatever a worker raised, torch raises again here
-        failure = worker_failure(error)
+        failure = worker_failure(error, loader)
         if failure is None:
             raise
         raise failure from error
@@ -104,27 +136,26 @@ def forwarded_cause(error: BaseException) -> str:
     return after[0] if after else type(error).__name__
 
 
-def worker_failure(error: BaseException) -> WorkerFailed | None:
-    """What an error of a DataLoader means; None when it did not come from a worker.
-
-    torch reports a killed worker from a signal handler, at any line of the main process; or the pipe to it breaks first.
-    """
-    text = str(error)
-    if text.startswith("Caught ") and ("DataLoader worker" in text or "pin memory thread" in text):
+def worker_failure(error: BaseException, loader: WorkerLoader) -> WorkerFailed | None:
+    """What an error of the loader means; None when it did not come from a worker."""
+    causes = [error] if error.__context__ is None else [error, error.__context__]
+    if any(isinstance(cause, OSError) and cause.errno == errno.EMFILE or "ancdata" in str(cause) for cause in causes):
+        return WorkerFailed(f"The batches of the workers could not be received: {error}. {OPEN_FILES}")
+    code = None if FORWARDED_BY_WORKER.match(str(error)) else loader.exit_code()
+    if code is not None:
+        return WorkerFailed(death(code))
+    if str(error).startswith("Caught "):  # forwarded by a worker, or by the thread that pins memory for a GPU
         cause = forwarded_cause(error)
         cure = next((cure for part, cure in CURES.items() if part in cause), UNKNOWN)
         return WorkerFailed(f"A data-loading worker failed: {cause.rstrip('.')}. {cure}")
-    if "DataLoader worker" in text:
-        return WorkerFailed(f"A data-loading worker was killed: {text.splitlines()[0]} {cure_of_death(text)}")
-    if isinstance(error, OSError) and error.errno == errno.EMFILE or "ancdata" in text:
-        return WorkerFailed(f"The batches of the workers could not be received: {text}. {OPEN_FILES}")
-    if isinstance(error, (ConnectionError, EOFError)):
-        return WorkerFailed(f"A data-loading worker was killed. {MEMORY}")
-    return None if error.__context__ is None else worker_failure(error.__context__)
+    return None
 
 
-def cure_of_death(text: str) -> str:
-    return SHARED_MEMORY if "Bus error" in text else MEMORY
+def death(code: int) -> str:
+    """What an exit code of a worker means and what to do. code: as of multiprocessing.Process, negative for a signal."""
+    if code >= 0:
+        return f"A data-loading worker ended with exit code {code}. {UNKNOWN}"
+    return f"A data-loading worker was killed by {signal_name(-code)}. {CURES_OF_SIGNALS.get(-code, UNKNOWN)}"
 
 
 class CopyAhead:

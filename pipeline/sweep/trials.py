@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.common.fork_server import ROOT, TORCH, UNKNOWN, Fork, ForkServer
+from pipeline.common.stopping import signal_name
 from pipeline.common.system import usable_cores
 from pipeline.run_folder import lock
 from pipeline.sweep.file import Sweep, fill_command
@@ -256,7 +257,7 @@ def judge(trial: RunningTrial, sweep: Sweep) -> Outcome:
         return Outcome("interrupted", value, facts)
     error = summary.get("reason") or last_message(trial) or f"It exited with status {code}."
     if code is not None and code < 0 and summary.get("status") is None:
-        error = f"Killed by {signal.Signals(-code).name}. {error}"
+        error = f"Killed by {signal_name(-code)}. {error}"
     return Outcome("failed", value, {**facts, "error": error})
 
 

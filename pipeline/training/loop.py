@@ -21,7 +21,6 @@ from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch
 from pipeline.loaders.stream_loader import AnyLoader
-from pipeline.loaders.workers import worker_failure
 from pipeline.optim.optimizers import lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
 from pipeline.run_folder.dataset_record import check_own_dataset
@@ -117,17 +116,12 @@ def train_in(run: Run, parts: Parts, started: float) -> dict[str, Any]:
     except (TrainingFailed, BadImage, LostShard) as error:
         stop(state, run, "failed", str(error))
         raise TrainingFailed(str(error)) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        failure = worker_failure(error)
-        if is_out_of_memory(error):
-            out_of_memory = str(error).strip().splitlines()[0]
-        elif failure is not None:
-            stop(state, run, "failed", str(failure))
-            raise failure from error
-        elif isinstance(error, OSError):  # a full disk, at the end for example
-            raise TrainingFailed(f"{error}. {run.resume_command()}") from error
-        else:
+    except OSError as error:  # a full disk, at the end for example
+        raise TrainingFailed(f"{error}. {run.resume_command()}") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
+        out_of_memory = str(error).strip().splitlines()[0]
     # outside the except block: the error holds the frames of the failed step, and they hold its memory
     model, new_run = state.bare_model, run.new_run()
     advice = out_of_memory_advice(out_of_memory, model, parts.preprocessing, run.config, accelerator, new_run)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ from conftest import ON_THE_CPU, ROOT, flags, lines_of, start_process, wait_for
 from PIL import Image
 
 from pipeline.images.decode import BadImage
-from pipeline.loaders.workers import WorkerFailed, make_data_loader, results
+from pipeline.loaders import workers
+from pipeline.loaders.workers import WorkerFailed, WorkerLoader, results, worker_failure
 
 CPU = torch.device("cpu")
 
@@ -33,7 +35,7 @@ class Failing(torch.utils.data.Dataset):
 def raising(request):
     """Raises errors where the dataset is read, in this process or in a worker."""
     rows: list[BaseException] = []
-    loader = make_data_loader(Failing(), request.param, CPU, sampler=rows, batch_size=None)
+    loader = WorkerLoader(Failing(), request.param, CPU, sampler=rows, batch_size=None)
 
     def read(error: BaseException) -> None:
         rows[:] = [error]
@@ -69,6 +71,68 @@ def test_a_bad_image_keeps_its_type_and_its_message(raising):
     with pytest.raises(BadImage) as failed:
         raising(BadImage("row 3: cut off"))
     assert str(failed.value) == "row 3: cut off"
+
+
+class Dying(torch.utils.data.Dataset):
+    """Row 0 is a tensor; any other row is the exit code, or the signal as a negative number, that ends the worker at `now`."""
+
+    def __init__(self) -> None:
+        self.now = multiprocessing.Event()
+
+    def __getitem__(self, code: int) -> torch.Tensor:
+        if code:
+            self.now.wait()
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        elif code:
+            os._exit(code)
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (-signal.SIGKILL, "was killed by SIGKILL. The system may have run out of memory. Lower --num_workers."),
+        (-signal.SIGBUS, "was killed by SIGBUS. Shared memory (/dev/shm) is full."),
+        (-signal.SIGSEGV, "was killed by SIGSEGV. Run again with --num_workers 0"),
+        (-(signal.SIGRTMIN + 6), "was killed by signal 40. Run again"),
+        (3, "ended with exit code 3. Run again with --num_workers 0"),
+    ],
+    ids=lambda value: str(int(value)) if isinstance(value, int) else "",
+)
+def test_the_end_of_a_worker_is_raised_by_the_next_batch_with_its_cause(code, message, monkeypatch):
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))  # seconds until it looks for ended workers; 5
+    dataset = Dying()
+    loader = WorkerLoader(dataset, 1, CPU, sampler=[0, code], batch_size=None)
+    batches = results(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    dataset.now.set()
+    (worker,) = loader.processes
+    worker.join()  # no line of this process raises the death
+    with pytest.raises(WorkerFailed, match="A data-loading worker " + re.escape(message)):
+        next(batches)
+
+
+def test_an_error_is_not_blamed_on_a_worker_that_is_running_or_on_none(monkeypatch):
+    """A dataset over a network raises ConnectionError itself; the thread that pins memory forwards errors of CUDA."""
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    rows: list[Any] = []
+    loader = WorkerLoader(Failing(), 0, CPU, sampler=rows, batch_size=None)
+    rows[:] = [ConnectionError("the Hub does not answer")]
+    with pytest.raises(ConnectionError, match="the Hub does not answer"):
+        list(results(loader))
+    loader = WorkerLoader(Dying(), 1, CPU, sampler=[0], batch_size=None)
+    list(loader)
+    pinning = RuntimeError("Caught RuntimeError in pin memory thread for device 0.\n  File\nRuntimeError: CUDA error")
+    assert "worker failed: RuntimeError: CUDA error. Run again" in str(worker_failure(pinning, loader))
+    assert worker_failure(RuntimeError("Pin memory thread exited unexpectedly"), loader) is None
+    loader.processes[0].kill()
+    loader.processes[0].join()
+    lost = RuntimeError("Caught ConnectionResetError in pin memory thread for device 0.\n  File\nConnectionResetError: 104")
+    assert "killed by SIGKILL" in str(worker_failure(lost, loader))
 
 
 @pytest.fixture

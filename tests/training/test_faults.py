@@ -157,19 +157,30 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_process_ends_the_run_with_advice_and_the_run_resumes_identically(run_training, tmp_path):
-    def kill_a_worker():
-        own = [child.pid for child in multiprocessing.active_children() if child.pid not in others]
-        os.kill(own[0], signal.SIGKILL)
+def test_a_killed_worker_process_ends_the_run_with_advice_and_the_run_resumes_identically(run_training, tmp_path, monkeypatch):
+    from pipeline.training import finish
+
+    def own_workers():
+        return [child for child in multiprocessing.active_children() if child not in others]
+
+    def summary_while_workers_die(*arguments):
+        for worker in own_workers():
+            worker.kill()
+            worker.join()
+            died.append(worker.exitcode)
+        return make_summary(*arguments)
 
     settings = {**EVERY_STEP, "loader": "workers", "num_workers": 2, "epochs": 3}
     _, whole = run_training(run_name="whole", **settings)
-    others = {child.pid for child in multiprocessing.active_children()}  # workers of earlier runs
-    message = "worker was killed.*num_workers"
-    with at_steps({7: kill_a_worker}), pytest.raises(TrainingFailed, match=message):
-        run_training(**settings)
+    others = multiprocessing.active_children()  # workers of earlier runs
+    died, make_summary = [], finish.make_summary
+    with monkeypatch.context() as patch, at_steps({7: lambda: own_workers()[0].kill()}):
+        patch.setattr(finish, "make_summary", summary_while_workers_die)
+        with pytest.raises(TrainingFailed, match="worker was killed by SIGKILL.*Lower --num_workers"):
+            run_training(**settings)
+    assert -signal.SIGKILL in died, "a second worker died while summary.json was written"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and "worker was killed" in summary["reason"]
+    assert summary["status"] == "failed" and "killed by SIGKILL" in summary["reason"]
     _, run_dir = run_training(**settings)
     assert_identical(run_dir, whole)
 
