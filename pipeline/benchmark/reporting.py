@@ -83,7 +83,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def machine_facts(arguments: Sequence[str]) -> dict[str, Any]:
-    """The conditions of the measurement: command, date, processor, cores, versions. Device and threads are in the rows."""
+    """The conditions of the measurement: command, date, processor, cores, versions. Device and threads are in the rows.
+
+    The command is without --output, which changes nothing that is measured.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     versions = {"python": platform.python_version()}
@@ -93,12 +96,17 @@ def machine_facts(arguments: Sequence[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": f"python -m pipeline.benchmark {shlex.join(arguments)}",
+        "command": f"python -m pipeline.benchmark {shlex.join(without_output(arguments))}",
         "date": time.strftime("%Y-%m-%d"),
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "versions": versions,
     }
+
+
+def without_output(arguments: Sequence[str]) -> list[str]:
+    following = zip(["", *arguments], arguments)
+    return [word for before, word in following if "--output" not in (before, word) and not word.startswith("--output=")]
 
 
 def heading(facts: dict[str, Any]) -> str:

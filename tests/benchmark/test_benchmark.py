@@ -25,7 +25,7 @@ from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, o
 from pipeline.benchmark.__main__ import COMMANDS, main
 from pipeline.benchmark.children import run_child, run_program, running
 from pipeline.benchmark.measuring import in_turns, summarise
-from pipeline.benchmark.reporting import number
+from pipeline.benchmark.reporting import machine_facts, number
 from pipeline.benchmark.results import tables_of
 from pipeline.benchmark.sets import made_image, make_set
 from pipeline.common.stopping import Interrupted, TrainingFailed
@@ -91,7 +91,7 @@ def check_three_steps(row, batch_size):
 def measured(command, tmp_path, capsys, *more, **given):
     """The rows that a benchmark writes, after the checks that hold for all: facts, order of figures, ratios, the table."""
     flags = [f"--{name}={value}" for name, value in {**SMALL, **given}.items() if value is not None]
-    argv = [command, *flags, *more, "--output", str(tmp_path / "out")]
+    argv = [command, *flags, *more, "--output", str(tmp_path / "out")]  # --output is not a condition
     assert main(argv) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     lines = (tmp_path / "out" / f"benchmark-{command}.jsonl").read_text().splitlines()
@@ -101,11 +101,17 @@ def measured(command, tmp_path, capsys, *more, **given):
     for row in rows:
         if "median" in row:
             check_figures(row, rows, printed)
-        assert row["command"] == f"python -m pipeline.benchmark {shlex.join(argv)}" and row["command"] in printed
+        assert row["command"] == f"python -m pipeline.benchmark {shlex.join(argv[:-2])}" and row["command"] in printed
         assert row["versions"]["torch"] in printed and row["cpu"] in printed and row["date"] in printed
         assert row["section"] in printed
     check_markdown(tmp_path / "out" / f"benchmark-{command}.jsonl", rows, printed)
     return rows
+
+
+@pytest.mark.parametrize("output", [["--output", "a folder"], ["--output=a folder"], []])
+def test_the_command_of_a_row_is_without_the_folder_of_its_output(output):
+    command = machine_facts(["loop", "--rounds", "1", *output, "--model_name=simple_mlp"])["command"]
+    assert command == "python -m pipeline.benchmark loop --rounds 1 --model_name=simple_mlp"
 
 
 def check_markdown(path, rows, printed):
