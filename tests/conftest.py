@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,13 +205,13 @@ def end_of(process: "Fork | subprocess.Popen[str]", timeout: float) -> subproces
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill_group() if isinstance(process, Fork) else process.kill()
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         raise AssertionError(f"{process.args} took more than {timeout} s.\n{out}\n{err}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def run_process(
-    *arguments: str, timeout: float = 120, cwd: Path = ROOT, fresh: bool = False, **environment: str
+    *arguments: str, timeout: float = 300, cwd: Path = ROOT, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python ARGUMENTS` to its end."""
     return end_of(start_process(*arguments, cwd=cwd, fresh=fresh, **environment), timeout)
@@ -233,8 +234,22 @@ def launchers_store() -> Iterator[int]:
     del store
 
 
+def free_port() -> int:
+    """A port that stays free: it is below those that the system assigns, and other test processes begin elsewhere."""
+    for port in range(10_000 + os.getpid() % 20_000, 32_000):
+        if not is_open(port):
+            return port
+    raise AssertionError("no free port")
+
+
+def is_open(port: int) -> bool:
+    """Whether a process listens on the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def torchrun(
-    number: int, *arguments: str, program: str = "train.py", timeout: float = 180
+    number: int, *arguments: str, program: str = "train.py", timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Runs train.py, or another program, in several gloo processes, as torchrun does; their outputs by rank."""
     with launchers_store() as port:
@@ -267,12 +282,12 @@ def in_processes(number: int, work: Callable[..., None], *arguments: Any, **envi
     with launchers_store() as port, open(writing, "wb") as ports:
         ports.write(f"{port:5}".encode() * number)
         ports.flush()
-        wait_for(lambda: not any(process.is_alive() for process in processes), timeout=200)
+        wait_for(lambda: not any(process.is_alive() for process in processes), timeout=400)
     return [process.exitcode or 0 for process in processes]
 
 
 def wait_for(
-    condition: Callable[[], Any], timeout: float = 60, process: "Fork | subprocess.Popen[str] | None" = None
+    condition: Callable[[], Any], timeout: float = 120, process: "Fork | subprocess.Popen[str] | None" = None
 ) -> None:
     """Waits until the condition holds. Fails after a timeout, or if the process ends first."""
     end = time.monotonic() + timeout
@@ -322,10 +337,17 @@ def assert_close_figures(ours: Path, theirs: Path, rel: float = 1e-6) -> None:
             assert value == (pytest.approx(their[key], rel=rel) if isinstance(value, float) else their[key]), key
 
 
-def assert_close_weights(ours: dict[str, Any], theirs: dict[str, Any], atol: float = 1e-6) -> None:
+def assert_close_weights(ours: dict[str, Any], theirs: dict[str, Any], has_adam: bool = False) -> None:
+    """Asserts equal weights up to rounding.
+
+    has_adam: where a gradient is almost zero, Adam makes a step of its rounding, which differs by the kind of CPU. Of 300,000
+    weights, up to 4 were up to 5e-6 apart; one in 10,000 may be.
+    """
     assert ours.keys() == theirs.keys() and ours
-    for name, value in ours.items():
-        assert value.allclose(theirs[name], rtol=1e-5, atol=atol), name
+    apart = {name: ~value.isclose(theirs[name], rtol=1e-5, atol=1e-6) for name, value in ours.items()}
+    found = {name: (int(each.sum()), (ours[name] - theirs[name])[each].abs().max()) for name, each in apart.items() if each.any()}
+    allowed = sum(each.numel() for each in apart.values()) // 10_000 if has_adam else 0
+    assert sum(number for number, _ in found.values()) <= allowed and all(most < 1e-4 for _, most in found.values()), found
 
 
 def cut_back(whole: Path, part: Path, step: int) -> None:

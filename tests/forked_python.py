@@ -3,6 +3,7 @@
 It passes signals on to the fork and ends as the fork ends. What cannot run in a fork runs in the interpreter as usual.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,8 @@ def main(address: str, arguments: list[str]) -> None:
     pid = int(reply)
 
     def pass_on(number: int, _: Any) -> None:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and its status is about to be read
+            os.kill(pid, number)
 
     for number in PASSED_ON:
         signal.signal(number, pass_on)

@@ -161,7 +161,7 @@ def finite(value: Any) -> Any:
 class LineFile:
     """A file of appended lines. If a line cannot be written, it warns, keeps the line in memory and retries with the next.
 
-    Thread-safe: the training loop appends while the thread that writes checkpoints calls `sync`.
+    Thread-safe: the training loop appends and reads num_bytes while the thread that writes checkpoints calls `sync`.
     """
 
     def __init__(self, path: Path, num_bytes: int):
@@ -177,7 +177,8 @@ class LineFile:
     @property
     def num_bytes(self) -> int:
         """The length of all lines so far, in bytes; the length of the file after `sync`."""
-        return self.written + len(self.waiting)
+        with self.writing:  # between the two statements that end `write_waiting`, the lines would count twice
+            return self.written + len(self.waiting)
 
     def append(self, line: str) -> None:
         with self.writing:

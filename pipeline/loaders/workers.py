@@ -1,6 +1,7 @@
 """Worker processes that decode images: how they start, how their batches reach the device, what their failures mean."""
 
 import atexit
+import contextlib
 import errno
 import multiprocessing
 import multiprocessing.connection
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.common.stopping import STOPPING, TrainingFailed, signal_name
+from pipeline.common.stopping import STOPPING, Interrupted, Signals, TrainingFailed, signal_name
 from pipeline.data.shards import LostShard
 from pipeline.images.decode import BadImage
 
@@ -149,6 +150,21 @@ def worker_failure(error: BaseException, loader: WorkerLoader) -> WorkerFailed |
         cure = next((cure for part, cure in CURES.items() if part in cause), UNKNOWN)
         return WorkerFailed(f"A data-loading worker failed: {cause.rstrip('.')}. {cure}")
     return None
+
+
+@contextlib.contextmanager
+def signal_before_failure(signals: Signals, num_processes: int) -> Iterator[None]:
+    """Raises Interrupted instead of the failure of a worker, if a signal was received before it.
+
+    A signal to the process group ends workers that are starting and do not ignore it yet, and the server that forks them. With
+    several processes the failure remains: whether the others received the signal is not known.
+    """
+    try:
+        yield
+    except (WorkerFailed, ConnectionError, EOFError) as error:
+        if not signals.received or num_processes > 1:
+            raise
+        raise Interrupted(signals.received) from error
 
 
 def death(code: int) -> str:

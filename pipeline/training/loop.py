@@ -21,6 +21,7 @@ from pipeline.distributed.shared_failure import failing_together
 from pipeline.images.decode import BadImage
 from pipeline.loaders.loader import Batch
 from pipeline.loaders.stream_loader import AnyLoader
+from pipeline.loaders.workers import signal_before_failure
 from pipeline.optim.optimizers import lr_of_step, set_lr
 from pipeline.optim.schedule import best_epoch, should_stop_early
 from pipeline.run_folder.dataset_record import check_own_dataset
@@ -104,7 +105,7 @@ def train_in(run: Run, parts: Parts, started: float) -> dict[str, Any]:
     accelerator = run.accelerator
     state = begin_state(parts.model, parts.optimizer, accelerator, parts.ema)
     try:
-        with failing_together():
+        with failing_together(), signal_before_failure(run.signals, accelerator.num_processes):
             head = None if has_begun(run.config) else initialise_classifier(state, parts, run)
             choose_epochs(state, parts, run, started)
             run.begin(state)

@@ -129,7 +129,7 @@ def work(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all cells' runs."""
     folder = tmp_path_factory.mktemp("cells")
-    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
+    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -152,9 +152,7 @@ def test_processes_workers_and_micro_batches_change_no_result(folder, plain, nam
     plain_summary = json.loads((plain[model] / "summary.json").read_text())
     assert summary["test"]["confusion_matrix"] == plain_summary["test"]["confusion_matrix"]
     assert sum(map(sum, summary["test"]["confusion_matrix"])) == summary["test"]["num_samples"] == 359
-    # where a gradient is almost zero, AdamW makes a step of its rounding: 3 of 260,000 weights were 2e-6 apart
-    atol = 1e-5 if MODELS[model].get("optimizer") == "adamw" else 1e-6
-    assert_close_weights(weights_of(folder / name), weights_of(plain[model]), atol)
+    assert_close_weights(weights_of(folder / name), weights_of(plain[model]), MODELS[model].get("optimizer") == "adamw")
 
 
 @pytest.mark.slow

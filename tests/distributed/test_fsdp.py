@@ -88,7 +88,7 @@ def work(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the runs of `work`."""
     folder = tmp_path_factory.mktemp("sharded")
-    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=400)
+    done = run_process(__file__, str(folder), PYTHONPATH=PYTHONPATH, timeout=900)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -102,8 +102,8 @@ def with_gradients(weights: dict[str, Any]) -> dict[str, Any]:
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Asserts equal metrics and weights up to rounding."""
     assert_close_figures(ours, theirs)
-    # where a gradient is almost zero, Adam makes a step of its rounding: of the largest tensor one weight was 4e-6 apart
-    assert_close_weights(with_gradients(weights_of(ours)), with_gradients(weights_of(theirs)), atol=1e-5)
+    has_adam = "adam" in ours.name
+    assert_close_weights(with_gradients(weights_of(ours)), with_gradients(weights_of(theirs)), has_adam)
 
 
 @pytest.mark.slow

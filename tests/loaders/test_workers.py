@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ON_THE_CPU, ROOT, flags, lines_of, start_process, wait_for
+from conftest import ON_THE_CPU, ROOT, flags, start_process, wait_for
 from PIL import Image
 
 from pipeline.images.decode import BadImage
@@ -158,7 +158,7 @@ def test_a_full_shared_memory_ends_the_run_with_the_cure(photos, tmp_path):
     if subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("this system does not allow a /dev/shm of our own")
     environment = {**os.environ, **ON_THE_CPU}
-    ended = subprocess.run([*small, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run([*small, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1, ended.stderr
     assert "--shm-size" in ended.stderr and "Traceback" not in ended.stderr
     assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["status"] == "failed"
@@ -173,9 +173,10 @@ def test_a_signal_to_the_process_group_saves_the_run(photos, tmp_path, start_met
     )
     process = start_process("-c", program, *settings_for(photos, tmp_path / "runs", epochs=1000, log_every=1, num_workers=1))
     run_dir = tmp_path / "runs" / "run"
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and lines_of(run_dir), process=process)
+    lines = run_dir / "metrics.jsonl"
+    wait_for(lambda: lines.exists() and b"\n" in lines.read_bytes(), process=process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143 and "Traceback" not in err, err
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
     assert list((run_dir / "checkpoints").glob("step-*"))

@@ -283,7 +283,7 @@ def test_parts_cover_all_matrices_and_are_balanced():
 
 def step_on_a_rank() -> None:
     """Runs in a child process: takes three steps shared with the other rank, then takes them alone."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     counts: list[int] = []
     plain_orthogonalize = muon.orthogonalize
 

@@ -5,8 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,68 +175,102 @@ def hold_and_die(run_dir):
     os._exit(9)
 
 
-def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path):
+def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path, monkeypatch):
     holder = multiprocessing.get_context("fork").Process(target=hold_and_die, args=(tmp_path,))
     holder.start()
     holder.join()
     assert holder.exitcode == 9 and (tmp_path / ".lock").stat().st_size > 0
-    start = time.monotonic()
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=None))  # it does not wait
     RunLock(tmp_path).release()
-    assert time.monotonic() - start < lock.BEAT_SECONDS
 
 
-@pytest.fixture
-def quick_beats(monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+@pytest.mark.parametrize("beats_in", [1, 2, 3, None])
+def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, monkeypatch, beats_in):
+    """beats_in: the interval with its next heartbeat; in the test, time passes only where the lock waits."""
+    intervals = []
+
+    def beat(number):
+        (tmp_path / ".lock").write_text(json.dumps({"process": 12, "machine": "far-away", "beats": number}))
+
+    def sleep(seconds):
+        intervals.append(seconds)
+        if len(intervals) == beats_in:
+            beat(2)
+
+    beat(1)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep))
+    if beats_in is None:
+        RunLock(tmp_path).release()
+    else:
+        with pytest.raises(ValueError, match="in use by process 12 on far-away"):
+            RunLock(tmp_path)
+    assert intervals == [lock.BEAT_SECONDS] * (beats_in or lock.SILENT_BEATS + 1)  # a last one for others that take it as well
 
 
-def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, quick_beats):
-    ended = threading.Event()
-
-    def beat_far_away():
-        for beats in range(10**6):
-            facts = {"process": 12, "machine": "far-away", "beats": beats}
-            (tmp_path / ".lock.new").write_text(json.dumps(facts))
-            os.replace(tmp_path / ".lock.new", tmp_path / ".lock")
-            if ended.wait(0.02):
-                return
-
-    far = threading.Thread(target=beat_far_away)
-    far.start()
-    wait_for((tmp_path / ".lock").exists)
-    with pytest.raises(ValueError, match="in use by process 12 on far-away"):
-        RunLock(tmp_path)
-    ended.set()
-    far.join()
-    RunLock(tmp_path).release()  # no heartbeat any more
-
-
-def take_and_hold(run_dir, other_has_failed):
+def take_and_hold(run_dir, sleep, other_has_failed):
+    """Runs in a forked process. sleep: called where the lock waits."""
+    lock.time = SimpleNamespace(sleep=sleep)
     try:
         RunLock(run_dir)
     except ValueError:
         os._exit(2)
-    os._exit(not other_has_failed.wait(timeout=60))
+    os._exit(not other_has_failed.wait(timeout=120))
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_without_locks_of_the_file_system_one_of_two_gets_the_folder(tmp_path, quick_beats, monkeypatch, at_once):
+@pytest.fixture
+def take_without_locks(tmp_path, monkeypatch):
+    """Starts a process that takes the lock on a file system without locks, and holds it until another one has failed."""
+    context, takers = multiprocessing.get_context("fork"), []
+    other_has_failed = context.Event()
+
     def no_locks(file, operation):
         raise OSError(lock.NO_LOCKS[0], "No locks available")
 
+    def take(sleep):
+        takers.append(context.Process(target=take_and_hold, args=(tmp_path, sleep, other_has_failed)))
+        takers[-1].start()
+
+    def exit_codes():
+        wait_for(lambda: any(taker.exitcode is not None for taker in takers))
+        other_has_failed.set()
+        for taker in takers:
+            taker.join(timeout=120)
+        return [taker.exitcode for taker in takers]
+
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
-    context = multiprocessing.get_context("fork")
-    other_has_failed = context.Event()
-    takers = [context.Process(target=take_and_hold, args=(tmp_path, other_has_failed)) for _ in range(2)]
-    for taker in takers:
-        taker.start()
-        if not at_once:
-            wait_for(lambda: lock.read(tmp_path / ".lock").get("beats", 0) > 3)  # the first has taken it
-    wait_for(lambda: any(taker.exitcode is not None for taker in takers))
-    other_has_failed.set()
-    for taker in takers:
-        taker.join(timeout=60)
-    assert sorted(taker.exitcode for taker in takers) == [0, 2]
+    take.exit_codes = exit_codes
+    return take
+
+
+def test_without_locks_of_the_file_system_one_of_two_gets_the_folder_at_once(take_without_locks, monkeypatch):
+    both, read, calls = multiprocessing.get_context("fork").Barrier(2), lock.read, []
+
+    def read_at_once(path):
+        facts = read(path)
+        if not calls:  # neither has written when the other one reads
+            calls.append(both.wait(120))
+        return facts
+
+    monkeypatch.setattr(lock, "read", read_at_once)
+    for _ in range(2):
+        take_without_locks(lambda seconds: both.wait(120))  # both have written when they look who was last
+    assert sorted(take_without_locks.exit_codes()) == [0, 2]
+
+
+def test_without_locks_of_the_file_system_the_second_of_two_is_refused(take_without_locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+
+    def beats():
+        return lock.read(tmp_path / ".lock").get("beats", 0)
+
+    def until_it_beats(seconds):
+        before = beats()
+        wait_for(lambda: beats() > before)
+
+    take_without_locks(lambda seconds: None)
+    wait_for(lambda: beats() > 3)  # it has taken it
+    take_without_locks(until_it_beats)
+    assert take_without_locks.exit_codes() == [0, 2]
 
 
 def test_a_folder_that_is_not_writable_is_reported_before_training(run_training, tmp_path):

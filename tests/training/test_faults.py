@@ -79,13 +79,17 @@ def test_a_full_disk_costs_warnings_until_there_is_room(
 def test_a_disk_that_stays_full_ends_the_run_with_advice_and_the_run_resumes_from_the_last_checkpoint(
     run_training, whole, capsys, tmp_path, room_afterwards
 ):
-    with at_steps({4: fill_disk}), pytest.raises(
+    def fill_disk_once_step_4_is_saved():
+        wait_for((tmp_path / "run" / "checkpoints" / "step-00000004").exists)  # a thread writes it
+        fill_disk()
+
+    with at_steps({4: fill_disk_once_step_4_is_saved}), pytest.raises(
         TrainingFailed, match="Make room there first. To resume: python train.py"
     ):
         run_training(**EVERY_STEP)
     make_room()
     run_training(**EVERY_STEP)
-    assert "step-00000003: epoch 1, step 3" in capsys.readouterr().out
+    assert "step-00000004: epoch 1, step 4" in capsys.readouterr().out
     assert_identical(tmp_path / "run", whole)
 
 
@@ -213,3 +217,24 @@ def test_a_file_that_is_refused_half_way_keeps_no_half_line(tmp_path, monkeypatc
     file.append("third")
     file.close()
     assert (tmp_path / "lines").read_text() == "first\nsecond\nthird\n"
+
+
+def test_the_length_of_a_file_never_counts_a_line_twice(tmp_path):
+    """A checkpoint records it, while the thread that writes the checkpoint before it writes lines that a full disk refused."""
+    from pipeline.common.files import LineFile
+
+    class Switching(LineFile):
+        """Between the two statements that turn waiting lines into written ones, another thread runs."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "written" and value:
+                reader.start()
+                reader.join(0.1)  # with the lock, it waits
+
+    file, found = Switching(tmp_path / "lines", 0), []
+    reader = threading.Thread(target=lambda: found.append(file.num_bytes))
+    file.waiting = b"first\n"
+    file.sync()
+    reader.join()
+    assert found == [len("first\n")]

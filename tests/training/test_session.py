@@ -2,10 +2,9 @@
 
 import json
 import os
-import socket
 
 import pytest
-from conftest import ROOT, run_process, wait_for
+from conftest import ROOT, free_port, run_process, wait_for
 
 from pipeline.common.console import in_notebook, progress_bar
 from pipeline.settings.config import Config
@@ -25,7 +24,7 @@ class Notebook:
         self.manager.start_kernel(cwd=str(folder), env={**os.environ, **own})
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=120)
 
     def run(self, code, value="None"):
         """Runs a cell; returns the value of an expression as JSON holds it, and what the cell printed."""
@@ -36,7 +35,7 @@ class Notebook:
             printed.append(content.get("text") or "\n".join(content.get("traceback", [])))
 
         expressions = {"value": f"__import__('json').dumps({value})"}
-        reply = self.client.execute_interactive(code, output_hook=keep, timeout=120, user_expressions=expressions)
+        reply = self.client.execute_interactive(code, output_hook=keep, timeout=300, user_expressions=expressions)
         text = "".join(printed)
         assert reply["content"]["status"] == "ok", text
         return json.loads(eval(reply["content"]["user_expressions"]["value"]["data"]["text/plain"])), text
@@ -52,12 +51,6 @@ def notebook(tmp_path):
     kernel = Notebook(tmp_path)
     yield kernel
     kernel.close()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -82,7 +75,7 @@ def test_a_notebook_trains_in_two_processes_then_run_after_run_and_its_stop_butt
     stopped = tmp_path / "runs" / "stopped"
     wait_for(lambda: (stopped / "metrics.jsonl").is_file() and "val" in (stopped / "metrics.jsonl").read_text())
     notebook.manager.interrupt_kernel()
-    reply = notebook.client.get_shell_msg(timeout=60)["content"]
+    reply = notebook.client.get_shell_msg(timeout=120)["content"]
     assert (reply["ename"], reply["evalue"]) == ("Interrupted", "SIGINT")
     summary = json.loads((stopped / "summary.json").read_text())
     assert summary["status"] == "interrupted" and list((stopped / "checkpoints").iterdir())

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHONPATH, in_processes, lines_of, run_process, same_weights, timeless
+from conftest import PYTHONPATH, assert_identical, in_processes, lines_of, run_process, same_weights, timeless
 from safetensors.torch import load_file
 
 from pipeline.common.stopping import Interrupted, Signals, TrainingFailed
+from pipeline.loaders import workers
 from pipeline.run_folder.checkpoint import checkpoints, read_facts
 from pipeline.training import evaluation, loop
 from pipeline.training.evaluation import until_signal
@@ -63,6 +64,32 @@ def test_a_signal_during_validation_ends_it_at_once_and_only_the_validation_is_r
     run_training(**EVALUATION)
     assert steps == [5, 6, 7, 8, 9]
     assert timeless(lines_of(run_dir)) == timeless(lines_of(whole)) and same_weights(run_dir, whole)
+
+
+def test_a_signal_that_ends_a_starting_worker_too_interrupts_the_run(run_training, finished_run, monkeypatch, tmp_path):
+    """A signal to the process group, while the first validation starts its worker, which does not ignore the signal yet."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers
+
+    settings = {"loader": "workers", "num_workers": 1}
+    _, whole = finished_run(run_name="whole", **settings)
+    ignore, trains = workers.ignore_stopping_signals, tmp_path / "the worker of the training has started"
+
+    def signal_the_group(number):
+        if not trains.exists():
+            trains.touch()
+            return ignore(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for process in (os.getppid(), os.getpid()):
+            os.kill(process, signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Workers._try_get_data, "__defaults__", (0.2,))  # seconds until it looks for ended workers; 5
+        patch.setattr(workers, "ignore_stopping_signals", signal_the_group)
+        run_training(**settings)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["reason"], summary["steps"]) == ("interrupted", "SIGTERM", 5)
+    _, run_dir = run_training(**settings)
+    assert_identical(run_dir, whole)
 
 
 def test_a_signal_during_the_test_costs_the_test_alone(run_training, finished_run, monkeypatch):
