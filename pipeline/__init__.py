@@ -4,11 +4,13 @@
 timm can load a saved folder. timm takes seconds to import. If it is not imported yet, an import hook registers them when it is.
 
 It also lets OpenMP's threads sleep while they wait, unless the environment says otherwise or torch has started them already.
+As a part of `python -m pipeline.COMMAND`, it lets Ctrl-C end the process without a traceback while the command is imported.
 
 `from pipeline import Config, train` is the way in from Python. Both are imported when they are first used.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,6 +30,10 @@ PLACES = {"Config": "pipeline.settings.config", "train": "pipeline.training.sess
 if "torch" not in sys.modules:  # OpenMP reads it once
     # Threads that spin take the cores of decoding workers and of other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Python's own handler would print a traceback. `exit_status` installs a handler for as long as the command works.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # "-m" until its module is found
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class _TimmLoader(SourceFileLoader):

@@ -28,13 +28,15 @@ def run(args: argparse.Namespace) -> int:
     """Serves the demo or writes the Space. Raises ValueError for invalid input."""
     from tempfile import TemporaryDirectory
 
-    from pipeline.inference.demo_app import check_packages, launch, make_app
+    from pipeline.inference.demo_app import check_packages, import_gradio, launch, make_app
     from pipeline.inference.demo_space import check_new, title_of, write_examples, write_space
     from pipeline.inference.saved_model import load_saved_model
 
     check_packages()
     if args.space is not None:
         check_new(args.space)
+    else:
+        import_gradio()  # before there is a temporary folder: a signal during an import ends the process at once
     saved = load_saved_model(args.model)
     with TemporaryDirectory() as folder:
         examples = write_examples(saved, Path(folder), args.examples, args.dataset)

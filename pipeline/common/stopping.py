@@ -1,7 +1,9 @@
 """Stopping a run before its end: after a failure, or after a signal."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 # Ctrl-C; the signal of batch systems and `kill`; SLURM's warning before the time limit (sbatch --signal=USR1@90)
@@ -40,4 +42,37 @@ class Signals:
 
     def release(self) -> None:
         for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+
+def end_program(number: int, frame: FrameType | None) -> None:
+    """A signal handler. Raises KeyboardInterrupt after SIGINT, else SystemExit; temporary files and processes are removed then.
+
+    During an import it ends the process at once: torch ignores exceptions while it imports numpy, which then is incomplete.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        frame = frame.f_back
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)  # no Exception: a library might catch it
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside the context, SIGINT and SIGTERM call end_program, unless they are ignored or have another handler.
+
+    A process of a launcher keeps the system's SIGTERM: Python would call a handler only when a wait for other processes ends.
+    """
+    ending = (signal.SIGINT, signal.SIGTERM) if os.environ.get("WORLD_SIZE", "1") == "1" else (signal.SIGINT,)
+    plain = (signal.SIG_DFL, signal.default_int_handler)
+    earlier = {number: handler for number in ending if (handler := signal.getsignal(number)) in plain}
+    try:
+        for number in earlier:
+            signal.signal(number, end_program)
+        yield
+    finally:
+        for number, handler in earlier.items():
             signal.signal(number, handler)

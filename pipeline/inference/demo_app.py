@@ -1,7 +1,9 @@
 """The page of `python -m pipeline.demo`: a Gradio interface that classifies a picture and shows which parts of it matter."""
 
 import os
+from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -79,10 +81,14 @@ def tinted(image: Tensor, effect: Tensor, preprocessing: Preprocessing) -> np.nd
     return mixed.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def import_gradio() -> Any:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+    return import_module("gradio")
+
+
 def make_app(saved: SavedModel, examples: list[Path], title: str) -> Any:
     """The Gradio app (gradio.Blocks) of a model on the CPU. examples: image files to click on."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-    import gradio
+    gradio = import_gradio()
 
     def guarded(action: Any) -> Any:
         """The function of a path, whose ValueError becomes a message on the page."""
@@ -112,22 +118,26 @@ def make_app(saved: SavedModel, examples: list[Path], title: str) -> Any:
 
 
 def launch(app: Any, port: int | None, blocking: bool = True) -> str:
-    """Serves the app on 127.0.0.1 and returns its address; with `blocking`, when it is stopped.
+    """Serves the app on 127.0.0.1 and returns its address; with `blocking`, serves it until a signal raises an exception.
 
     Raises ValueError if the port is in use.
     """
-    import gradio
-
+    gradio = import_gradio()
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no web fonts
     try:
         _, address, _ = app.launch(
             server_name="127.0.0.1",
             server_port=port,
-            prevent_thread_lock=not blocking,
+            prevent_thread_lock=True,  # Gradio would wait here, and treat Ctrl-C as a success
             share=False,
             ssr_mode=False,
             theme=gradio.themes.Default(**fonts),
         )
     except OSError as error:
         raise ValueError(f"The demo cannot be served: {error}") from error
+    if blocking:
+        try:
+            Event().wait()
+        finally:
+            app.close(verbose=False)
     return str(address)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.common import console
-from pipeline.common.stopping import Interrupted, TrainingFailed
+from pipeline.common.stopping import Interrupted, TrainingFailed, ended_by_signals
 from pipeline.common.suggestions import did_you_mean
 from pipeline.settings.parser import fail
 
@@ -113,10 +113,11 @@ def check_output(path: Path | None) -> None:
 def exit_status(command: Callable[[], int]) -> int:
     """Runs a command; returns its status, or 2 for invalid input, 1 for a failure, 128 + n after signal n.
 
-    Prints errors as one line.
+    Prints errors as one line. SIGTERM raises SystemExit with that status.
     """
     try:
-        return command()
+        with ended_by_signals():
+            return command()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from conftest import ROOT, run_process
 from pipeline import demo
 from pipeline.data.splits import Split
 from pipeline.images.preprocessing import Preprocessing
+from pipeline.inference import demo_app
 from pipeline.inference.demo_app import classify, explain, launch, make_app
 from pipeline.inference.demo_space import IMPORTED, REQUIREMENTS, imported_files, write_examples, write_space
 from pipeline.inference.prediction import predict
 from pipeline.inference.saved_model import SavedModel, load_saved_model
+from pipeline.settings.command_line import exit_status
 
 # found without being imported, which takes seconds in every process that collects the tests
 pytestmark = pytest.mark.skipif(None in map(find_spec, ("gradio", "captum")), reason="needs gradio and captum")
@@ -160,6 +164,20 @@ def test_a_space_is_written_into_a_new_folder_only(tmp_path, capsys, place):
     (tmp_path / "full" / "kept.txt").write_text("kept")
     assert demo.main(["resnet18", "--space", str(tmp_path / place)]) == 2
     assert "--space" in capsys.readouterr().err and (tmp_path / "full" / "kept.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_demo_with_its_status(number, status, monkeypatch):
+    closed = []
+    app = SimpleNamespace(launch=lambda **options: (None, "http://127.0.0.1", None), close=lambda verbose: closed.append(True))
+    themes = SimpleNamespace(Default=lambda **fonts: None)
+    monkeypatch.setattr(demo_app, "import_gradio", lambda: SimpleNamespace(themes=themes))
+    monkeypatch.setattr(demo_app, "Event", lambda: SimpleNamespace(wait=lambda: signal.raise_signal(number)))
+    try:
+        assert exit_status(lambda: launch(app, None)) == status == 130
+    except SystemExit as end:
+        assert end.code == status == 143
+    assert closed == [True]
 
 
 def test_a_missing_package_is_reported_before_the_model_is_loaded(monkeypatch, capsys):

@@ -3,11 +3,14 @@
 import argparse
 import importlib
 import io
+import signal
 import sys
 
 import pytest
+from conftest import ROOT, run_process
 
 import train
+from pipeline.common.files import written_aside
 from pipeline.common.stopping import Interrupted, TrainingFailed
 from pipeline.settings.command_line import CommandFailed, above_zero, at_least, exit_status, fraction, one_of
 
@@ -110,6 +113,57 @@ def test_failures_are_exit_statuses(error, status, line, capsys):
     assert exit_status(command) == status
     assert capsys.readouterr().err == line
     assert exit_status(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_and_removes_what_it_has_written(number, status, tmp_path):
+    handlers = signal.getsignal(number)
+
+    def command() -> int:
+        with written_aside(tmp_path / "page.html") as aside:
+            aside.write_text("half of a p")
+            try:
+                signal.raise_signal(number)
+            except Exception:
+                raise AssertionError("a library may handle every Exception") from None
+        return 0
+
+    try:
+        assert exit_status(command) == status == 130
+    except SystemExit as end:
+        assert end.code == status == 143
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) is handlers
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
+    try:
+        assert exit_status(lambda: signal.raise_signal(signal.SIGINT) or 3) == 3
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert exit_status(lambda: signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_import_ends_the_process_at_once(number, tmp_path):
+    (tmp_path / "interrupted.py").write_text(f"import signal; signal.raise_signal({int(number)})")
+    program = (
+        "from pipeline.settings.command_line import exit_status\n"
+        "def command():\n"
+        "    try: import interrupted\n"
+        "    except BaseException: print('as torch, which ignores exceptions while it imports numpy')\n"
+        "exit_status(command)"
+    )
+    ended = run_process("-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-number, "", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(command, tmp_path):
+    (tmp_path / "argparse.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")  # in the place of Python's
+    ended = run_process("-m", f"pipeline.{command}", cwd=tmp_path, fresh=True, PYTHONPATH=str(ROOT))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_path_that_is_too_long_costs_one_line(capsys):

@@ -14,6 +14,7 @@ from conftest import (
     SMALL_RUN,
     assert_identical,
     cut_back,
+    flags,
     in_processes,
     lines_of,
     run_process,
@@ -158,6 +159,32 @@ def test_a_signal_during_the_fit_ends_the_run_before_its_first_step(run_training
         run_training(init_from=weights, epochs=0)
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
     assert run_training(init_from=weights, epochs=0)[0]["head"]["num_samples"] == 80
+
+
+KILLED_IN_THE_FIT = """
+import os, sys, train
+from pipeline.models.linear_probe import Logistic
+minimise = Logistic.minimise
+def killed(logistic, penalty, start, tolerance):
+    return minimise(logistic, penalty, start, tolerance) if penalty > 1e3 else os.kill(os.getpid(), 9)
+Logistic.minimise = killed
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_during_the_fit_starts_again_to_the_last_bit(run_training, finished_run, weights, tmp_path):
+    settings = {"init_from": weights, **GIVEN}
+    _, whole = finished_run(run_name="whole", **settings)
+    killed = run_process("-c", KILLED_IN_THE_FIT, *flags(output_dir=tmp_path, run_name="part", **settings))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name for path in (tmp_path / "part").iterdir()} == {".lock", "config.yaml", "dataset.json"}
+    summary, resumed = run_training(run_name="part", **settings)
+    assert_identical(resumed, whole)
+    assert untimed(summary["head"]) == untimed(json.loads((whole / "summary.json").read_text())["head"])
+
+
+def untimed(head):
+    return {name: value for name, value in head.items() if name != "seconds"}
 
 
 @pytest.mark.parametrize("choice", ["zero", "random"])
