@@ -4,20 +4,18 @@ import argparse
 import errno
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pipeline.benchmark
 from pipeline.benchmark.measuring import Section
 from pipeline.benchmark.reporting import draw, heading, machine_facts, text_of, write_lines
-from pipeline.common.stopping import Interrupted
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.system import usable_cores
+from pipeline.run_folder.lock import FolderLock
 from pipeline.settings.command_line import CommandFailed, CommandParser, above_zero, at_least, exit_status, one_of
 from pipeline.settings.config import FIELDS
 
@@ -223,10 +221,6 @@ def add_results(subparsers: Any) -> None:
     own.set_defaults(parser=own)
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
-
-
 def write_results(args: argparse.Namespace) -> int:
     from pipeline.benchmark.results import print_or_write
 
@@ -235,9 +229,19 @@ def write_results(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, settings: list[str]) -> int:
     """Measures, prints each table when it is complete, and writes the files. Raises ValueError, TrainingFailed, OSError."""
+    if args.output is None:
+        return measure_alone(args, settings)
+    make_folder(args.output)
+    lock = FolderLock(args.output, f".benchmark-{args.command}.lock", "pass another --output")
+    try:
+        return measure_alone(args, settings)
+    finally:
+        lock.release()
+
+
+def measure_alone(args: argparse.Namespace, settings: list[str]) -> int:
+    """measure, if no other process writes the same files."""
     facts = machine_facts(args.arguments)
-    if args.output is not None:
-        make_folder(args.output)
     print(heading(facts), flush=True)
     has_chart = COMMANDS[args.command].chart
     sections: dict[tuple[str, str | None], Section] = {}
@@ -295,11 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, settings = check_arguments(arguments)
     args.arguments = arguments
-    earlier = signal.signal(signal.SIGTERM, stop)
-    try:
-        return exit_status(lambda: write_results(args) if args.command == "results" else measure(args, settings))
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
+    return exit_status(lambda: write_results(args) if args.command == "results" else measure(args, settings))
 
 
 if __name__ == "__main__":

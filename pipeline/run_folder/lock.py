@@ -1,4 +1,4 @@
-"""The lock of a run folder: one training process at a time, on one machine or in a shared folder."""
+"""The lock of a folder: one process at a time trains or measures in it, on one machine or in a shared folder."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ LENGTH = 256  # bytes of the file; constant, so that a reader never sees parts o
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class RunLock:
+class FolderLock:
     """Held from its construction until `release` or the end of the process.
 
     On one machine, the lock of the operating system (flock) decides; the system releases it when the process ends. A network
@@ -32,18 +32,21 @@ class RunLock:
     file again, which makes an NFS client ask the server.
     """
 
-    def __init__(self, run_dir: Path):
-        """Acquires the lock. Raises ValueError if another process trains in this folder or the folder is not writable."""
-        self.path = run_dir / ".lock"
+    def __init__(self, folder: Path, name: str = ".lock", advice: str = "choose another run_name"):
+        """Acquires the lock, a file of this name. Raises ValueError if another process holds it or the folder is not writable.
+
+        advice: what a user may do instead of waiting for the other process.
+        """
+        self.path = folder / name
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise cannot_write(run_dir, error) from error
+            raise cannot_write(folder, error) from error
         self.beats = 0
         if not self.take():
             os.close(self.file)
-            raise ValueError(f"{run_dir} is in use by {holder_of(self.path)}. Wait for it, or choose another run_name.")
+            raise ValueError(f"{folder} is in use by {holder_of(self.path)}. Wait for it, or {advice}.")
         os.register_at_fork(after_in_child=self.close_in_child)  # worker processes may outlive a killed parent
         self.released = threading.Event()
         self.beating = threading.Thread(target=self.keep_beating, name="run lock", daemon=True)

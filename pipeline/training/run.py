@@ -20,7 +20,7 @@ from pipeline.optim.schedule import best_epoch
 from pipeline.run_folder.checkpoint import BadCheckpoint, checkpoint_path, recorded_dataset
 from pipeline.run_folder.checkpoint_writer import CheckpointWriter
 from pipeline.run_folder.dataset_record import check_same_images, write_record
-from pipeline.run_folder.lock import RunLock, check_shared
+from pipeline.run_folder.lock import FolderLock, check_shared
 from pipeline.run_folder.resume import (
     check_same_settings,
     find_starts,
@@ -56,7 +56,7 @@ class Run:
         self.submitted = -1  # step of the last checkpoint given to the writer; -1 before the first
         self.pending = -1  # the same during the validation of its epoch, else -1
         if accelerator.is_main_process:
-            self.lock = RunLock(config.run_dir)
+            self.lock = FolderLock(config.run_dir)
             try:
                 self.prepare()
             except BaseException:

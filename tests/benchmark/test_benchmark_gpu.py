@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,22 @@ def test_a_call_that_is_killed_while_it_continues_loses_no_earlier_row(counted_g
 
     monkeypatch.setattr(command_line, "write_lines", write)
     assert main([*command, "steps"]) == 0 and written == [3, 4]
+
+
+def test_a_second_call_with_the_same_output_is_refused_while_the_first_measures(counted_groups, tmp_path, capsys):
+    command = ["gpu", "--rehearse", "--output", str(tmp_path), "--parts"]
+    statuses = []
+
+    def call_again(measured, name, row):
+        statuses.append(main([*command, "steps"]))
+        return measured_row(measured, name, row)
+
+    counted_groups.failures["a2"] = call_again
+    assert main([*command, "tests"]) == 0
+    assert statuses == [2] and counted_groups.measured == ["a1", "a2"]
+    held = f"{tmp_path} is in use by process {os.getpid()} on {os.uname().nodename}. Wait for it, or pass another --output."
+    assert capsys.readouterr().err == f"error: {held}\n"
+    assert main([*command, "steps"]) == 0 and [row["group"] for row in rows_in(tmp_path)] == ["group 1", "group 2"] * 2
 
 
 @pytest.mark.parametrize("failure", [ValueError("no images"), TrainingFailed("the contender ended"), OSError("no room")])

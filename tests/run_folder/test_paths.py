@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import torchrun
 
-from pipeline.run_folder.lock import RunLock
+from pipeline.run_folder.lock import FolderLock
 from pipeline.run_folder.paths import named_run
 from pipeline.settings.config import Config
 
@@ -29,7 +29,7 @@ def test_a_new_name_fits_into_a_file_system_and_a_given_one_that_does_not_is_ref
     with named_run(config, ONE) as named:
         assert named.run_name.startswith(f"{26 * '猫'}-local_dir_{70 * 'm'}-2") and named.run_dir.is_dir()
     with pytest.raises(ValueError, match=r"\(File name too long\)\. Choose a shorter run_name"):
-        RunLock(tmp_path / ("x" * 256))
+        FolderLock(tmp_path / ("x" * 256))
 
 
 def test_a_run_on_a_hub_set_is_named_after_the_set():

@@ -14,7 +14,7 @@ from conftest import assert_close_figures, assert_identical, cut_back, lines_of,
 from pipeline.models.timm_folder import weights_file
 from pipeline.run_folder import lock
 from pipeline.run_folder.checkpoint import checkpoints, save_checkpoint
-from pipeline.run_folder.lock import RunLock
+from pipeline.run_folder.lock import FolderLock
 from pipeline.run_folder.resume import check_same_settings, find_starts, fixed_settings
 from pipeline.settings.config import Config
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_is_never_loaded(run_training, finished_ru
 
 
 def test_two_runs_never_write_to_one_folder(run_training, tmp_path):
-    held = RunLock(tmp_path / "run")
+    held = FolderLock(tmp_path / "run")
     with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on .* choose another run_name"):
         run_training()
     held.release()
@@ -171,7 +171,7 @@ def test_two_runs_never_write_to_one_folder(run_training, tmp_path):
 
 
 def hold_and_die(run_dir):
-    RunLock(run_dir)
+    FolderLock(run_dir)
     os._exit(9)
 
 
@@ -181,7 +181,7 @@ def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path, monkeypatch):
     holder.join()
     assert holder.exitcode == 9 and (tmp_path / ".lock").stat().st_size > 0
     monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=None))  # it does not wait
-    RunLock(tmp_path).release()
+    FolderLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("beats_in", [1, 2, 3, None])
@@ -200,10 +200,10 @@ def test_the_lock_of_another_machine_holds_while_it_beats(tmp_path, monkeypatch,
     beat(1)
     monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=sleep))
     if beats_in is None:
-        RunLock(tmp_path).release()
+        FolderLock(tmp_path).release()
     else:
         with pytest.raises(ValueError, match="in use by process 12 on far-away"):
-            RunLock(tmp_path)
+            FolderLock(tmp_path)
     assert intervals == [lock.BEAT_SECONDS] * (beats_in or lock.SILENT_BEATS + 1)  # a last one for others that take it as well
 
 
@@ -211,7 +211,7 @@ def take_and_hold(run_dir, sleep, other_has_failed):
     """Runs in a forked process. sleep: called where the lock waits."""
     lock.time = SimpleNamespace(sleep=sleep)
     try:
-        RunLock(run_dir)
+        FolderLock(run_dir)
     except ValueError:
         os._exit(2)
     os._exit(not other_has_failed.wait(timeout=120))
