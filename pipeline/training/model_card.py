@@ -9,6 +9,8 @@ from pipeline.training.build import Parts
 
 # settings of the run's folder and logs, which say nothing about the model
 OMITTED = {"dry_run", "init_from", "log_every", "log_model", "log_with", "output_dir", "project", "resume", "run_name"}
+# settings that a run fills in where they are null: whether a user has set them is not recorded
+FILLED_IN = {"batch_size", "channels_last", "epochs", "freeze_batchnorm", "micro_batch_size", "mixed_precision"}
 
 USAGE = """## Usage
 
@@ -39,10 +41,9 @@ def model_card(config: Config, parts: Parts, summary: dict[str, Any]) -> str:
     dataset = os.path.basename(config.dataset) if os.path.isabs(config.dataset) else config.dataset
     source = data.source.replace(config.dataset, dataset)
     values = {**vars(config), "dataset": dataset}
-    if config.mixed_precision == "no":
-        values["mixed_precision"] = DEFAULTS.mixed_precision
     changed = [name for name in FIELDS if name not in OMITTED and values[name] != getattr(DEFAULTS, name)]
-    settings = "\n".join(f"- {name}: {values[name]}" for name in changed) or "- the defaults"
+    settings = listed({name: values[name] for name in changed if name not in FILLED_IN}) or "- none"
+    filled_in = listed({name: values[name] for name in changed if name in FILLED_IN})
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     classes = ", ".join(map(str, data.class_names[:100])) + (", ..." if len(data.class_names) > 100 else "")
     return f"""---
@@ -76,9 +77,17 @@ Classes: {classes}.
 
 {settings}
 
+## Settings that a run chooses unless they are set
+
+{filled_in}
+
 Trained in {console.duration(summary["seconds"])} on {summary["device"]}, {summary["num_processes"]} process(es), with {versions}.
 
 {USAGE}"""
+
+
+def listed(settings: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in settings.items())
 
 
 def figures_row(name: str, values: dict[str, Any]) -> str:
