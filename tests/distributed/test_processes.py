@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "frozen at first": {"optimizer": "sgd", "freeze_epochs": 1, "sam_rho": 0.05, "micro_batch_size": 7},
 }
 RESUMED = {"optimizer": "adamw", "lr": 0.005, "ema_decay": 0.1, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
+BALANCED = {**RESUMED, "sampler": "balanced", "loss": "bce"}
 RESUMED_STEP = 4  # the first of three steps of the second epoch
 
 # An overflow on the second rank only: where it happens, and the settings of the step.
@@ -168,6 +169,11 @@ def work(folder: Path) -> None:
     for name, settings in RUNS.items():
         run_of(folder, name, settings)
     run_of(folder, "resumed", RESUMED)
+    balanced = run_of(folder, "balanced", BALANCED)
+    if torch.distributed.get_rank() == 0:
+        cut_back(balanced, folder / "balanced, resumed", RESUMED_STEP)
+    torch.distributed.barrier()
+    run_of(folder, "balanced, resumed", BALANCED)
     run_of(folder, "own", {**RUNS["sam"], "sam_sync": False})
     facts: dict[str, Any] = {where: overflow_facts(where, settings) for where, settings in OVERFLOWS.items()}
     facts |= {"together": sharpness_facts(True), "each its own": sharpness_facts(False), "reads": reads_of_steps()}
@@ -181,6 +187,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for name, settings in RUNS.items():
         run_of(one, name, settings)
+    run_of(one, "balanced", BALANCED)
     cut_back(run_of(one, "resumed", RESUMED), two / "resumed", RESUMED_STEP)
     ended = torchrun(2, str(two), program=__file__)
     assert ended.returncode == 0, ended.stderr
@@ -193,7 +200,7 @@ def ranks(runs: tuple[Path, Path]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*RUNS, "resumed"])
+@pytest.mark.parametrize("name", [*RUNS, "resumed", "balanced"])
 def test_two_processes_train_as_one(runs, name):
     one, two = runs
     assert json.loads((two / name / "summary.json").read_text())["num_processes"] == 2
@@ -201,6 +208,11 @@ def test_two_processes_train_as_one(runs, name):
     assert_close_figures(one / name, two / name)
     has_adam = {**RUNS, "resumed": RESUMED}[name]["optimizer"] in ("adamw", "muon")  # Muon has vectors in AdamW groups
     assert_close_weights(weights_of(one / name), weights_of(two / name), has_adam)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_balanced_draws_within_an_epoch_to_the_last_bit(runs):
+    assert_identical(runs[1] / "balanced, resumed", runs[1] / "balanced")
 
 
 @pytest.mark.slow
