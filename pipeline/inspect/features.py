@@ -8,15 +8,13 @@ import torch
 
 from pipeline.common.console import progress_bar
 from pipeline.common.system import decoding_threads, usable_cores
-from pipeline.data.image_dataset import BEFORE_TRAINING
-from pipeline.data.splits import Split, stratified_folds
+from pipeline.data.splits import Split
 from pipeline.inference.prediction import choose_device, read_image, to_input
 from pipeline.inference.saved_model import SavedModel, load_saved_model
 from pipeline.inspect.examine import ImageFacts
-from pipeline.models.linear_probe import NUM_FOLDS, fit_linear_probe
+from pipeline.models.linear_probe import leave_one_out
 
 BATCH = 64
-FOLDS = 4  # the purpose in the address of the draw of the folds
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,10 @@ def contradictions(images: Sequence[ImageFacts], features: np.ndarray, num_class
     classifier fitted without it. Raises Unfittable.
     """
     labels = torch.tensor([image.label for image in images])
-    folds = torch.from_numpy(stratified_folds(labels.numpy(), NUM_FOLDS, 0, BEFORE_TRAINING, FOLDS))
-    probe = fit_linear_probe(torch.from_numpy(features), labels, folds, num_classes)
-    confidences, predicted = probe.loo_probabilities.max(dim=1)
-    own = probe.loo_probabilities.gather(1, labels[:, None])[:, 0]
+    probabilities, accuracy = leave_one_out(torch.from_numpy(features), labels, num_classes)
+    confidences, predicted = probabilities.max(dim=1)
+    own = probabilities.gather(1, labels[:, None])[:, 0]
     wrong = (predicted != labels).nonzero().flatten()
     order = wrong[confidences[wrong].argsort(descending=True, stable=True)]
     rows = zip(*(part[order].tolist() for part in (torch.arange(len(images)), predicted, confidences, own)))
-    return [Contradiction(*row) for row in rows], probe.loo_accuracy
+    return [Contradiction(*row) for row in rows], accuracy

@@ -27,6 +27,10 @@ NUMERICAL_RANK = 1e-11  # smaller eigenvalues, in units of the largest, are roun
 TEMPERATURES = [2 ** (exponent / 4) for exponent in range(41)]  # factors on ridge scores, 1 to 1024
 
 
+def in_one_process(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Unfittable(ValueError):
     """A linear classifier cannot be fitted; every process finds the same reason."""
 
@@ -37,38 +41,47 @@ class LinearProbe:
 
     weight: float64 [num_classes, D]; bias: float64 [num_classes], zeros if it was fitted without one. penalty: the factor on half
     the squared norm of the standardised weights, 1 / C of scikit-learn. loo_accuracy: the leave-one-out accuracy of the ridge
-    regression over all processes, a fraction. loo_probabilities: its calibrated leave-one-out probabilities for the samples of
-    this process, float64 [N, num_classes].
+    regression over all processes, a fraction.
     """
 
     weight: Tensor
     bias: Tensor
     penalty: float
     loo_accuracy: float
-    loo_probabilities: Tensor
 
 
 @dataclass(frozen=True)
 class Rotated:
     """Standardised features in the basis of their principal axes, where ridge regression is diagonal.
 
-    values: float64 [N, R], R the numerical rank; labels: int64 [N], numbered without gaps; folds: int64 [N], below NUM_FOLDS.
-    eigenvalues: float64 [R], of the sum of squares over all processes; count: samples of all processes.
+    values: float64 [N, R], R the numerical rank; labels: int64 [N], numbered without gaps; eigenvalues: float64 [R], of the sum
+    of squares over all processes; count: samples of all processes.
     """
 
     values: Tensor
     labels: Tensor
-    folds: Tensor
     eigenvalues: Tensor
     count: int
     num_classes: int
     has_bias: bool
-    per_class: bool
     reduce: Reduce
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Values, labels and folds, ROWS_AT_ONCE rows at a time."""
-        return zip(*(tensor.split(ROWS_AT_ONCE) for tensor in (self.values, self.labels, self.folds)))
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values and labels, ROWS_AT_ONCE rows at a time."""
+        return zip(self.values.split(ROWS_AT_ONCE), self.labels.split(ROWS_AT_ONCE))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Where rotated features come from: values = (features - mean) / std @ axes.
+
+    mean, std: float64 [D]; axes: float64 [D, R]; present: whether a class has samples, bool [num_classes].
+    """
+
+    mean: Tensor
+    std: Tensor
+    axes: Tensor
+    present: Tensor
 
 
 def fit_linear_probe(
@@ -78,7 +91,7 @@ def fit_linear_probe(
     num_classes: int,
     has_bias: bool = True,
     per_class: bool = False,
-    reduce: Reduce = lambda tensor: tensor,
+    reduce: Reduce = in_one_process,
 ) -> LinearProbe:
     """Fits multinomial logistic regression with an L2 penalty, which is chosen by cross-validated log loss.
 
@@ -88,6 +101,36 @@ def fit_linear_probe(
     are not finite, or if all samples have equal ones. Sources: linear probing before fine-tuning,
     https://arxiv.org/abs/2202.10054; leave-one-out residuals of ridge regression, https://en.wikipedia.org/wiki/PRESS_statistic.
     """
+    rotated, basis = rotate(features, labels, num_classes, has_bias, reduce)
+    ridge, scores = fit_ridge(rotated)
+    fitted, offset, penalty = fit_logistic(rotated, ridge, folds, per_class)
+    present = basis.present
+    weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    weight[present] = (basis.axes @ fitted).T / basis.std
+    bias = torch.full_like(weight[:, 0], float(offset.min()))
+    bias[present] = offset - weight[present] @ basis.mean
+    bias[~present] = bias[present].min()
+    _, accuracy = calibrated(scores, rotated)
+    return LinearProbe(weight, bias if has_bias else torch.zeros_like(bias), penalty, accuracy)
+
+
+def leave_one_out(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, float]:
+    """What ridge regression on all samples but one predicts for that one: probabilities, float64 [N, num_classes]; the accuracy.
+
+    features: float [N, D]; labels: int64 [N]. The probabilities are calibrated; a class without samples has 0. The accuracy is
+    loo_accuracy of fit_linear_probe, which takes much longer. Raises Unfittable as it does.
+    """
+    rotated, basis = rotate(features, labels, num_classes)
+    _, scores = fit_ridge(rotated)
+    probabilities = torch.zeros(len(labels), num_classes, dtype=torch.float64, device=features.device)
+    probabilities[:, basis.present], accuracy = calibrated(scores, rotated)
+    return probabilities, accuracy
+
+
+def rotate(
+    features: Tensor, labels: Tensor, num_classes: int, has_bias: bool = True, reduce: Reduce = in_one_process
+) -> tuple[Rotated, Basis]:
+    """The features in the basis of their principal axes. Raises Unfittable."""
     counts = reduce(torch.bincount(labels, minlength=num_classes))
     present = counts > 0
     if int(present.sum()) < 2:
@@ -101,25 +144,13 @@ def fit_linear_probe(
     rotated = Rotated(
         values=standardised @ axes,
         labels=number[labels],
-        folds=folds,
         eigenvalues=eigenvalues,
         count=int(counts.sum()),
         num_classes=int(present.sum()),
         has_bias=has_bias,
-        per_class=per_class,
         reduce=reduce,
     )
-    ridge, scores = fit_ridge(rotated)
-    fitted, offset, penalty = fit_logistic(rotated, ridge)
-    weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
-    weight[present] = (axes @ fitted).T / std
-    bias = torch.full_like(weight[:, 0], float(offset.min()))
-    bias[present] = offset - weight[present] @ mean
-    bias[~present] = bias[present].min()
-    probabilities = torch.zeros(len(labels), num_classes, dtype=torch.float64, device=features.device)
-    probabilities[:, present] = calibrated(scores, rotated)
-    right = reduce((probabilities.argmax(dim=1) == labels).sum())
-    return LinearProbe(weight, bias if has_bias else torch.zeros_like(bias), penalty, int(right) / rotated.count, probabilities)
+    return rotated, Basis(mean, std, axes, present)
 
 
 def moments(features: Tensor, count: int, has_bias: bool, reduce: Reduce) -> tuple[Tensor, Tensor]:
@@ -146,14 +177,14 @@ def fit_ridge(rotated: Rotated) -> tuple[Tensor, Tensor]:
     reduce, num_classes = rotated.reduce, rotated.num_classes
     shares = reduce(torch.bincount(rotated.labels, minlength=num_classes).double()) / rotated.count
     centre = shares if rotated.has_bias else torch.zeros_like(shares)
-    moment = sum(values.T @ (one_hot(labels, num_classes) - centre) for values, labels, _ in rotated.parts())
+    moment = sum(values.T @ (one_hot(labels, num_classes) - centre) for values, labels in rotated.parts())
     moment = reduce(torch.as_tensor(moment, device=centre.device))
 
     def without_each(penalty: float) -> tuple[Tensor, Tensor]:
         shrunk = rotated.eigenvalues + penalty
         weights = moment / shrunk[:, None]
         predicted = []
-        for values, labels, _ in rotated.parts():
+        for values, labels in rotated.parts():
             leverage = (values.square() / shrunk).sum(dim=1) + (1 / rotated.count if rotated.has_bias else 0)
             target = one_hot(labels, num_classes).double()
             residual = target - centre - values @ weights
@@ -169,22 +200,27 @@ def fit_ridge(rotated: Rotated) -> tuple[Tensor, Tensor]:
     return without_each(min((penalty * rotated.count for penalty in RIDGE_PENALTIES), key=squared_error))
 
 
-def calibrated(scores: Tensor, rotated: Rotated) -> Tensor:
-    """Softmax probabilities of scores times the factor of TEMPERATURES with the smallest log loss; float64 [N, num_classes]."""
+def calibrated(scores: Tensor, rotated: Rotated) -> tuple[Tensor, float]:
+    """Softmax probabilities of scores times the factor of TEMPERATURES with the smallest log loss, and their accuracy.
+
+    float64 [N, num_classes], of this process's samples; a fraction, of the samples of all processes.
+    """
 
     def log_loss(factor: float) -> float:
         own = log_softmax(scores * factor, dim=1).gather(1, rotated.labels[:, None])
         return -float(rotated.reduce(own.sum()))
 
-    return (scores * min(TEMPERATURES, key=log_loss)).softmax(dim=1)
+    probabilities = (scores * min(TEMPERATURES, key=log_loss)).softmax(dim=1)
+    right = rotated.reduce((probabilities.argmax(dim=1) == rotated.labels).sum())
+    return probabilities, int(right) / rotated.count
 
 
-def fit_logistic(rotated: Rotated, ridge: Tensor) -> tuple[Tensor, Tensor, float]:
+def fit_logistic(rotated: Rotated, ridge: Tensor, folds: Tensor, per_class: bool) -> tuple[Tensor, Tensor, float]:
     """Weights, float64 [R, num_classes], bias, float64 [num_classes], and penalty with the smallest held-out log loss.
 
     The penalty is lowered step by step, each fit starting from the one before, until the held-out loss has risen twice.
     """
-    held_out = Logistic(rotated, tuple(range(NUM_FOLDS if rotated.count <= FEW_SAMPLES else 1)))
+    held_out = Logistic(rotated, folds, tuple(range(NUM_FOLDS if rotated.count <= FEW_SAMPLES else 1)), per_class)
     solutions = [held_out.start(ridge, PENALTIES[0])]
     losses: list[float] = []
     for penalty in PENALTIES:
@@ -194,7 +230,7 @@ def fit_logistic(rotated: Rotated, ridge: Tensor) -> tuple[Tensor, Tensor, float
         if best <= len(losses) - 3:
             break
     start = solutions[best + 1].mean(dim=0, keepdim=True)
-    (solution,) = Logistic(rotated, (NO_FOLD,)).minimise(PENALTIES[best], start, TOLERANCE)
+    (solution,) = Logistic(rotated, folds, (NO_FOLD,), per_class).minimise(PENALTIES[best], start, TOLERANCE)
     return solution[:-1], solution[-1], PENALTIES[best]
 
 
@@ -202,11 +238,14 @@ def fit_logistic(rotated: Rotated, ridge: Tensor) -> tuple[Tensor, Tensor, float
 class Logistic:
     """Independent logistic regressions, each on all samples but those of one fold; NO_FOLD leaves out none.
 
-    Their solutions are float64 [F, R + 1, num_classes]: for each fold the weights, then the bias.
+    Their solutions are float64 [F, R + 1, num_classes]: for each fold the weights, then the bias. folds: int64 [N]; per_class: as
+    in fit_linear_probe.
     """
 
     rotated: Rotated
+    folds: Tensor
     left_out: tuple[int, ...]
+    per_class: bool
 
     def losses(self, values: Tensor, labels: Tensor, solutions: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each sample, float64 [F, B], and its gradient by the logits, float64 [F, B, num_classes].
@@ -215,7 +254,7 @@ class Logistic:
         """
         logits = values @ solutions[:, :-1] + solutions[:, -1:]
         own = logits[:, torch.arange(len(labels), device=labels.device), labels]
-        if self.rotated.per_class:
+        if self.per_class:
             losses, probabilities = softplus(logits).sum(dim=2) - own, logits.sigmoid()
         else:
             losses, probabilities = logits.logsumexp(dim=2) - own, logits.softmax(dim=2)
@@ -231,7 +270,7 @@ class Logistic:
         The loss is that of all samples and folds, summed, plus penalty / 2 times the squared weights.
         """
         gradient, loss = torch.zeros_like(solutions), solutions.new_zeros(())
-        for values, labels, folds in self.rotated.parts():
+        for (values, labels), folds in zip(self.rotated.parts(), self.folds.split(ROWS_AT_ONCE)):
             used = ~self.is_left_out(folds)
             losses, excess = self.losses(values, labels, solutions)
             loss += losses[used].sum()
@@ -281,7 +320,7 @@ class Logistic:
     def held_out_loss(self, solutions: Tensor) -> float:
         """The log losses of the left-out samples, summed."""
         loss = solutions.new_zeros(())
-        for values, labels, folds in self.rotated.parts():
+        for (values, labels), folds in zip(self.rotated.parts(), self.folds.split(ROWS_AT_ONCE)):
             losses, _ = self.losses(values, labels, solutions)
             loss += losses[self.is_left_out(folds)].sum()
         return float(self.rotated.reduce(loss))

@@ -6,7 +6,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.models import linear_probe
-from pipeline.models.linear_probe import NUM_FOLDS, Rotated, Unfittable, fit_linear_probe, fit_ridge, moments
+from pipeline.models.linear_probe import (
+    NUM_FOLDS,
+    Rotated,
+    Unfittable,
+    fit_linear_probe,
+    fit_ridge,
+    leave_one_out,
+    moments,
+)
 
 CLASSES = 4
 
@@ -72,7 +80,7 @@ def test_leave_one_out_predictions_are_those_of_a_fit_without_the_sample(has_bia
     monkeypatch.setattr(linear_probe, "RIDGE_PENALTIES", [0.1])
     inputs = torch.from_numpy(standardised(features, has_bias))
     values, axes = torch.linalg.eigh(inputs.T @ inputs)
-    _, predicted = fit_ridge(Rotated(inputs @ axes, labels, folds, values, 24, CLASSES, has_bias, False, lambda tensor: tensor))
+    _, predicted = fit_ridge(Rotated(inputs @ axes, labels, values, 24, CLASSES, has_bias, lambda tensor: tensor))
     columns = torch.cat([inputs, torch.ones(24, 1, dtype=torch.float64)], dim=1) if has_bias else inputs
     penalty = torch.diag(torch.tensor([0.1 * 24] * 10 + [0.0] * has_bias, dtype=torch.float64))
     targets = torch.nn.functional.one_hot(labels, CLASSES).double()
@@ -85,11 +93,13 @@ def test_leave_one_out_predictions_are_those_of_a_fit_without_the_sample(has_bia
 
 def test_leave_one_out_probabilities_are_calibrated_and_give_the_accuracy():
     features, labels, folds = samples(400)
-    probe = fit_linear_probe(features, labels, folds, CLASSES)
-    confidence, predicted = probe.loo_probabilities.max(dim=1)
+    probabilities, accuracy = leave_one_out(features, labels, CLASSES)
+    confidence, predicted = probabilities.max(dim=1)
     right = (predicted == labels).double()
-    assert probe.loo_accuracy == right.mean().item()
-    assert 0.6 < probe.loo_accuracy < 1 and abs(confidence.mean() - right.mean()) < 0.05
+    assert accuracy == right.mean().item() == fit_linear_probe(features, labels, folds, CLASSES).loo_accuracy
+    assert 0.6 < accuracy < 1 and abs(confidence.mean() - right.mean()) < 0.05
+    more, same_accuracy = leave_one_out(features, labels + (labels >= 2), CLASSES + 1)  # class 2 has no samples
+    assert torch.equal(more[:, [0, 1, 3, 4]], probabilities) and not more[:, 2].any() and same_accuracy == accuracy
 
 
 def test_a_class_without_samples_is_never_predicted_and_does_not_change_the_others():
@@ -138,4 +148,4 @@ def test_a_process_without_samples_takes_part():
     whole = fit_linear_probe(features, labels, folds, CLASSES, has_bias=False, reduce=record)
     empty = fit_linear_probe(features[:0], labels[:0], folds[:0], CLASSES, has_bias=False, reduce=add)
     assert torch.equal(empty.weight, whole.weight)
-    assert empty.loo_accuracy == whole.loo_accuracy and empty.loo_probabilities.shape == (0, CLASSES)
+    assert empty.loo_accuracy == whole.loo_accuracy

@@ -230,7 +230,7 @@ def test_losses_mirrored_evaluation_and_the_fitted_classifier_stay_on_their_devi
         images, labels = torch.zeros(2, 1, 8, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
         logits, mixed, weights = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device), torch.ones(3, device=device)
         values = torch.zeros(2, 4, dtype=torch.float64, device=device)
-        rotated = Rotated(values, labels, labels, values[0], 2, 3, True, loss == "bce", reduce=lambda tensor: tensor)
+        rotated = Rotated(values, labels, values[0], 2, 3, True, reduce=lambda tensor: tensor)
         with device_watch(device) as watch:
             for target in (labels, mixed):
                 for given in (None, weights):
@@ -238,7 +238,8 @@ def test_losses_mirrored_evaluation_and_the_fitted_classifier_stay_on_their_devi
             with torch.inference_mode():
                 model(images)
             if device == "cuda":  # on a CPU, one_hot checks the labels
-                Logistic(rotated, (0, 1)).losses(values, labels, torch.zeros(2, 5, 3, dtype=torch.float64, device=device))
+                solutions = torch.zeros(2, 5, 3, dtype=torch.float64, device=device)
+                Logistic(rotated, labels, (0, 1), loss == "bce").losses(values, labels, solutions)
     assert watch.reads == {}
 
 
