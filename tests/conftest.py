@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -131,6 +132,7 @@ def finished_run(
 CHROMIUM_FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1200,900", "--force-prefers-reduced-motion",
+    "--disable-dev-shm-usage",  # which is 64 MB in a container, and a page that needs more crashes
 ]  # fmt: skip
 
 
@@ -295,6 +297,14 @@ def wait_for(
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"waited for {timeout} s"
         time.sleep(0.01)
+
+
+def is_pending(process: int, number: int) -> bool:
+    """Whether a signal to a process waits for it, such as while SIGSTOP holds the process. Other systems than Linux: True."""
+    if sys.platform != "linux":
+        return True
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

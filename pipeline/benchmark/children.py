@@ -86,7 +86,7 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
         # a signal waits until the program is known here: Python would drop it in a fork, or the program would run on
         earlier = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
         try:
-            begin = functools.partial(begin_program, earlier)
+            begin = functools.partial(begin_program, os.getpid(), earlier)
             process = subprocess.Popen(command, start_new_session=True, preexec_fn=begin, **options)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
@@ -98,14 +98,17 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def begin_program(mask: set[int | signal.Signals]) -> None:
-    """Restores the signal mask, and makes Linux terminate this process when its parent ends.
+def begin_program(parent: int, mask: set[int | signal.Signals]) -> None:
+    """Makes Linux terminate this process when its parent ends, then restores the signal mask.
 
     https://man7.org/linux/man-pages/man2/prctl.2.html
     """
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of Python would drop a signal before the program begins
         C_LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def raise_failure(status: int, output: str) -> None:

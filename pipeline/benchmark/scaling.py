@@ -1,6 +1,5 @@
 """`scaling`: images per second of one and of several processes, and the parts of a data-parallel step."""
 
-import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -46,14 +45,10 @@ def torchrun_call(processes: int, arguments: Row, environment: dict[str, str]) -
     threads = max(usable_cores() // processes, 1)
     own = {"OMP_NUM_THREADS": str(threads), **environment}
 
-    def call() -> Row:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        return run_child("ours.train", arguments, launcher=torchrun if processes > 1 else [], environment=own)
-
-    return call
+    # torchrun listens at a port that the system chooses
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    return lambda: run_child("ours.train", arguments, launcher=launcher, environment=own)
 
 
 def pieces(results: list[Row], processes: int) -> Row:

@@ -183,7 +183,8 @@ def stop_orphan(run_dir: Path) -> None:
     """Stops a training process that outlived its agent, after a checkpoint from which the trial resumes."""
     process = training_process(run_dir)
     if process is not None:
-        os.kill(process, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process, signal.SIGTERM)
         end = time.monotonic() + ORPHAN_SECONDS
         while training_process(run_dir) == process and time.monotonic() < end:
             time.sleep(0.1)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import statistics
@@ -19,7 +20,7 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import PYTHONPATH, run_process, start_process, wait_for
+from conftest import PYTHONPATH, end_of, run_process, start_process, wait_for
 
 from pipeline.benchmark import child, children, efficiency, loaders, loop, lr, ours, startup, stepclock, waiting
 from pipeline.benchmark.__main__ import COMMANDS, main
@@ -369,16 +370,32 @@ def test_a_real_child_returns_its_figures_and_reports_its_errors(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
-def test_a_program_is_timed_to_its_first_step_and_its_memory_is_its_peak(tmp_path):
+def test_a_program_is_timed_to_its_first_step_and_its_memory_is_its_peak(tmp_path, monkeypatch):
+    """It holds memory until that was measured, and then ends after one more measurement."""
     program = (
-        "import json, sys, time\n"
-        "held = bytes(range(256)) * 400_000; time.sleep(0.5); del held\n"
-        "json.dump({'first_step_at': time.time()}, open(sys.argv[1], 'w')); time.sleep(0.5)"
+        "import json, pathlib, sys, time\n"
+        "began, last = time.time(), time.monotonic() + 60\n"
+        "def wait_for(name):\n"
+        "    while not pathlib.Path(name).exists() and time.monotonic() < last: time.sleep(0.01)\n"
+        "held = bytes(range(256)) * 400_000; wait_for('measured'); del held; wait_for('again')\n"
+        "json.dump({'began': began, 'first_step_at': time.time()}, open(sys.argv[1], 'w'))"
     )
+    measured = []
+
+    def measure(process):
+        measured.append(tree_memory(process))
+        if measured[-1] >= 102_400_000:
+            Path("measured").touch()
+        elif max(measured) >= 102_400_000:
+            Path("again").touch()
+        return measured[-1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(children, "tree_memory", measure)
     began, path = time.time(), tmp_path / "result.json"
     result = run_program([sys.executable, "-c", program, str(path)], path)
-    assert 0.5 <= result["seconds_to_start"] <= time.time() - began - 0.5
-    assert 102_400_000 <= result["peak_memory_bytes"] < 200_000_000
+    assert began <= result["first_step_at"] - result["seconds_to_start"] <= result["began"]
+    assert measured[-1] < 102_400_000 <= result["peak_memory_bytes"] == max(measured) < 200_000_000
 
 
 def test_the_memory_of_a_process_includes_that_of_its_children():
@@ -404,11 +421,30 @@ def test_a_contender_ends_with_the_benchmark_even_if_that_is_killed():
     try:
         wait_for(lambda: len(process_tree(parent.pid)) == 2)
         (contender,) = process_tree(parent.pid)[1:]
-        wait_for(lambda: contender.cmdline()[-1] == "import time; time.sleep(60)")  # no longer a copy of its parent
+        wait_for(lambda: contender.cmdline()[-1:] == ["import time; time.sleep(60)"])  # no longer a copy of its parent
     finally:
         parent.kill()
         parent.wait()
-    wait_for(lambda: not is_alive(contender.pid), timeout=10)
+    wait_for(lambda: not is_alive(contender.pid))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_a_contender_does_not_begin_if_the_benchmark_is_killed_while_it_starts():
+    """Here just before the call by which Linux would end it."""
+    program = (
+        "import os, signal, sys, time; from pipeline.benchmark import children\n"
+        "class Killing:\n"
+        "    def prctl(self, *arguments):\n"
+        "        parent = os.getppid(); os.kill(parent, signal.SIGKILL)\n"
+        "        while os.getppid() == parent: time.sleep(0.01)\n"
+        "        return library.prctl(*arguments)\n"
+        "library, children.C_LIBRARY = children.C_LIBRARY, Killing()\n"
+        "with children.running([sys.executable, '-c', 'import time; time.sleep(120)']): pass"
+    )
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": PYTHONPATH}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as parent:
+        assert select.select([parent.stdout], [], [], 60)[0], "the contender holds the other end of the pipe"
+        assert parent.stdout.read() == b"" and parent.wait() == -signal.SIGKILL
 
 
 def test_a_signal_while_a_program_starts_ends_it(monkeypatch):
@@ -440,8 +476,8 @@ def test_a_signal_ends_the_benchmark_and_its_contenders(number):
     wait_for(lambda: len(process_tree(process.pid)) > 1, process=process)
     contenders = process_tree(process.pid)[1:]
     process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in printed
+    ended = end_of(process, timeout=120)
+    assert ended.returncode == 128 + number and "Traceback" not in ended.stderr
     assert not any(is_alive(contender.pid) for contender in contenders)
 
 

@@ -78,6 +78,7 @@ def test_a_file_that_is_no_image_is_an_error_for_the_page(run_and_examples, tmp_
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.queueing")  # Gradio 6 uses options that pandas 3 deprecates
 def test_a_picture_goes_in_and_its_label_comes_out(run_and_examples, browser):
+    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -85,12 +86,13 @@ def test_a_picture_goes_in_and_its_label_comes_out(run_and_examples, browser):
     app = make_app(saved, examples, "digits")
     try:
         browser.get(launch(app, None, blocking=False))
-        page, wait = browser, WebDriverWait(browser, 60)
-        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "input[type=file]"))
-        page.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(examples[0]))
+        # Gradio may put a new element in the place of one that was found, or cover it for a moment
+        wait = WebDriverWait(browser, 120, ignored_exceptions=[WebDriverException, IndexError])
+        wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(examples[0])) is None)
         wait.until(lambda page: shown_label(page) == best_class(saved, examples[0]))
         other = next(path for path in examples if best_class(saved, path) != best_class(saved, examples[0]))
-        page.find_elements(By.CSS_SELECTOR, ".gallery-item")[examples.index(other)].click()
+        place = examples.index(other)
+        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, ".gallery-item")[place].click() is None)
         wait.until(lambda page: shown_label(page) == best_class(saved, other))
         wait.until(lambda page: shown_size(page, "parts that matter") == 224)
     finally:
@@ -105,8 +107,7 @@ def best_class(saved: SavedModel, path: Path) -> str:
 
 
 def shown_label(page) -> str | None:
-    found = page.find_elements("css selector", "[data-testid='label-output-value']")
-    return found[0].text.strip() if found else None
+    return page.execute_script("return document.querySelector('[data-testid=label-output-value]')?.textContent.trim()")
 
 
 def shown_size(page, label: str) -> int | None:

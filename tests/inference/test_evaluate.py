@@ -250,6 +250,7 @@ def test_a_run_that_has_not_ended_is_distinguished_from_a_folder_that_is_no_run(
 
 def put_weights(folder, model_name):
     """Puts random weights into the cache of the Hub's files as published ones."""
+    torch.manual_seed(0)
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)

@@ -94,6 +94,7 @@ def test_the_timm_folder_needs_no_data_and_other_formats_name_images(run_trainin
 def test_convolutions_and_attention_can_be_exported(tmp_path, capsys, model_name):
     from pipeline.models.timm_folder import save_model
 
+    torch.manual_seed(0)
     size = timm.create_model(model_name).pretrained_cfg["input_size"][-1]
     save_model(
         timm.create_model(model_name, num_classes=3),

@@ -34,6 +34,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
     """The page, just loaded; after the test, the browser's console holds no message."""
+    browser.get("about:blank")
+    browser.get_log("browser")  # late messages of another page
     browser.get(address)
     yield browser
     assert browser.get_log("browser") == []

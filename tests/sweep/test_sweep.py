@@ -1,20 +1,18 @@
 """Sweeps without W&B: the same files, every distribution, agents that share a storage, interruption, failure, early stopping."""
 
-import contextlib
 import csv
 import json
 import math
 import os
 import re
 import signal
-import socket
 import sqlite3
 import statistics
+import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections import Counter
 from pathlib import Path
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 import yaml
@@ -22,8 +20,10 @@ from conftest import (
     ROOT,
     SMALL_RUN,
     assert_identical,
+    end_of,
     flags,
     fork_server,
+    is_pending,
     lines_of,
     run_process,
     start_process,
@@ -31,7 +31,7 @@ from conftest import (
 )
 
 from pipeline.common.fork_server import UNKNOWN, Fork, ForkServer
-from pipeline.common.system import usable_cores
+from pipeline.common.system import process_tree, usable_cores
 from pipeline.settings.parser import read_config
 from pipeline.sweep.__main__ import main
 from pipeline.sweep.file import (
@@ -47,7 +47,7 @@ from pipeline.sweep.hyperband import keeps_up
 from pipeline.sweep.space import Space, read_parameter
 from pipeline.sweep.study import SweepStudy
 from pipeline.sweep.table import rows_of
-from pipeline.sweep.trials import RunningTrial, judge, python_arguments, shares
+from pipeline.sweep.trials import RunningTrial, judge, python_arguments, shares, training_process
 
 BASE = {
     "method": "grid",
@@ -55,7 +55,9 @@ BASE = {
     "parameters": {"lr": {"values": [0.1, 0.2]}, "seed": {"value": 1}},
 }
 
-# A trial that costs no training: its accuracy at epoch e is lr * e / epochs, and a seed of 13 fails.
+# A trial that costs no training: its accuracy at epoch e is lr * e / epochs. A seed of 13 fails; with a seed of 2 a trial waits
+# until another one has started. At its first start a trial with an lr of 0.01 waits after its fourth epoch until it is stopped,
+# however long that takes.
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -75,7 +77,11 @@ def stop(*_):
 
 signal.signal(signal.SIGTERM, stop)
 with open(run_dir / "starts", "a") as file:
+    is_first = file.tell() == 0
     print(os.environ.get("OMP_NUM_THREADS"), file=file)
+last = time.monotonic() + 60
+while settings.get("seed") == "2" and len(list(run_dir.parent.glob("trial-*"))) < 2 and time.monotonic() < last:
+    time.sleep(0.01)
 if settings.get("seed") == "13":
     print("warming up\\nerror: an unlucky number", file=sys.stderr)
     sys.exit(2)
@@ -83,6 +89,8 @@ with open(run_dir / "metrics.jsonl", "w") as file:
     for epoch in range(1, int(settings["epochs"]) + 1):
         value = float(settings["lr"]) * (epoch / int(settings["epochs"]))
         print(json.dumps({"split": "val", "epoch": epoch, "accuracy": value}), file=file, flush=True)
+        if settings["lr"] == "0.01" and epoch == 4 and is_first:
+            signal.pause()
         time.sleep(0.05)
 end("completed", best={"accuracy": value}, test={"accuracy": value / 2})
 """
@@ -305,14 +313,13 @@ def test_hyperband_stops_trials_that_are_not_among_the_best():
 @pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_and_the_sweep_continues(tmp_path, capsys):
     early = {"type": "hyperband", "min_iter": 4, "eta": 3}
-    parameters = {"lr": {"values": [0.9, 0.1, 0.95]}, "epochs": {"value": 60}}
+    parameters = {"lr": {"values": [0.9, 0.01, 0.95]}, "epochs": {"value": 5}}
     path = write_sweep(tmp_path, parameters, early_terminate=early, name="early")
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
     rows = trials_of(tmp_path / "early")
     assert [row["status"] for row in rows] == ["completed", "stopped", "completed"]
     lines = lines_of(tmp_path / "early" / "trial-0002")
-    assert 4 <= len(lines) < 60  # the accuracy rises by 0.1 / 60 an epoch, so the best value is the last
-    assert rows[1]["value"] == lines[-1]["accuracy"] == 0.1 * (len(lines) / 60)
+    assert len(lines) == 4 and rows[1]["value"] == lines[-1]["accuracy"] == 0.01 * (4 / 5)  # the best value is the last
     assert capsys.readouterr().out.count("stopped") == 2  # its line, and the table's
 
 
@@ -404,32 +411,25 @@ def test_the_bar_has_the_best_value_so_far(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_optuna_dashboard_opens_the_journal(tmp_path):
-    pytest.importorskip("optuna_dashboard")
+def test_optuna_dashboard_opens_the_journal(tmp_path, monkeypatch):
+    dashboard = pytest.importorskip("optuna_dashboard._cli")
     values = {"optimizer": ["sgd", "adamw"], "momentum": [0.5, 0.9]}
     numbers = {"lr": {"min": 0.1, "max": 0.9}, "batch_size": {"min": 8, "max": 64}, "drop_rate": {"distribution": "beta"}}
     parameters = {**{name: {"values": own} for name, own in values.items()}, **numbers, "seed": {"value": 1}}
     path = write_sweep(tmp_path, parameters, method="random", run_cap=3, name="shown")
     assert main([str(path), "--output_dir", str(tmp_path)]) == 0
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    journal = tmp_path / "shown" / "journal.log"
-    program = start_process("-m", "optuna_dashboard._cli", str(journal), "--port", str(port), "--server", "wsgiref")
+    apps = []
+    monkeypatch.setattr(dashboard, "run_wsgiref", lambda app, *place: apps.append(app))  # which would serve it at a port
+    monkeypatch.setattr(sys, "argv", ["optuna-dashboard", str(tmp_path / "shown" / "journal.log"), "--server", "wsgiref"])
+    dashboard.main()
 
     def get(address: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{address}") as answer:
-            return json.load(answer)
+        request = {"PATH_INFO": f"/api/{address}"}
+        setup_testing_defaults(request)
+        return json.loads(b"".join(apps[0](request, lambda status, headers, error=None: None)))
 
-    def answers():
-        with contextlib.suppress(urllib.error.URLError):
-            return get("studies")["study_summaries"]
-
-    try:
-        wait_for(answers, process=program)
-        (study,) = answers()
-        details = get(f"studies/{study['study_id']}")
-    finally:
-        program.kill()
+    (study,) = get("studies")["study_summaries"]
+    details = get(f"studies/{study['study_id']}")
     assert study["study_name"] == "shown" and study["directions"] == ["maximize"]
     for trial, row in zip(details["trials"], trials_of(tmp_path / "shown"), strict=True):
         assert trial["state"] == "Complete" and trial["values"] == [row["value"]]
@@ -486,16 +486,16 @@ def test_no_trial_starts_after_one_has_reached_the_target(tmp_path):
 @pytest.mark.parametrize("storage", ["journal", "sqlite"])
 def test_two_agents_share_one_sweep_and_no_point_is_run_twice(tmp_path, storage):
     values = [round(0.1 * number, 1) for number in range(1, 9)]
-    path = write_sweep(tmp_path, {"lr": {"values": values}, "epochs": {"value": 10}}, name="shared")
+    path = write_sweep(tmp_path, {"lr": {"values": values}, "seed": {"value": 2}}, name="shared")
     given = [] if storage == "journal" else ["--storage", f"sqlite:///{tmp_path}/shared.db"]
     agents = [start_process("-m", "pipeline.sweep", str(path), "--output_dir", str(tmp_path), *given) for _ in range(2)]
-    ends = [agent.communicate(timeout=120) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], ends
+    ends = [end_of(agent, timeout=120) for agent in agents]
+    assert [end.returncode for end in ends] == [0, 0], ends
     rows = trials_of(tmp_path / "shared")
     assert sorted(row["value"] for row in rows) == values
     starts = [start.read_text().splitlines() for start in (tmp_path / "shared").glob("*/starts")]
     assert len(starts) == len(values) and all(len(lines) == 1 for lines in starts)
-    shares_of_work = [out.count("  running  ") for out, _ in ends]
+    shares_of_work = [end.stdout.count("  running  ") for end in ends]
     assert sum(shares_of_work) == len(values) and min(shares_of_work) > 0
     if storage == "sqlite":
         tables = sqlite3.connect(tmp_path / "shared.db").execute("select name from sqlite_master").fetchall()
@@ -537,10 +537,14 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     folder = tmp_path / "broken"
     agent = start_process("-m", "pipeline.sweep", str(path), "--output_dir", str(tmp_path))
     metrics = folder / "trial-0001" / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.read_text().count('"val"') >= 3, process=agent)
+    wait_for(lambda: metrics.is_file() and '"val"' in metrics.read_text(), process=agent)
+    trial = training_process(folder / "trial-0001")
+    os.kill(trial, signal.SIGSTOP)  # so that it does not end before the agent's signal arrives
     agent.send_signal(signal.SIGINT)
-    out, err = agent.communicate(timeout=60)
-    assert agent.returncode == 130 and "run the same command again" in out, err
+    wait_for(lambda: is_pending(trial, signal.SIGTERM), process=agent)
+    os.kill(trial, signal.SIGCONT)
+    ended = end_of(agent, timeout=120)
+    assert ended.returncode == 130 and "run the same command again" in ended.stdout, ended.stderr
     assert [row["status"] for row in trials_of(folder)] == ["interrupted"]
     monkeypatch.chdir(ROOT)
     forked, start = [], ForkServer.start
@@ -560,20 +564,35 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error:The reported value is ignored")
 def test_the_trial_of_a_killed_agent_is_resumed_by_another(tmp_path):
     """It logs again what it has logged before; each value is reported once."""
-    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="killed")
+    path = write_sweep(tmp_path, {"lr": {"values": [0.01, 0.4]}, "epochs": {"value": 5}}, name="killed")
     agent = start_process("-m", "pipeline.sweep", str(path), "--output_dir", str(tmp_path))
-    starts = tmp_path / "killed" / "trial-0001" / "starts"
-    wait_for(starts.is_file, process=agent)
+    run_dir = tmp_path / "killed" / "trial-0001"
+    wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and len(lines_of(run_dir)) == 4, process=agent)
+    _, *orphans = process_tree(agent.pid)
     agent.kill()
     agent.communicate()
-    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    try:
+        assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    finally:
+        for orphan in orphans:
+            orphan.kill()
     assert [row["status"] for row in trials_of(tmp_path / "killed")] == ["completed", "completed"]
-    assert len(starts.read_text().splitlines()) == 2
+    assert len((run_dir / "starts").read_text().splitlines()) == 2
+
+
+def test_an_orphan_that_ends_before_it_is_stopped_does_not_fail_its_trial(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    holders = iter([ended.pid])
+    monkeypatch.setattr("pipeline.sweep.trials.training_process", lambda run_dir: next(holders, None))
+    path = write_sweep(tmp_path, {"lr": {"value": 0.3}, "seed": {"value": 1}}, name="orphan")
+    assert main([str(path), "--output_dir", str(tmp_path)]) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "orphan")] == ["completed"]
 
 
 @pytest.mark.slow
 def test_when_the_storage_fails_running_trials_stop_and_the_same_command_resumes_them(tmp_path, monkeypatch, capsys):
-    path = write_sweep(tmp_path, {"lr": {"values": [0.2, 0.4]}, "epochs": {"value": 40}}, name="lost")
+    path = write_sweep(tmp_path, {"lr": {"values": [0.01, 0.4]}, "epochs": {"value": 5}}, name="lost")
 
     def fail(self, trial, history, known):
         if history:

@@ -1,16 +1,19 @@
 """Sweeps with W&B: the real client, its agent and train.py, against a stand-in for the server."""
 
 import json
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL_RUN, lines_of, run_process
+from conftest import SMALL_RUN, is_pending, lines_of, run_process
 from wandb_server import Server, wandb_server
 
 from pipeline.settings.parser import from_yaml
+from pipeline.sweep.trials import training_process
 
 pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
 
@@ -54,23 +57,30 @@ def sweep_with(server: Server, tmp_path: Path, python: Path, command: list[str] 
 
 @pytest.mark.slow
 def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued_again(tmp_path, forking_python):
-    """The trial is stopped as by early termination, and restarted as a preempted one, with the argument that W&B adds."""
+    """The trial is stopped as by early termination, and restarted as a preempted one, with the argument that W&B adds.
+
+    SIGSTOP holds it until the agent's signal has arrived, so that it does not end before.
+    """
     settings = {**SETTINGS, **ODD, "epochs": 40, "output_dir": str(tmp_path)}
     again = {**settings, "_wandb": {"resume": 1}}
     commands = iter([run_command("run", "run1", settings), run_command("resume", "run1", again), [{"type": "exit"}]])
-    run_dir, stops = tmp_path / "sweep1-run1", []  # of W&B's ids
+    run_dir, stops, held = tmp_path / "sweep1-run1", [], []  # W&B's ids of what was stopped; the process that SIGSTOP holds
 
     def decide(server: Server, under_way: list[str]) -> list[dict[str, Any]]:
         if not under_way:
             return next(commands)
         if not stops and (run_dir / "checkpoints").is_dir():
             stops.append("run1")
+            held.append(training_process(run_dir))
+            os.kill(held[0], signal.SIGSTOP)
             return [{"type": "stop", "run_id": "run1"}]
+        if held and is_pending(held[0], signal.SIGTERM):
+            os.kill(held.pop(), signal.SIGCONT)
         return []
 
     with wandb_server(decide) as server:
         said = sweep_with(server, tmp_path, forking_python)
-    assert stops and "Resuming from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
+    assert stops and not held and "Resuming from" in said and list(tmp_path.glob("sweep1-*")) == [run_dir]
     config = from_yaml(run_dir / "config.yaml")
     assert ODD["batch_size_schedule"] == {"1": 32}  # JSON has no other keys
     for name, value in {**settings, "batch_size_schedule": {1: 32}}.items():
