@@ -3,11 +3,13 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 # Ctrl-C; the signal of batch systems and `kill`; SLURM's warning before the time limit (sbatch --signal=USR1@90)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNAL_AGAIN_SECONDS = 0.05
 
 
 def signal_name(number: int) -> str:
@@ -48,9 +50,15 @@ class Signals:
 def end_program(number: int, frame: FrameType | None) -> None:
     """A signal handler. Raises KeyboardInterrupt after SIGINT, else SystemExit; temporary files and processes are removed then.
 
-    During an import it ends the process at once: torch ignores exceptions while it imports numpy, which then is incomplete.
+    During an import it ends the process at once: torch ignores exceptions while it imports numpy, which then is incomplete. In a
+    __del__, where Python ignores exceptions, it sends the signal again a little later.
     """
     while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            again = threading.Timer(SIGNAL_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -5,6 +5,7 @@ import importlib
 import io
 import signal
 import sys
+import threading
 
 import pytest
 from conftest import ROOT, run_process
@@ -133,6 +134,21 @@ def test_a_signal_ends_a_command_and_removes_what_it_has_written(number, status,
     except SystemExit as end:
         assert end.code == status == 143
     assert not list(tmp_path.iterdir()) and signal.getsignal(number) is handlers
+
+
+def test_a_signal_while_an_object_is_deleted_is_not_lost():
+    """Python ignores exceptions there, such as those of a signal's handler."""
+
+    class Deleted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def command() -> int:
+        Deleted()
+        threading.Event().wait(60)
+        return 0
+
+    assert exit_status(command) == 130
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
