@@ -173,8 +173,8 @@ train.main(sys.argv[1:])
 
 
 def test_a_run_killed_during_the_fit_starts_again_to_the_last_bit(run_training, finished_run, weights, tmp_path):
-    settings = {"init_from": weights, **GIVEN}
-    _, whole = finished_run(run_name="whole", **settings)
+    settings = {"init_from": weights, "checkpoint_every_steps": 1, "keep_checkpoints": 99, **GIVEN}
+    _, whole = finished_run(run_name="whole", **settings)  # that of the test above
     killed = run_process("-c", KILLED_IN_THE_FIT, *flags(output_dir=tmp_path, run_name="part", **settings))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert {path.name for path in (tmp_path / "part").iterdir()} == {".lock", "config.yaml", "dataset.json"}
