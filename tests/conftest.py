@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fork_server import Fork, ForkServer
 
@@ -297,6 +298,12 @@ def wait_for(
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"waited for {timeout} s"
         time.sleep(0.01)
+
+
+def hold(process: int) -> None:
+    """Stops a process with SIGSTOP. Returns when it has stopped: a signal that is sent before may be delivered first."""
+    os.kill(process, signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
 
 
 def is_pending(process: int, number: int) -> bool:

@@ -23,6 +23,7 @@ from conftest import (
     end_of,
     flags,
     fork_server,
+    hold,
     is_pending,
     lines_of,
     run_process,
@@ -539,7 +540,7 @@ def test_an_interrupted_sweep_resumes_its_trials(tmp_path, monkeypatch):
     metrics = folder / "trial-0001" / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and '"val"' in metrics.read_text(), process=agent)
     trial = training_process(folder / "trial-0001")
-    os.kill(trial, signal.SIGSTOP)  # so that it does not end before the agent's signal arrives
+    hold(trial)  # so that it does not end before the agent's signal arrives
     agent.send_signal(signal.SIGINT)
     wait_for(lambda: is_pending(trial, signal.SIGTERM), process=agent)
     os.kill(trial, signal.SIGCONT)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL_RUN, is_pending, lines_of, run_process
+from conftest import SMALL_RUN, hold, is_pending, lines_of, run_process
 from wandb_server import Server, wandb_server
 
 from pipeline.settings.parser import from_yaml
@@ -72,7 +72,7 @@ def test_train_py_parses_the_agents_command_and_resumes_when_its_trial_is_queued
         if not stops and (run_dir / "checkpoints").is_dir():
             stops.append("run1")
             held.append(training_process(run_dir))
-            os.kill(held[0], signal.SIGSTOP)
+            hold(held[0])
             return [{"type": "stop", "run_id": "run1"}]
         if held and is_pending(held[0], signal.SIGTERM):
             os.kill(held.pop(), signal.SIGCONT)
