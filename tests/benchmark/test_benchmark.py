@@ -320,7 +320,8 @@ def test_lr_suggests_a_learning_rate_and_leaves_no_files(tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
     assert main(["lr", "--num_steps", "12", *flags, "--output", "out"]) == 0
     rows = [json.loads(line) for line in Path("out/benchmark-lr.jsonl").read_text().splitlines()]
-    assert sorted(path.name for path in Path("out").iterdir()) == ["benchmark-lr.jsonl", "benchmark-lr.png"]
+    names = [".benchmark-lr.lock", "benchmark-lr.jsonl", "benchmark-lr.png"]
+    assert sorted(path.name for path in Path("out").iterdir()) == names
     assert 2 < len(rows) <= 12 and all(row.keys() >= FACTS for row in rows)
     check_markdown(Path("out/benchmark-lr.jsonl"), rows, capsys.readouterr().out)
     assert any("Suggest" in note or "No suggestion" in note for note in rows[0]["notes"])
