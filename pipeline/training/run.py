@@ -30,7 +30,7 @@ from pipeline.run_folder.resume import (
 )
 from pipeline.settings.config import Config, to_yaml
 from pipeline.training.metrics import COUNT, LOSS
-from pipeline.training.state import TrainState, average_buffers, from_checkpoint, to_facts, to_tensors
+from pipeline.training.state import TrainState, are_finite, average_buffers, from_checkpoint, to_facts, to_tensors
 from pipeline.training.tracking import Tracker
 
 AGREE_EVERY_STEPS = 10  # with several processes, steps between two exchanges of received signals
@@ -247,8 +247,7 @@ class Run:
     def check_weights(self, state: TrainState) -> None:
         """Raises TrainingFailed if a weight or a running statistic is not finite: every later loss would be NaN."""
         tensors = [local(tensor) for tensor in state.bare_model.state_dict().values() if tensor.is_floating_point()]
-        bad = ~torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        if any(largest(self.accelerator, int(bad))):
+        if any(largest(self.accelerator, int(not are_finite(tensors)))):
             raise TrainingFailed(
                 f"The model's weights are not finite after step {state.step - 1} in epoch {state.epoch + 1}, although its loss "
                 f"was. {LOWER_RATE}; this requires {self.new_run()}."

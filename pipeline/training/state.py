@@ -1,6 +1,7 @@
 """TrainState: the state of a run, saved to and loaded from checkpoints."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def average_buffers(state: TrainState, accelerator: Accelerator) -> None:
         for buffer in (buffer for model in state.models for buffer in model.buffers()):
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values of the tensors are finite. Reads once from the device.
+
+    A sum with a NaN or an infinity is never finite. Sums take a fraction of the time of isfinite(), which then only decides for
+    tensors whose sum overflows.
+    """
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().tolist()
+    return all(is_sum_finite or bool(tensor.isfinite().all()) for tensor, is_sum_finite in zip(tensors, sums))
 
 
 def to_tensors(state: TrainState, accelerator: Accelerator) -> dict[str, Tensors]:

@@ -17,6 +17,7 @@ from pipeline.loaders import workers
 from pipeline.run_folder.checkpoint import checkpoints, read_facts
 from pipeline.training import evaluation, loop
 from pipeline.training.evaluation import until_signal
+from pipeline.training.state import are_finite
 
 
 def evaluations(monkeypatch, act):
@@ -152,6 +153,23 @@ def test_ranks_with_unequal_numbers_of_batches_stop_together_and_none_hangs(tmp_
     assert done.returncode == 0, done.stderr
     outcomes = [[(tmp_path / f"{rank}-{case}").read_text() for rank in (0, 1)] for case in range(3)]
     assert outcomes == [["interrupted 20", "interrupted 3"], ["interrupted 10", "interrupted 3"], ["done 25", "done 3"]]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # the sum is infinite
+        ([1.0, math.nan], False),
+        ([math.inf, 1.0], False),
+        ([math.inf, -math.inf], False),
+        ([3e38, 3e38, math.nan], False),
+    ],
+)
+def test_values_are_finite_or_not_whatever_their_sum(values, expected):
+    tensors = [torch.zeros(2, dtype=torch.float64), torch.empty(0), torch.tensor(values)]
+    assert are_finite(tensors) == expected
+    assert are_finite([torch.full([70_000], 2.0, dtype=torch.float16)])
 
 
 def test_weights_that_are_not_finite_are_never_saved(run_training, finished_run, monkeypatch):
