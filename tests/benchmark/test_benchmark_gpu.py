@@ -386,8 +386,7 @@ def test_results_are_not_written_to_a_document_without_markers(text, tmp_path, c
     assert results.BEGIN in capsys.readouterr().err and document.read_text() == text
 
 
-def test_the_tables_of_the_documentation_are_made_by_the_command():
-    document, rows = ROOT / "docs" / "results.md", ROOT / "docs" / "benchmark-gpu.jsonl"
-    if not rows.is_file():
-        pytest.skip("nothing was measured on a GPU yet")
-    assert results.between_markers(document, results.tables_of([rows])) == document.read_text()
+@pytest.mark.parametrize("page, rows", [("results.md", "benchmark-gpu.jsonl"), ("performance.md", "benchmark-cpu.jsonl")])
+def test_the_tables_of_the_documentation_are_made_by_the_command(page, rows):
+    document = ROOT / "docs" / page
+    assert results.between_markers(document, results.tables_of([ROOT / "docs" / rows])) == document.read_text()
