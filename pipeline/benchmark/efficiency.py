@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.benchmark.contenders import contender, prepared
-from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
+from pipeline.benchmark.measuring import Row, Section, column, in_turns, largest, summarise
+from pipeline.common.console import plural
 from pipeline.settings.config import Config
 from pipeline.settings.parser import read_config
 
@@ -21,7 +22,7 @@ def choices_of(args: Namespace, config: Config) -> dict[str, dict[str, list[str]
     layout = "channels_last" if config.channels_last is False else "contiguous"
     layout_flags = [f"--channels_last={layout == 'channels_last'}"]
     workers = {
-        counted(count, "worker", "workers"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
+        plural(count, "worker"): ["--loader=workers", f"--num_workers={count}"] for count in args.workers
     }
     factors = {
         "loader": {**({} if config.loader == "auto" else {"loader auto": ["--loader=auto"]}), **workers},
@@ -54,7 +55,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
         if "pin_memory" in args.factors:
             given = [*settings, "--loader=workers", f"--num_workers={max(args.workers)}"]
             for pin in (True, False):
-                name = f"pin_memory {'on' if pin else 'off'}, {counted(max(args.workers), 'worker', 'workers')}"
+                name = f"pin_memory {'on' if pin else 'off'}, {plural(max(args.workers), 'worker')}"
                 calls[name] = contender("ours.train", given, environment, clock, pin_memory=pin)
         first = to_section(
             f"{config.model_name}, batch {config.batch_size}, one choice at a time", in_turns(calls, args.rounds)

@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import MADE, prepared
-from pipeline.benchmark.measuring import Row, Section, counted, in_turns, summarise
+from pipeline.benchmark.measuring import Row, Section, in_turns, summarise
 from pipeline.benchmark.sets import PHOTO_SIZE
+from pipeline.common.console import plural
 from pipeline.settings.parser import read_config
 
 DEVICE = "ours, device"
@@ -61,7 +62,7 @@ def section_of(title: str, kind: Kind, args: Namespace, settings: list[str]) -> 
     extras: dict[str, Row] = {
         name: {"device": results[0]["device"], "threads": results[0]["threads"]} for name in samples
     }
-    reference = f"timm, {counted(max(args.workers), 'worker', 'workers')}"
+    reference = f"timm, {plural(max(args.workers), 'worker')}"
     rows = summarise(samples, "images/s", reference, extras)
     return Section(f"{title}, batches of {results[0]['batch_size']}", rows, "images/s")
 
@@ -103,7 +104,7 @@ def measure(settings: list[str], parquet: str, workers: list[int], seconds: floa
             "datasets and torchvision": theirs(plain_loader, count),
             "timm": theirs(timm_loader, count),
         }.items():
-            rates[f"{name}, {counted(count, 'worker', 'workers')}"] = rate(epoch, config.batch_size, seconds, device)
+            rates[f"{name}, {plural(count, 'worker')}"] = rate(epoch, config.batch_size, seconds, device)
     return {
         "rates": rates,
         "batch_size": config.batch_size,

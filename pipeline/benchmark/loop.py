@@ -15,7 +15,8 @@ from pipeline.benchmark.contenders import (
     peer_data,
     prepared,
 )
-from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
+from pipeline.benchmark.measuring import Row, Section, column, in_turns, largest, summarise
+from pipeline.common.console import plural
 from pipeline.settings.parser import read_config
 
 MEMORY_NOTE = (
@@ -41,7 +42,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
     title = (
         f"{config.model_name}, {name}: {data['num_images']:,} images to {data['image_size']}x{data['image_size']}, "
         f"batch {config.batch_size}, mixed precision {config.mixed_precision or 'no'}, "
-        f"peers with {counted(args.peer_workers, 'worker', 'workers')}"
+        f"peers with {plural(args.peer_workers, 'worker')}"
     )
     rows = summarise(column(results, "images_per_second"), "images/s", BARE, extras)
     yield Section(title, rows, "images/s", [*beside_peers(rows), MEMORY_NOTE])

@@ -76,7 +76,3 @@ def column(results: Mapping[str, Iterable[Row]], key: str) -> dict[str, list[flo
 def largest(results: Iterable[Row], key: str) -> float | None:
     """The largest value of a figure, None if it was not measured."""
     return max((result[key] for result in results if result.get(key) is not None), default=None)
-
-
-def counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"

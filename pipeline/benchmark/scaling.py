@@ -6,8 +6,9 @@ from statistics import median
 
 from pipeline.benchmark.children import run_child
 from pipeline.benchmark.contenders import prepared
-from pipeline.benchmark.measuring import Row, Section, column, counted, in_turns, largest, summarise
+from pipeline.benchmark.measuring import Row, Section, column, in_turns, largest, summarise
 from pipeline.benchmark.reporting import number
+from pipeline.common.console import plural
 from pipeline.common.system import usable_cores
 from pipeline.settings.parser import read_config
 
@@ -37,7 +38,7 @@ def sections(args: Namespace, settings: list[str]) -> Iterator[Section]:
 
 
 def name_of(processes: int) -> str:
-    return counted(processes, "process", "processes")
+    return plural(processes, "process", "processes")
 
 
 def torchrun_call(processes: int, arguments: Row, environment: dict[str, str]) -> Callable[[], Row]:

@@ -77,9 +77,9 @@ def in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-def plural(number: int, noun: str) -> str:
-    """The number with the noun: 1 epoch, 2 epochs."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    """The number with the noun: 1 epoch, 2 epochs. many: the plural, if it is not the noun with an s."""
+    return f"{number} {noun if number == 1 else many or noun + 's'}"
 
 
 def percent(fraction: float | None) -> str:
